@@ -1,0 +1,113 @@
+"""The contract of every command of this project with the person who types it.
+
+Arguments are the fields of a dataclass; a YAML file given with `--config` comes before the command line, which wins.
+A user's mistake gets one line on stderr, `error: ...`, that names the flag, file or value and the way out, and exit
+code 2; a traceback means a defect of ours. This module imports nothing of the project, so that everything may use it.
+"""
+
+import dataclasses
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from transformers.hf_argparser import HfArgumentParser
+
+Arguments = TypeVar("Arguments")
+
+
+class UserError(Exception):
+    """A mistake that its user can mend; the message is one line and says how."""
+
+
+def exit_code_2_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate an entry point: UserError and Ctrl-C end the process with one line instead of a traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapped
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that raises UserError instead of printing its usage, and never guesses abbreviations."""
+
+    def __init__(self, arguments: type, **kwargs):
+        super().__init__(arguments, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists every flag)")
+
+    def parse_strict(self, argv: Sequence[str]):
+        """Like `parse_args`, but an unknown flag is answered with the nearest known one."""
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument {flag!r}{nearest(flag, self._option_string_actions)}")
+        return namespace
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """' (did you mean X?)' for the closest of `known`, or the way to the full list."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else " (--help lists every flag)"
+
+
+def parse_arguments(
+    arguments: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None
+) -> Arguments:
+    """Parse `argv` (default: the process's own) into the dataclass `arguments`.
+
+    If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags.
+    YAML values go through the same parser as flags do, so both are typed and checked alike.
+    Raises UserError for an unknown or mistyped flag or key, and for whatever the dataclass's `__post_init__` refuses
+    with ValueError.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(arguments, description=description)
+    namespace = parser.parse_strict(argv)
+    if getattr(namespace, "config", None):
+        namespace = parser.parse_strict(_yaml_as_flags(parser, arguments, Path(namespace.config)) + argv)
+    try:
+        return arguments(**vars(namespace))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected 'flag: value' lines, found {type(values).__name__}")
+
+    known = [field.name for field in dataclasses.fields(arguments) if field.name != "config"]
+    flags: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"--config {path}: unknown key {key!r}{nearest(str(key), known)}")
+        if value is None or isinstance(value, dict):
+            raise UserError(f"--config {path}: {key}: expected a value, found {value!r}")
+        # `flag=value` keeps a negative number or a leading dash from being read as a flag.
+        flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+        try:
+            parser.parse_strict(flag)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from None
+        flags += flag
+    return flags
