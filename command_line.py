@@ -5,6 +5,7 @@ A user's mistake gets one line on stderr, `error: ...`, that names the flag, fil
 code 2; a traceback means a defect of ours. This module imports nothing of the project, so that everything may use it.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -39,11 +40,15 @@ def exit_code_2_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, keep the line breaks of the description."""
+
+
 class _Parser(HfArgumentParser):
     """HfArgumentParser that raises UserError instead of printing its usage, and never guesses abbreviations."""
 
     def __init__(self, arguments: type, **kwargs):
-        super().__init__(arguments, allow_abbrev=False, **kwargs)
+        super().__init__(arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists every flag)")

@@ -1,0 +1,48 @@
+"""Load a model folder or Hub repository for evaluation, on the best device there is."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from command_line import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name: str) -> "PreTrainedModel":
+    """The causal language model `name` in fp32 and eval mode. Code from the folder is not run: this package is used."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import modeling_gpt2modern  # noqa: F401  registers the architecture with the Auto classes
+
+    _check_model_folder(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} cannot be loaded: {_first_line(error)}") from None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    import modeling_gpt2modern  # noqa: F401
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def _check_model_folder(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {name} is not a model folder: it has no config.json")
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
+        raise UserError(f"--model {name}: no such folder, and not a Hub repository id (owner/name)")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,107 @@
+"""Loss, perplexity and bits per byte of a model on the held-out split of prepared data.
+
+python -m eval.perplexity --model DIR --data DATA [--output FILE.json]
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from training.blocks import PackedBlocks
+
+
+@dataclass
+class PerplexityConfig:
+    model: str = field(metadata={"help": "model folder, or a repository id on the Hub"})
+    data: str = field(metadata={"help": "folder written by prepare_data.py"})
+    split: str = field(
+        default="validation", metadata={"help": "train or validation", "choices": ["train", "validation"]}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "tokens of context; default: that of the data"})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "blocks per forward pass"})
+    output: str | None = field(default=None, metadata={"help": "also write the result to this JSON file"})
+
+
+def evaluate_loss(
+    model: "nn.Module",
+    blocks: "PackedBlocks",
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    max_blocks: int | None = None,
+) -> float:
+    """Mean next-token loss (nats/token) of `model` over the first `max_blocks` of `blocks` (None: all of them).
+
+    The blocks are divided over the processes without padding, each sums in float64, and one reduction ends it; every
+    process returns the same number. The model's train/eval mode is put back.
+    """
+    import torch
+    from tqdm import tqdm
+
+    count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
+    mine = range(process_index, count, num_processes)
+    device = next(model.parameters()).device
+    total_nats = torch.zeros((), dtype=torch.float64, device=device)
+    was_training = model.training
+    model.eval()
+    starts = tqdm(
+        range(0, len(mine), batch_size), desc="evaluating", unit="batch", leave=False, disable=process_index > 0
+    )
+    with torch.no_grad():
+        for start in starts:
+            batch = blocks.__getitems__(list(mine[start : start + batch_size])).to(device)
+            outputs = model(
+                input_ids=batch[:, :-1],
+                shift_labels=batch[:, 1:],
+                num_items_in_batch=1,  # the sum of the losses, not their mean
+                use_cache=False,
+                skip_logits=True,
+            )
+            total_nats += outputs.loss.double()
+    model.train(was_training)
+    if num_processes > 1:
+        torch.distributed.all_reduce(total_nats)
+    return total_nats.item() / (count * blocks.block_size)
+
+
+@exit_code_2_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(PerplexityConfig, argv, __doc__)
+
+    from eval.loading import load_model
+    from training.blocks import PackedBlocks
+    from training.metrics import bits_per_byte, write_json
+
+    blocks = PackedBlocks(config.data, config.split, config.block_size)
+    model = load_model(config.model)
+    if blocks.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{config.data} has {blocks.vocab_size} token ids but {config.model} only {model.config.vocab_size}: "
+            f"prepare the data with the model's tokenizer"
+        )
+    loss = evaluate_loss(model, blocks, batch_size=config.per_device_eval_batch_size)
+    result = {
+        "model": config.model,
+        "data": config.data,
+        "split": config.split,
+        "block_size": blocks.block_size,
+        "tokens": len(blocks) * blocks.block_size,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": bits_per_byte(loss, blocks.bytes_per_token),
+    }
+    print(json.dumps(result, indent=2))
+    if config.output:
+        write_json(Path(config.output), result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The data order depends on (seed, epoch, consumed samples) alone, however the work is divided."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from command_line import UserError
+from training.batches import BatchPlan, MicroBatchSampler, plan_batches
+
+
+def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
+    """The set of samples of each of `count` steps, gathered over all processes, in global order."""
+    samplers = [
+        iter(MicroBatchSampler(num_blocks, plan, seed=seed, consumed_samples=consumed_samples, process_index=rank))
+        for rank in range(plan.num_processes)
+    ]
+    result = []
+    for _ in range(count):
+        passes = [[next(sampler) for sampler in samplers] for _ in range(plan.grad_accum_steps)]
+        result.append(list(itertools.chain.from_iterable(itertools.chain.from_iterable(passes))))
+    return result
+
+
+def test_an_epoch_visits_every_block_of_whole_batches_once():
+    seen = list(itertools.chain.from_iterable(steps(50, BatchPlan(8, 2, 2), 6)))
+    assert len(seen) == 48 == len(set(seen)) and set(seen) <= set(range(50))
+
+
+def test_epochs_are_different_permutations():
+    first, second = np.split(np.array(steps(48, BatchPlan(8, 8, 1), 12)), 2)
+    assert sorted(first.ravel()) == sorted(second.ravel()) and (first != second).any()
+
+
+@pytest.mark.parametrize("plan", [BatchPlan(8, 8, 1), BatchPlan(8, 2, 1), BatchPlan(8, 2, 2), BatchPlan(8, 1, 4)])
+def test_the_global_order_does_not_depend_on_processes_or_micro_batches(plan):
+    assert steps(50, plan, 15) == steps(50, BatchPlan(8, 4, 1), 15)
+
+
+@pytest.mark.parametrize("consumed_steps", [1, 5, 6, 7, 13])
+def test_seeking_gives_the_order_of_an_uninterrupted_run(consumed_steps):
+    plan = BatchPlan(8, 2, 2)
+    resumed = steps(50, plan, 15 - consumed_steps, consumed_samples=8 * consumed_steps)
+    assert resumed == steps(50, plan, 15)[consumed_steps:]
+
+
+def test_another_seed_gives_another_order():
+    assert steps(50, BatchPlan(8, 8, 1), 1, seed=1) != steps(50, BatchPlan(8, 8, 1), 1, seed=2)
+
+
+def test_accumulation_follows_from_tokens_per_step():
+    plan = plan_batches(total_batch_size=4096, block_size=64, per_device_train_batch_size=8, num_processes=2)
+    assert (plan.samples_per_step, plan.grad_accum_steps) == (64, 4)
+
+
+def test_without_a_total_there_is_no_accumulation():
+    plan = plan_batches(total_batch_size=None, block_size=64, per_device_train_batch_size=8, num_processes=2)
+    assert (plan.samples_per_step, plan.grad_accum_steps) == (16, 1)
+
+
+@pytest.mark.parametrize(("total", "choices"), [(1500, "use 1024 or 2048"), (100, "use 1024"), (0, "use 1024")])
+def test_a_total_that_does_not_divide_is_refused_with_the_nearest_ones(total, choices):
+    with pytest.raises(UserError, match=choices):
+        plan_batches(total_batch_size=total, block_size=64, per_device_train_batch_size=8, num_processes=2)
+
+
+def test_fewer_blocks_than_one_step_takes_are_refused():
+    with pytest.raises(UserError, match="has 7 blocks but one step takes 8"):
+        MicroBatchSampler(7, BatchPlan(8, 8, 1), seed=1, consumed_samples=0, process_index=0)

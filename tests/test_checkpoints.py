@@ -1,0 +1,152 @@
+"""A checkpoint is whole or not there; what is resumed is the newest whole one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from command_line import UserError
+from training.checkpoints import (
+    checkpoint_to_resume,
+    find_problem,
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_state,
+    optimizer_state,
+    save_checkpoint,
+    set_aside_later_checkpoints,
+)
+
+
+def trained_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder, step, model, optimizer, save_total_limit=None):
+    return save_checkpoint(
+        folder,
+        step,
+        save_model=lambda path: save_file(model.state_dict(), path / "model.safetensors"),
+        optimizer_state=optimizer_state(optimizer, model),
+        trainer_state={"step": step},
+        save_total_limit=save_total_limit,
+    )
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    model, optimizer = trained_model()
+    for step in (2, 10):
+        save(tmp_path, step, model, optimizer)
+    return tmp_path
+
+
+def damage(path, how):
+    if how == "deleted":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def test_loading_gives_back_weights_optimizer_and_state_bit_for_bit(checkpoints):
+    model, optimizer = trained_model()
+    expected = {name: value.clone() for name, value in (model.state_dict() | optimizer_state(optimizer, model)).items()}
+    other = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    assert load_checkpoint(checkpoints / "step_0000010", other, other_optimizer) == {"step": 10}
+    found = other.state_dict() | optimizer_state(other_optimizer, other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_optimizer_goes_on_as_if_it_had_never_stopped():
+    model, optimizer = trained_model()
+    other, other_optimizer = trained_model()
+    other_optimizer.state.clear()
+    load_optimizer_state(other_optimizer, other, optimizer_state(optimizer, model))
+    for one, its_optimizer in ((model, optimizer), (other, other_optimizer)):
+        one(torch.ones(5, 4)).square().sum().backward()
+        its_optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_newest_is_resumed(checkpoints):
+    assert checkpoint_to_resume("auto", checkpoints, report=print).name == "step_0000010"
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "truncated", "one bit flipped"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "checksums.json"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, name, how):
+    if name == "checksums.json" and how == "one bit flipped":
+        name = "trainer_state.json"  # a flipped bit in the checksums shows as an altered file
+    damage(checkpoints / "step_0000010" / name, how)
+    reports = []
+    assert checkpoint_to_resume("auto", checkpoints, report=reports.append).name == "step_0000002"
+    assert len(reports) == 1 and name in reports[0]
+
+
+def test_if_none_is_whole_the_run_stops_instead_of_starting_over(checkpoints):
+    for checkpoint in list_checkpoints(checkpoints):
+        damage(checkpoint / "model.safetensors", "truncated")
+    with pytest.raises(UserError, match="--resume_from_checkpoint none"):
+        checkpoint_to_resume("auto", checkpoints, report=print)
+
+
+def test_a_checkpoint_asked_for_by_path_must_be_one(tmp_path):
+    with pytest.raises(UserError, match=r"checksums\.json is missing"):
+        checkpoint_to_resume(str(tmp_path / "nothing"), tmp_path, report=print)
+
+
+def test_no_checkpoints_or_none_asked_for_is_a_fresh_start(checkpoints, tmp_path):
+    assert checkpoint_to_resume("auto", tmp_path / "elsewhere", report=print) is None
+    assert checkpoint_to_resume("none", checkpoints, report=print) is None
+
+
+def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints):
+
+    def fail(path):
+        (path / "model.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(checkpoints, 11, save_model=fail, optimizer_state={}, trainer_state={}, save_total_limit=1)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_0000002", "step_0000010"]
+    assert find_problem(checkpoints / "step_0000010") is None
+
+
+def test_rotation_keeps_the_newest(checkpoints):
+    save(checkpoints, 20, *trained_model(), save_total_limit=2)
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step_0000020", "step_0000010"]
+
+
+def test_checkpoints_later_than_the_start_are_set_aside_not_deleted(checkpoints):
+    set_aside_later_checkpoints(checkpoints, 2)
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step_0000002"]
+    assert find_problem(checkpoints / "replaced_1" / "step_0000010") is None
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoints):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+    with pytest.raises(UserError, match="belongs to another model"):
+        load_checkpoint(checkpoints / "step_0000010", model, torch.optim.AdamW(model.parameters()))
+
+
+def test_what_is_saved_holds_no_pickle(checkpoints):
+    files = {path.name for path in (checkpoints / "step_0000010").iterdir()}
+    assert files == {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "checksums.json"}
+    assert json.loads((checkpoints / "step_0000010" / "trainer_state.json").read_text()) == {"step": 10}

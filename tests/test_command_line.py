@@ -1,0 +1,94 @@
+"""Flags and YAML are typed alike, and every mistake is one line with exit code 2."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+
+
+@dataclass
+class Example:
+    config: str | None = None
+    steps: int = field(default=10, metadata={"help": "steps"})
+    learning_rate: float = 0.1
+    schedule: Literal["cosine", "linear"] = "cosine"
+    files: list[str] = field(default_factory=list)
+    compile: bool = False
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps} must be at least 1")
+
+
+def parse(tmp_path, yaml_text, *flags):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml_text)
+    return parse_arguments(Example, ["--config", str(path), *flags])
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
+    parsed = parse(tmp_path, "steps: 20\nlearning_rate: 3e-4\n", "--steps", "30")
+    assert (parsed.steps, parsed.learning_rate, parsed.schedule) == (30, 3e-4, "cosine")
+
+
+def test_yaml_lists_and_booleans_arrive_typed(tmp_path):
+    parsed = parse(tmp_path, "files: [a.txt, b.txt]\ncompile: true\n")
+    assert parsed.files == ["a.txt", "b.txt"] and parsed.compile is True
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "expected"),
+    [
+        ("stepps: 3", "unknown key 'stepps' (did you mean 'steps'?)"),
+        ("steps: many", "invalid int value: 'many'"),
+        ("steps: 2.5", "invalid int value: '2.5'"),
+        ("steps: true", "invalid int value: 'True'"),
+        ("schedule: wsd", "invalid choice: 'wsd'"),
+        ("steps: [1, 2]", "2"),
+        ("steps:", "steps: expected a value, found None"),
+        ("- 1", "expected 'flag: value' lines, found list"),
+        ("a: [", "not valid YAML"),
+        ("steps: 0", "--steps 0 must be at least 1"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path, yaml_text, expected):
+    with pytest.raises(UserError) as caught:
+        parse(tmp_path, yaml_text)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--step", "3"], "unknown argument '--step' (did you mean '--steps'?)"),
+        (["--learning_rte=3"], "(did you mean '--learning_rate'?)"),
+        (["--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_a_wrong_flag_is_refused_with_the_nearest_one(flags, expected):
+    with pytest.raises(UserError) as caught:
+        parse_arguments(Example, flags)
+    assert expected in str(caught.value)
+
+
+def test_user_errors_become_one_line_and_exit_code_2(capsys):
+    @exit_code_2_on_user_error
+    def main():
+        raise UserError("first\n  second")
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_defects_of_the_program_keep_their_traceback():
+    @exit_code_2_on_user_error
+    def main():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError):
+        main()

@@ -1,0 +1,110 @@
+"""Which blocks are trained on, in which order, by which process.
+
+The order is a pure function of (seed, epoch, consumed samples). A run that resumes, or goes on with another number of
+processes or another micro-batch, therefore sees exactly the blocks it would have seen: the position is one integer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from command_line import UserError
+from training.blocks import PackedBlocks
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimizer step's samples (blocks) are divided over micro-batches and processes."""
+
+    samples_per_step: int
+    micro_batch_size: int  # samples per process and forward pass
+    num_processes: int
+
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.samples_per_step // (self.micro_batch_size * self.num_processes)
+
+
+def plan_batches(
+    *, total_batch_size: int | None, block_size: int, per_device_train_batch_size: int, num_processes: int
+) -> BatchPlan:
+    """Derive the accumulation count from `total_batch_size` (tokens per optimizer step; None: no accumulation).
+
+    Raises UserError if the tokens are not a whole number of micro-batches on every process.
+    """
+    tokens_per_pass = per_device_train_batch_size * block_size * num_processes
+    total_batch_size = tokens_per_pass if total_batch_size is None else total_batch_size
+    if total_batch_size <= 0 or total_batch_size % tokens_per_pass:
+        below = total_batch_size // tokens_per_pass * tokens_per_pass
+        choices = " or ".join(str(tokens) for tokens in (below, below + tokens_per_pass) if tokens > 0)
+        raise UserError(
+            f"--total_batch_size {total_batch_size} is not a multiple of --per_device_train_batch_size "
+            f"{per_device_train_batch_size} x --block_size {block_size} x {num_processes} processes = "
+            f"{tokens_per_pass} tokens; use {choices}"
+        )
+    return BatchPlan(total_batch_size // block_size, per_device_train_batch_size, num_processes)
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Endless index lists, one per micro-batch of this process, from `consumed_samples` on.
+
+    Every epoch is a fresh permutation of the blocks, cut to a multiple of the global batch: the cut must not depend on
+    the number of processes, and a step must not mix two epochs.
+    """
+
+    def __init__(self, num_blocks: int, plan: BatchPlan, *, seed: int, consumed_samples: int, process_index: int):
+        if num_blocks < plan.samples_per_step:
+            raise UserError(
+                f"the training split has {num_blocks} blocks but one step takes {plan.samples_per_step} "
+                f"(--total_batch_size / --block_size); prepare more text or lower --total_batch_size"
+            )
+        self.num_blocks = num_blocks
+        self.plan = plan
+        self.seed = seed
+        self.consumed_samples = consumed_samples
+        self.process_index = process_index
+
+    def __iter__(self) -> Iterator[list[int]]:
+        plan = self.plan
+        samples_per_epoch = self.num_blocks // plan.samples_per_step * plan.samples_per_step
+        samples_per_pass = plan.micro_batch_size * plan.num_processes
+        epoch, position = divmod(self.consumed_samples, samples_per_epoch)
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_blocks)
+            for start in range(position, samples_per_epoch, samples_per_pass):
+                first = start + self.process_index * plan.micro_batch_size
+                yield order[first : first + plan.micro_batch_size].tolist()
+            epoch, position = epoch + 1, 0
+
+
+def training_batches(
+    blocks: PackedBlocks,
+    plan: BatchPlan,
+    *,
+    seed: int,
+    consumed_samples: int,
+    process_index: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Iterator[torch.Tensor]:
+    """Endless iterator over this process's micro-batches: int64 tensors (micro_batch_size, block_size + 1)."""
+    sampler = MicroBatchSampler(
+        len(blocks), plan, seed=seed, consumed_samples=consumed_samples, process_index=process_index
+    )
+    loader = DataLoader(
+        blocks,
+        batch_sampler=sampler,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Its own generator: a loader without one draws a base seed from the global stream when it is created.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _as_is(batch: torch.Tensor) -> torch.Tensor:
+    return batch

@@ -1,0 +1,197 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is written into a hidden temporary folder, checksummed, flushed to disk and renamed; rotation comes after.
+A process killed at any moment leaves the older checkpoints as they were. What is resumed is the newest one whose files
+match their checksums. `checkpoints/step_0000100/` is at the same time a model folder for `from_pretrained`.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+
+from command_line import UserError
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+MODEL_FILE = "model.safetensors"
+CHECKSUM_FILE = "checksums.json"  # written last: a folder without it is not a checkpoint
+
+
+def save_checkpoint(
+    checkpoints_dir: Path,
+    step: int,
+    *,
+    save_model: Callable[[Path], None],
+    optimizer_state: dict[str, torch.Tensor],
+    trainer_state: dict[str, Any],
+    save_total_limit: int | None,
+) -> Path:
+    """Write checkpoint `step` and delete the oldest beyond `save_total_limit`. Call it on one process only.
+
+    save_model: writes the Hub-ready model folder into the path it is given.
+    trainer_state: JSON values; what `load_checkpoint` gives back.
+    """
+    final = checkpoints_dir / f"step_{step:07d}"
+    temporary = checkpoints_dir / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_model(temporary)
+        save_file(optimizer_state, temporary / OPTIMIZER_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2))
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        (temporary / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=2))
+        for path in [*files, temporary / CHECKSUM_FILE, temporary]:
+            _flush_to_disk(path)
+        temporary.rename(final)
+        _flush_to_disk(checkpoints_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if save_total_limit is not None:
+        for old in list_checkpoints(checkpoints_dir)[save_total_limit:]:
+            shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Finished checkpoints, newest first; not yet verified."""
+    found = [path for path in checkpoints_dir.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def find_problem(checkpoint: Path) -> str | None:
+    """None if every file of the checkpoint is there and has its checksum, otherwise what is wrong, naming the file."""
+    try:
+        checksums = json.loads((checkpoint / CHECKSUM_FILE).read_text())
+    except (OSError, ValueError):
+        return f"{checkpoint / CHECKSUM_FILE} is missing or unreadable"
+    for name, expected in checksums.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if _sha256(path) != expected:
+            return f"{path} was altered (its sha256 differs)"
+    return None
+
+
+def checkpoint_to_resume(
+    resume_from_checkpoint: str, checkpoints_dir: Path, report: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint folder named by `--resume_from_checkpoint auto|none|PATH`; None means a fresh start.
+
+    `auto` takes the newest one that verifies and reports those it had to pass over. Raises UserError if there are
+    checkpoints but none verifies, or if PATH does not.
+    """
+    if resume_from_checkpoint == "none":
+        return None
+    if resume_from_checkpoint != "auto":
+        problem = find_problem(Path(resume_from_checkpoint))
+        if problem:
+            raise UserError(f"--resume_from_checkpoint {resume_from_checkpoint}: {problem}")
+        return Path(resume_from_checkpoint)
+
+    problems = []
+    for checkpoint in list_checkpoints(checkpoints_dir):
+        problem = find_problem(checkpoint)
+        if problem is None:
+            return checkpoint
+        report(f"passing over {checkpoint.name}: {problem}")
+        problems.append(problem)
+    if problems:
+        raise UserError(
+            f"no checkpoint in {checkpoints_dir} can be resumed ({problems[0]}); "
+            f"--resume_from_checkpoint none starts again from step 0"
+        )
+    return None
+
+
+def set_aside_later_checkpoints(checkpoints_dir: Path, step: int) -> None:
+    """Move checkpoints beyond `step`, where this run begins, into `replaced_N/`: none may pass for its newest."""
+    later = [path for path in list_checkpoints(checkpoints_dir) if int(path.name[5:]) > step]
+    if later:
+        number = next(n for n in itertools.count(1) if not (checkpoints_dir / f"replaced_{n}").exists())
+        aside = checkpoints_dir / f"replaced_{number}"
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load weights and optimizer state in place; return the trainer state.
+
+    Raises UserError, naming them, if the checkpoint's tensors are not those of this model.
+    """
+    try:
+        missing, unexpected = load_model(model, checkpoint / MODEL_FILE, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{checkpoint / MODEL_FILE} belongs to another model: {str(error).splitlines()[-1]}") from None
+    if missing or unexpected:
+        name = sorted([*missing, *unexpected])[0]
+        raise UserError(f"{checkpoint / MODEL_FILE} belongs to another model: tensor {name} does not match")
+    load_optimizer_state(optimizer, model, load_file(checkpoint / OPTIMIZER_FILE))
+    return json.loads((checkpoint / STATE_FILE).read_text())
+
+
+def refuse_changed_settings(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise UserError listing every setting that differs, the model's own by their names."""
+    saved = saved | saved["model"]
+    current = current | current["model"]
+    differing = [
+        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if name != "model" and saved.get(name) != current.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{checkpoint} was made under other settings: {'; '.join(differing)}; put them back, "
+            f"or start over with --resume_from_checkpoint none or another --output_dir"
+        )
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors, keyed `parameter name/state name`: independent of group order and free of pickle."""
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, state in _named_state(optimizer, model)
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_state` returned, on each parameter's device (AdamW's step counters included)."""
+    by_name = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, state_name = key.rsplit("/", 1)
+        parameter = by_name[name]
+        # `step` is a scalar that fused AdamW keeps in fp32 beside the parameter.
+        optimizer.state[parameter][state_name] = value.to(parameter.device, copy=True)
+
+
+def _named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        yield names[parameter], state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

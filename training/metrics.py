@@ -1,0 +1,174 @@
+"""What a run measures and writes: metrics.jsonl, summary.json, training_curves.png."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets; the first key found in the name counts.
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A10G": 70.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+}
+
+
+def flops_per_token(num_matmul_parameters: int, num_hidden_layers: int, attention_width: int, seq_len: int) -> int:
+    """Training FLOPs per token, forward and backward: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
+
+    N counts the parameters that are multiplied with every token (the head included, the embedding look-up not);
+    attention_width = num_attention_heads x head_dim. The causal half of attention is not discounted.
+    """
+    return 6 * num_matmul_parameters + 12 * num_hidden_layers * attention_width * seq_len
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in FLOP/s, or None where it is not known (CPUs, uncommon GPUs)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+
+
+def model_flops_utilization(
+    model: PreTrainedModel, *, seq_len: int, tokens_per_second: float, peak_flops: float | None
+) -> float | None:
+    """Share of one device's peak that the model's own arithmetic amounts to; None where the peak is not known."""
+    if peak_flops is None:
+        return None
+    config = model.config
+    looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    return (
+        tokens_per_second
+        / peak_flops
+        * flops_per_token(
+            model.num_parameters() - looked_up,
+            config.num_hidden_layers,
+            config.num_attention_heads * config.head_dim,
+            seq_len,
+        )
+    )
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory held so far: allocated on the device, or resident in the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Stopwatch:
+    """Seconds spent training; evaluation and saving are taken out with `paused()`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.total_s = 0.0
+        self.lap_s = 0.0
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)  # kernels still queued belong to the time before
+        now = time.perf_counter()
+        self.total_s += now - self._since
+        self.lap_s += now - self._since
+        self._since = now
+
+    def resume(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Training seconds since the last lap."""
+        self.pause()
+        lap_s, self.lap_s = self.lap_s, 0.0
+        return lap_s
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object per logged step, in order, without repeats after a resume."""
+
+    def __init__(self, path: Path, *, resumed_step: int):
+        self.path = path
+        self.rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line cut short by a crash is left out. A missing file has no rows."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Tokenizer-independent loss: nats/token -> bits per UTF-8 byte of the evaluated text."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw train and evaluation loss (nats/token) and the learning rate over tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    train = [(row["tokens_seen"], row["loss"], row["learning_rate"]) for row in rows if "loss" in row]
+    evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    figure, (loss_axis, rate_axis) = plt.subplots(
+        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"
+    )
+    if train:
+        tokens, losses, rates = zip(*train, strict=True)
+        loss_axis.plot(tokens, losses, color="tab:blue", alpha=0.5, linewidth=1, label="train (one batch)")
+        rate_axis.plot(tokens, rates, color="tab:gray")
+    if evaluated:
+        tokens, losses = zip(*evaluated, strict=True)
+        loss_axis.plot(
+            tokens, losses, color="tab:orange", marker="o", markersize=4, label=f"validation (last {losses[-1]:.3f})"
+        )
+    loss_axis.set_ylabel("loss (nats/token)")
+    if train or evaluated:
+        loss_axis.legend()
+    loss_axis.grid(alpha=0.3)
+    rate_axis.set_ylabel("learning rate")
+    rate_axis.set_xlabel("tokens seen")
+    rate_axis.grid(alpha=0.3)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)

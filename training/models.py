@@ -1,0 +1,67 @@
+"""Build the model that a run trains: a preset, fitted to the data, with the user's overrides on top."""
+
+import re
+from typing import Any
+
+import yaml
+
+from command_line import UserError
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+from training.blocks import PackedBlocks
+
+
+def build_model(
+    *,
+    model_preset: str,
+    config_overrides: str | None,
+    attn_implementation: str,
+    gradient_checkpointing: bool,
+    blocks: PackedBlocks,
+) -> GPT2ModernForCausalLM:
+    """The preset, fitted to the data (vocabulary, context, special tokens), with --config_overrides on top."""
+    overrides = parse_config_overrides(config_overrides)
+    try:
+        preset = GPT2ModernConfig.from_preset(model_preset)
+        fitted = {
+            "max_position_embeddings": blocks.block_size,
+            "bos_token_id": blocks.eos_token_id,
+            "eos_token_id": blocks.eos_token_id,
+        }
+        if blocks.vocab_size != (preset.unpadded_vocab_size or preset.vocab_size):
+            fitted["vocab_size"] = blocks.vocab_size
+            if preset.unpadded_vocab_size is not None:  # rows in multiples of 64 suit tensor cores
+                fitted["vocab_size"] = -(-blocks.vocab_size // 64) * 64
+                fitted["unpadded_vocab_size"] = blocks.vocab_size
+        model_config = GPT2ModernConfig.from_preset(model_preset, **(fitted | overrides))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--model_preset {model_preset} / --config_overrides: {error}") from None
+    if blocks.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"the data has {blocks.vocab_size} token ids, the model's vocab_size is only {model_config.vocab_size}"
+        )
+    if blocks.block_size > model_config.max_position_embeddings:
+        raise UserError(
+            f"--block_size {blocks.block_size} is longer than max_position_embeddings="
+            f"{model_config.max_position_embeddings} of --config_overrides"
+        )
+    try:
+        model = GPT2ModernForCausalLM._from_config(model_config, attn_implementation=attn_implementation)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def parse_config_overrides(text: str | None) -> dict[str, Any]:
+    """'hidden_size=64,layer_types=[full_attention,sliding_attention]' -> typed values, read as YAML."""
+    overrides = {}
+    for pair in re.split(r",(?=\s*\w+=)", text) if text else []:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise UserError(f"--config_overrides: expected key=value, found {pair!r}")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--config_overrides: cannot read the value of {key.strip()!r}: {value!r}") from None
+    return overrides
