@@ -1,0 +1,41 @@
+"""GPT2-Modern for those who install the package: importing it registers the model with transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_gpt2modern import PRESETS, GPT2ModernConfig
+from .modeling_gpt2modern import (
+    GPT2ModernForCausalLM,
+    GPT2ModernForSequenceClassification,
+    GPT2ModernForTokenClassification,
+    GPT2ModernModel,
+    GPT2ModernPreTrainedModel,
+)
+
+
+def register() -> None:
+    """Make the Auto classes know `model_type` "gpt2modern", so that saved folders load without trust_remote_code."""
+    AutoConfig.register(GPT2ModernConfig.model_type, GPT2ModernConfig, exist_ok=True)
+    AutoModel.register(GPT2ModernConfig, GPT2ModernModel, exist_ok=True)
+    AutoModelForCausalLM.register(GPT2ModernConfig, GPT2ModernForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(GPT2ModernConfig, GPT2ModernForSequenceClassification, exist_ok=True)
+    AutoModelForTokenClassification.register(GPT2ModernConfig, GPT2ModernForTokenClassification, exist_ok=True)
+
+
+register()
+
+__all__ = [
+    "PRESETS",
+    "GPT2ModernConfig",
+    "GPT2ModernForCausalLM",
+    "GPT2ModernForSequenceClassification",
+    "GPT2ModernForTokenClassification",
+    "GPT2ModernModel",
+    "GPT2ModernPreTrainedModel",
+    "register",
+]

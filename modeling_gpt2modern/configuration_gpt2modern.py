@@ -1,0 +1,322 @@
+"""Configuration of GPT2-Modern: GPT-2 (2019) and each of its modernisations, one field per choice."""
+
+import dataclasses
+import difflib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Where the Auto classes find the code that is saved next to the weights; AutoModel is what vLLM asks for.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2modern.GPT2ModernConfig",
+    "AutoModel": "modeling_gpt2modern.GPT2ModernModel",
+    "AutoModelForCausalLM": "modeling_gpt2modern.GPT2ModernForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_gpt2modern.GPT2ModernForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gpt2modern.GPT2ModernForTokenClassification",
+}
+
+# Keywords that transformers itself reads from a config without declaring them as fields of PreTrainedConfig.
+TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "classifier_dropout",
+    "experts_implementation",
+    "is_causal",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "tie_last_hidden_states",
+    "token_classification_bias",
+    "torch_dtype",
+    "transformers_weights",
+}
+
+GATED_MLP_TYPES = ("swiglu",)
+
+
+def _as_value_error(method: Callable) -> Callable:
+    """`@strict` reports with its own exception types; a wrong value is a ValueError, in one line."""
+
+    @functools.wraps(method)
+    def wrapped(*args, **kwargs):
+        try:
+            return method(*args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
+
+    return wrapped
+
+
+@strict
+class GPT2ModernConfig(PreTrainedConfig):
+    """Every axis of the model; the defaults are the modern model of GPT-2's smallest size.
+
+    vocab_size: rows of the embedding and of the head. `unpadded_vocab_size`: ids that exist (None: all rows do);
+        the rows beyond are padding for the hardware and never get probability.
+    intermediate_size: None means 4 x hidden_size, or for a gated MLP 8/3 x hidden_size rounded up to a multiple of 64,
+        which costs the same number of parameters.
+    head_dim, num_key_value_heads: None means hidden_size / num_attention_heads, and one per attention head.
+    position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), set up by `rope_parameters` as anywhere
+        in transformers; `partial_rotary_factor` is the rotated fraction of each head.
+    norm_type: "layernorm" (arXiv:1607.06450) or "rmsnorm" (arXiv:1910.07467). `norm_affine`: with learned gain (and
+        bias, for layernorm). `norm_eps`: added to the variance.
+    mlp_type: "gelu_new" (GPT-2's tanh form), "gelu" (arXiv:1606.08415), "relu2" (arXiv:2109.08668),
+        "swiglu" (arXiv:2002.05202).
+    attention_scale: factor of the attention scores; None means 1 / sqrt(head_dim).
+    use_qk_norm: normalise queries and keys per head before RoPE (arXiv:2010.04245); `qk_norm_affine`: with gain.
+    sliding_window: tokens that a layer of type "sliding_attention" sees, itself included (arXiv:2004.05150);
+        `layer_types` lists the type of each layer, None means all sliding where there is a window, else all full.
+    use_unet_skips, use_value_residual (arXiv:2410.17897), use_x0_residual, use_embedding_norm: the residual stream of
+        the GPT-2 speedrun (github.com/KellerJordan/modded-nanogpt, record of 2024-11-10).
+    final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means none.
+    initializer_range: standard deviation of all matrices, `embedding_initializer_range` of the token embedding (None:
+        the same). Attention and MLP outputs get initializer_range / sqrt(2 x num_hidden_layers), as GPT-2 has it, or
+        with `zero_init_projections` zero, and an untied head zero too.
+
+    Raises ValueError for a key that does not exist, for a value of the wrong type, and for values that contradict.
+    """
+
+    model_type = "gpt2modern"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "n_embd": "hidden_size",
+        "n_head": "num_attention_heads",
+        "n_layer": "num_hidden_layers",
+        "n_positions": "max_position_embeddings",
+    }
+    _auto_class = "AutoConfig"
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    unpadded_vocab_size: int | None = None
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+
+    position_embedding_type: Literal["learned", "rope"] = "rope"
+    rope_parameters: dict | None = None
+    partial_rotary_factor: float | int = 1.0
+    norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_affine: bool = True
+    norm_eps: float = 1e-5
+    mlp_type: Literal["gelu_new", "gelu", "relu2", "swiglu"] = "swiglu"
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_scale: float | int | None = None
+    use_qk_norm: bool = False
+    qk_norm_affine: bool = True
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    use_unet_skips: bool = False
+    use_value_residual: bool = False
+    use_x0_residual: bool = False
+    use_embedding_norm: bool = False
+
+    tie_word_embeddings: bool = True
+    final_logit_softcapping: float | int | None = None
+
+    embedding_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+
+    initializer_range: float | int = 0.02
+    embedding_initializer_range: float | int | None = None
+    zero_init_projections: bool = False
+
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "GPT2ModernConfig":
+        """The configuration called `name` in PRESETS, with the fields in `overrides` replaced.
+
+        What is not overridden and depends on an overridden field (intermediate_size, head_dim, num_key_value_heads,
+        layer_types) is derived again. Raises ValueError for an unknown preset or field.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        fields = PRESETS[name] | overrides
+        if "vocab_size" in overrides and "unpadded_vocab_size" not in overrides:
+            fields.pop("unpadded_vocab_size", None)
+        return cls(**fields)
+
+    def __post_init__(self, **kwargs):
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        self._refuse_unknown_keys(kwargs)
+
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}; change one, or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.intermediate_size is None:
+            gated = self.mlp_type in GATED_MLP_TYPES
+            self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64 if gated else 4 * self.hidden_size
+        if self.layer_types is None:
+            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
+
+        self.auto_map = AUTO_MAP | (kwargs.pop("auto_map", None) or {})
+        super().__post_init__(**kwargs)
+
+    def _refuse_unknown_keys(self, kwargs: dict[str, Any]) -> None:
+        """A misspelt key would otherwise become an attribute that nothing reads."""
+        known = {field.name for field in dataclasses.fields(self)} | set(self.attribute_map) | TRANSFORMERS_KEYS
+        accepted = known | set(GenerationConfig._get_default_generation_params())
+        for key in kwargs:
+            if key in accepted or key.startswith("_"):
+                continue
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            raise ValueError(
+                f"unknown configuration key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+            )
+
+    def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
+        """transformers' hook that completes `rope_parameters`; learned positions have none."""
+        if self.position_embedding_type == "rope":
+            return super().convert_rope_params_to_dict(**kwargs)
+        given = [key for key in ("rope_theta", "rope_scaling") if kwargs.get(key) is not None]
+        if given or self.rope_parameters:
+            raise ValueError(
+                f"{(given or ['rope_parameters'])[0]} has no use with position_embedding_type="
+                f"{self.position_embedding_type!r}; remove it, or set position_embedding_type='rope'"
+            )
+        self.rope_parameters = None
+        return kwargs
+
+    def validate_architecture(self):
+        """Refuse values that contradict each other; called by `@strict` after construction and before saving."""
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        positive += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"unpadded_vocab_size={self.unpadded_vocab_size} must be between 1 and vocab_size={self.vocab_size}"
+            )
+        slides = "sliding_attention" in self.layer_types
+        if slides and not (self.sliding_window and self.sliding_window > 0):
+            raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
+        if self.sliding_window is not None and not slides:
+            raise ValueError(f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention")
+        if unsupported := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types has {sorted(unsupported)}; there are full_attention and sliding_attention")
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
+            raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be positive, or None")
+        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers; the saved `auto_map` names the files that are saved along, whatever was loaded."""
+        self.auto_map = self.auto_map | AUTO_MAP
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+GPT2ModernConfig.__init__ = _as_value_error(GPT2ModernConfig.__init__)
+GPT2ModernConfig.__setattr__ = _as_value_error(GPT2ModernConfig.__setattr__)
+
+
+# Width, depth and heads of the four GPT-2 models (Radford et al., 2019).
+SIZES = {
+    "": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "-medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "-large": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
+    "-xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
+}
+
+GPT2_TOKENS = {"bos_token_id": 50256, "eos_token_id": 50256}
+
+# 50304 = 393 x 128: matrix products with a multiple of 64 or 128 rows run on full tiles.
+PADDED_VOCABULARY = {"vocab_size": 50304, "unpadded_vocab_size": 50257}
+
+GPT2 = GPT2_TOKENS | {
+    "position_embedding_type": "learned",
+    "norm_type": "layernorm",
+    "mlp_type": "gelu_new",
+    "mlp_bias": True,
+    "attention_bias": True,
+    "embedding_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
+}
+
+# Recipe B of the GPT-2 speedrun: record of 2024-11-10, 3.2753 nats/token on FineWeb after 1.573B tokens.
+# Its Linears start at torch's uniform(+-1/sqrt(fan_in)), whose standard deviation is 1/sqrt(3 x 768) = 0.0208.
+SPEEDRUN = (
+    GPT2_TOKENS
+    | PADDED_VOCABULARY
+    | {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "norm_affine": False,
+        "norm_eps": 1e-6,
+        "mlp_type": "relu2",
+        "use_qk_norm": True,
+        "qk_norm_affine": False,
+        "use_unet_skips": True,
+        "use_value_residual": True,
+        "use_x0_residual": True,
+        "use_embedding_norm": True,
+        "tie_word_embeddings": False,
+        "final_logit_softcapping": 30.0,
+        "initializer_range": 0.0208,
+        "embedding_initializer_range": 1.0,
+        "zero_init_projections": True,
+    }
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    **{f"gpt2{suffix}": GPT2 | size for suffix, size in SIZES.items()},
+    **{f"modern{suffix}": GPT2_TOKENS | PADDED_VOCABULARY | size for suffix, size in SIZES.items()},
+    "speedrun": SPEEDRUN,
+}

@@ -1,0 +1,450 @@
+"""GPT2-Modern: a decoder-only transformer between GPT-2 (2019) and its modern descendants, for transformers 5.
+
+From the inside out: attention, decoder layer, model, heads. Each choice of the configuration becomes a module in
+`__init__`; no forward reads a flag. Module names are Llama's; norms, MLPs, rotary embedding and the loss are in
+layers_gpt2modern.py.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt2modern import GPT2ModernConfig
+from .layers_gpt2modern import (
+    MLPS,
+    NORMS,
+    EmbeddingResidual,
+    FirstArgument,
+    GPT2ModernRotaryEmbedding,
+    ResidualMix,
+    UNetSkip,
+    ValueResidual,
+    apply_rotary,
+    linear_cross_entropy,
+    soft_cap,
+)
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers < 5.17
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """The positions that need logits: the last `logits_to_keep` (0: all), or those that a 1D tensor lists."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return hidden_states[:, kept, :]
+
+
+MASKS: dict[str, Callable] = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(query @ key.T * scaling + mask) @ value in plain PyTorch, the reference of all other implementations.
+
+    query: (batch, num_heads, query_len, head_dim); key, value: (batch, num_key_value_heads, key_len, head_dim).
+    Returns the output (batch, query_len, num_heads, head_dim) and the weights (batch, num_heads, query_len, key_len).
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class GPT2ModernAttention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245); identical to Qwen3's except for the parts that may be off."""
+
+    def __init__(self, config: GPT2ModernConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.attention_dropout = config.attention_dropout
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        self.is_causal = True
+
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.writes_residual = True
+        self.q_norm, self.k_norm = (
+            NORMS[config.norm_type](config.head_dim, eps=config.norm_eps, elementwise_affine=config.qk_norm_affine)
+            if config.use_qk_norm
+            else nn.Identity()
+            for _ in range(2)
+        )
+        # The first layer's values are the ones that the others mix in.
+        self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else FirstArgument()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        first_value_states: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Returns the output (batch, seq_len, hidden_size), the weights (eager only) and this layer's new values."""
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key_states = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value_states = new_value_states = self.value_residual(value_states, first_value_states)
+
+        if position_embeddings is not None:
+            query_states, key_states = apply_rotary(query_states, key_states, *position_embeddings)
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
+        return attn_output, attn_weights, new_value_states
+
+
+class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: GPT2ModernConfig, layer_idx: int):
+        super().__init__()
+        self.attention_type = config.layer_types[layer_idx]
+        self.is_value_source = config.use_value_residual and layer_idx == 0
+        reads_skip = config.use_unet_skips and layer_idx >= config.num_hidden_layers - config.num_hidden_layers // 2
+        self.unet_skip = UNetSkip() if reads_skip else FirstArgument()
+        self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else FirstArgument()
+
+        norm = NORMS[config.norm_type]
+        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+        self.self_attn = GPT2ModernAttention(config, layer_idx)
+        self.post_attention_layernorm = norm(
+            config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine
+        )
+        self.mlp = MLPS[config.mlp_type](config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        skip_states: torch.Tensor | None = None,
+        embedding_states: torch.Tensor | None = None,
+        first_value_states: torch.Tensor | None = None,
+        **attention_kwargs,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """hidden_states, skip_states, embedding_states: (batch, seq_len, hidden_size); first_value_states: (batch,
+        num_key_value_heads, seq_len, head_dim). They are positional, as reentrant gradient checkpointing wants them.
+
+        Returns the new hidden_states; the first layer of a model with value residuals returns its values beside them.
+        """
+        hidden_states = self.unet_skip(hidden_states, skip_states)
+        hidden_states = self.embedding_residual(hidden_states, embedding_states)
+        attn_output, _, value_states = self.self_attn(
+            self.input_layernorm(hidden_states), first_value_states, **attention_kwargs
+        )
+        hidden_states = hidden_states + self.dropout(attn_output)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return (hidden_states, value_states) if self.is_value_source else hidden_states
+
+
+class GPT2ModernPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what transformers asks of a model class."""
+
+    config: GPT2ModernConfig
+    config_class = GPT2ModernConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPT2ModernDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GPT2ModernDecoderLayer, "attentions": GPT2ModernAttention}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in transformers, with the exceptions that GPT-2 and the speedrun make.
+
+        transformers calls this only on modules with parameters or buffers of their own, so that the projections that
+        write to the residual stream are marked by their parents instead of being set from there.
+        """
+        super()._init_weights(module)
+        config = self.config
+        if isinstance(module, ResidualMix):
+            init.copy_(module.weight, torch.tensor(module.initial_weight))
+        elif isinstance(module, nn.Embedding) and config.embedding_initializer_range is not None:
+            if module is self.get_input_embeddings():
+                init.normal_(module.weight, std=config.embedding_initializer_range)
+        elif config.zero_init_projections and (
+            getattr(module, "writes_residual", False) or module is self.get_output_embeddings()
+        ):
+            init.zeros_(module.weight)
+        elif getattr(module, "writes_residual", False):
+            init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
+
+
+class GPT2ModernModel(GPT2ModernPreTrainedModel):
+    """Token ids to hidden states: embeddings, decoder layers, final norm."""
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: GPT2ModernConfig):
+        super().__init__(config)
+        norm = NORMS[config.norm_type]
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            if config.position_embedding_type == "learned"
+            else None
+        )
+        self.rotary_emb = GPT2ModernRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.embedding_norm = (
+            norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+            if config.use_embedding_norm
+            else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(GPT2ModernDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+        self.unet_depth = config.num_hidden_layers // 2 if config.use_unet_skips else 0
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Arguments and result are those of every decoder in transformers, see LlamaModel.
+
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        position_embeddings = None
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        if self.rotary_emb is not None:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        embedding_states = hidden_states = self.dropout(self.embedding_norm(hidden_states))
+
+        first_value_states = None
+        skips: list[torch.Tensor] = []  # outputs of the first half, each read by its mirror layer in the second
+        for index, layer in enumerate(self.layers):
+            skip_states = skips.pop() if index >= len(self.layers) - self.unet_depth else None
+            hidden_states = layer(
+                hidden_states,
+                skip_states,
+                embedding_states,
+                first_value_states,
+                attention_mask=masks[layer.attention_type],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if isinstance(hidden_states, tuple):
+                hidden_states, first_value_states = hidden_states
+            if index < self.unet_depth:
+                skips.append(hidden_states)
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _attention_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, Any]:
+        """One mask per type of layer; generate() prepares them itself for a cache of fixed size."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return {
+            attention_type: MASKS[attention_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for attention_type in {layer.attention_type for layer in self.layers}
+        }
+
+
+class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
+    """The language model: GPT2ModernModel, a linear head, the loss."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: GPT2ModernConfig):
+        super().__init__(config)
+        self.model = GPT2ModernModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        pad_logits: bool = False,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (batch, seq_len, number of real ids) and, given labels, the loss in nats/token, always in fp32.
+
+        labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels` instead
+            are taken as they are. `num_items_in_batch` divides the summed loss in place of the number of labels.
+        skip_logits: with labels, compute the loss without ever holding all logits, and return none.
+        pad_logits: give back one column per row of the head, those beyond the real ids at the dtype's minimum;
+            generate() asks for it, because transformers sizes its buffers by config.vocab_size.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        logits = loss = None
+        if skip_logits and has_labels:
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)[..., : self.config.unpadded_vocab_size]
+            logits = soft_cap(logits, self.config.final_logit_softcapping)
+            if has_labels:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            if pad_logits:
+                padding = self.config.vocab_size - logits.shape[-1]
+                logits = nn.functional.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        **kwargs,
+    ) -> torch.Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+        return linear_cross_entropy(
+            hidden_states.flatten(0, -2),
+            self.lm_head.weight,
+            shift_labels.flatten().to(hidden_states.device),
+            vocab_size=self.config.unpadded_vocab_size,
+            softcap=self.config.final_logit_softcapping,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+        )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """As in transformers, and one logit per row of the head: see `pad_logits`."""
+        return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
+
+
+class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2ModernPreTrainedModel):
+    """A label for each sequence, from the hidden state of its last token that is not padding."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+
+class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2ModernPreTrainedModel):
+    """A label for each token."""
+
+    _auto_class = "AutoModelForTokenClassification"
