@@ -36,8 +36,8 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -125,7 +125,7 @@ class PrepareConfig:
 
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    config = parse_arguments(PrepareConfig, argv, description=__doc__.splitlines()[0])
+    config = parse_arguments(PrepareConfig, argv, description="\n\n".join(__doc__.split("\n\n")[:2]))
     prepare(config)
 
 
@@ -174,16 +174,17 @@ def _build(config: PrepareConfig, settings: dict, build: Path, seconds: dict[str
         else:
             tokenizer = load_tokenizer(config.tokenizer_name)
         tokenizer.save_pretrained(build / "tokenizer")
-        tokenizer_json = build / "tokenizer" / "tokenizer.json"
-        engine = choose_engine(config.tokenizer_engine, tokenizer_json)
-    vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-    dtype = "uint16" if vocab_size < 1 << 16 else "uint32"
+        vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        encoder = Encoder(
+            tokenizer_json=build / "tokenizer" / "tokenizer.json",
+            engine=config.tokenizer_engine,
+            dtype="uint16" if vocab_size < 1 << 16 else "uint32",
+            eos_token_id=tokenizer.eos_token_id,
+        ).with_engine_chosen()
     with _timed(seconds, "check"):
-        if engine == "gigatoken":
-            for documents in splits.values():
-                check_engine(documents, tokenizer_json, config.shuffle_seed)
+        for split, documents in splits.items():
+            check_engine(encoder, documents, split, config.shuffle_seed)
 
-    packing = {"block_size": config.block_size, "dtype": dtype, "eos_token_id": tokenizer.eos_token_id}
     written = {}
     for split, documents in splits.items():
         num_shards = config.num_shards if split == "train" else 1
@@ -192,14 +193,12 @@ def _build(config: PrepareConfig, settings: dict, build: Path, seconds: dict[str
         counts = {"documents": len(documents), "bytes": 0, "tokens": 0, "dropped_tokens": 0, "rows": 0, "shards": []}
         for index in range(num_shards):
             path = build / split / f"shard-{index:05d}-of-{num_shards:05d}"
-            label = split if num_shards == 1 else f"{split} {index + 1}/{num_shards}"
+            label = split if num_shards == 1 else f"{split} shard {index}"
             with _timed(seconds, "encode"):
                 shard = documents.shard(num_shards, index, contiguous=True)
-                encoded = encode(
-                    shard, engine, tokenizer_json, dtype, tokenizer.eos_token_id, config.num_proc, cache, label
-                )
+                encoded = encode(shard, encoder, config.num_proc, cache, label)
             with _timed(seconds, "write"):
-                shard_counts = write_shard(encoded, path, packing, cache, label)
+                shard_counts = write_shard(encoded, path, config.block_size, encoder, cache, label)
                 counts["shards"].append(
                     {"path": path.relative_to(build).as_posix(), "rows": shard_counts["rows"], "files": _files(path)}
                 )
@@ -210,7 +209,7 @@ def _build(config: PrepareConfig, settings: dict, build: Path, seconds: dict[str
     manifest = {
         "format_version": FORMAT_VERSION,
         "block_size": config.block_size,
-        "dtype": dtype,
+        "dtype": encoder.dtype,
         "vocab_size": vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
         "packing": "concat",
@@ -218,7 +217,7 @@ def _build(config: PrepareConfig, settings: dict, build: Path, seconds: dict[str
         "validation_rule": rule,
         "tokenizer": {
             "name": config.tokenizer_name and Path(config.tokenizer_name).name,
-            "sha256": _sha256(tokenizer_json),
+            "sha256": _sha256(encoder.tokenizer_json),
         },
         "source": source,
         "settings": settings,
@@ -365,6 +364,8 @@ def _read_files_of_one_kind(loader: str, names: list[str], config: PrepareConfig
         column, options = "text", {"sample_by": config.sample_by}
     elif loader == "json":
         options = {"parse_agent_traces": False}
+        for name in names:
+            _refuse_undecodable(name)  # Arrow's parser does not look
     elif loader == "parquet":
         for name in names:
             _require_column(_parquet_columns(name), column, name)
@@ -374,7 +375,8 @@ def _read_files_of_one_kind(loader: str, names: list[str], config: PrepareConfig
     except Exception as error:  # each loader raises its own
         for name in names if len(names) > 1 else []:
             _read_files_of_one_kind(loader, [name], config, cache)  # raises for the one at fault
-        _refuse_undecodable(names[0]) if loader != "parquet" else None
+        if loader == "text":
+            _refuse_undecodable(names[0])
         raise UserError(f"{names[0]}: cannot be read as {loader} ({_cause(error)})") from error
     return _text_only(documents, column, names[0] if len(names) == 1 else f"{names[0]} and the files after it")
 
@@ -482,6 +484,10 @@ def _hash_documents(documents: "Dataset") -> tuple["np.ndarray", "np.ndarray"]:
     index = 0
     with tqdm(total=len(documents), desc="Hashing", unit=" documents") as bar:
         for table in documents.with_format("arrow").iter(DOCUMENTS_PER_BATCH):
+            try:
+                table["text"].validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise UserError(f"documents {index} to {index + len(table) - 1}: not UTF-8 text ({error})") from error
             for text in table["text"].cast(pa.large_binary()).to_pylist():
                 if text:
                     hashes[index] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
@@ -565,6 +571,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
             else "no such folder, and the Hub does not give it: check the name and the network"
         )
         raise UserError(f"--tokenizer_name {name}: not a tokenizer ({_cause(error)}); {way_out}") from error
+    for name_of_this_call in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name_of_this_call, None)  # or they are saved
     if not tokenizer.is_fast:
         raise UserError(f"--tokenizer_name {name}: has no fast version (tokenizer.json); choose another tokenizer")
     if tokenizer.eos_token_id is None:
@@ -572,125 +580,120 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def choose_engine(asked: str, tokenizer_json: Path) -> Literal["gigatoken", "tokenizers"]:
-    """The engine to encode with: `auto` is gigatoken, or `tokenizers` with a note where gigatoken cannot serve."""
-    if asked == "tokenizers":
-        return "tokenizers"
-    try:
-        _gigatoken(tokenizer_json)
-    except Exception as error:  # not installed, or a kind of tokenizer that it does not know
-        if asked == "gigatoken":
-            raise UserError(
-                f"--tokenizer_engine gigatoken: cannot serve this tokenizer ({_cause(error)}); use auto or tokenizers"
-            ) from error
-        print(f"note: encoding with tokenizers, gigatoken cannot serve this tokenizer ({_cause(error)})")
-        return "tokenizers"
-    return "gigatoken"
-
-
-@lru_cache(maxsize=1)
-def _gigatoken(tokenizer_json: Path):
-    import gigatoken
-
-    return gigatoken.Tokenizer.from_json(tokenizer_json.read_text(encoding="utf-8"))
-
-
-@lru_cache(maxsize=1)
-def _tokenizers(tokenizer_json: Path):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
 # Encoding
 
 
-def encode_texts(texts: "pa.Array", engine: str, tokenizer_json: Path) -> tuple["np.ndarray", "np.ndarray"]:
-    """Encode a `large_string` array: all ids one after the other, and the number of ids of each text (int64)."""
-    import numpy as np
+@dataclass(frozen=True)
+class Encoder:
+    """Texts to ids; a worker process gets the fields and loads its own engine."""
 
-    if engine == "gigatoken":
-        import awkward
+    tokenizer_json: Path
+    engine: Literal["auto", "gigatoken", "tokenizers"]
+    dtype: Literal["uint16", "uint32"]
+    eos_token_id: int
 
-        ids = _gigatoken(tokenizer_json).encode_batch(awkward.from_arrow(texts))
-        return awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids))
-    encodings = _tokenizers(tokenizer_json).encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
-    ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-    return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
+    def with_engine_chosen(self) -> "Encoder":
+        """`auto` becomes gigatoken, or `tokenizers`, with a note, where gigatoken cannot serve; UserError where
+        gigatoken was asked for and cannot."""
+        if self.engine == "tokenizers":
+            return self
+        try:
+            chosen = replace(self, engine="gigatoken")
+            chosen.gigatoken.encode("")
+            return chosen
+        except Exception as error:  # not installed, or a kind of tokenizer that it does not know
+            if self.engine == "gigatoken":
+                raise UserError(
+                    f"--tokenizer_engine gigatoken: cannot serve this tokenizer ({_cause(error)}); "
+                    "use auto or tokenizers"
+                ) from error
+            print(f"note: encoding with tokenizers; gigatoken cannot serve this tokenizer ({_cause(error)})")
+            return replace(self, engine="tokenizers")
+
+    @cached_property
+    def gigatoken(self):
+        import gigatoken
+
+        return gigatoken.Tokenizer.from_json(self.tokenizer_json.read_text(encoding="utf-8"))
+
+    @cached_property
+    def tokenizers(self):
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.tokenizer_json))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def __getstate__(self) -> dict:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def ids_and_lengths(self, texts: "pa.Array") -> tuple["np.ndarray", "np.ndarray"]:
+        """Encode a `large_string` array: all ids one after the other (uint32), and how many each text has (int64)."""
+        import numpy as np
+
+        if self.engine == "gigatoken":
+            import awkward
+
+            ids = self.gigatoken.encode_batch(awkward.from_arrow(texts))
+            return awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids))
+        encodings = self.tokenizers.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
+
+    def encode_table(self, table: "pa.Table") -> "pa.Table":
+        """Column `text` -> `ids` (of the text and EOS, in `dtype`) and `bytes` (of its UTF-8)."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        texts = pa.chunked_array(table["text"]).cast(pa.large_string()).combine_chunks()
+        ids, lengths = self.ids_and_lengths(texts)
+        ends = np.cumsum(lengths)
+        ids = np.insert(ids.astype(self.dtype), ends, self.eos_token_id)
+        offsets = np.concatenate([[0], ends + np.arange(1, len(ends) + 1)])
+        columns = {
+            "ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids)),
+            "bytes": pc.binary_length(texts).cast(pa.int64()),
+        }
+        return pa.table(columns)
 
 
-def check_engine(documents: "Dataset", tokenizer_json: Path, seed: int) -> None:
-    """Encode a sample of the documents with both engines; raises UserError naming the first that differs."""
+def check_engine(encoder: Encoder, documents: "Dataset", split: str, seed: int) -> None:
+    """Encode a sample of the documents with `tokenizers` too; raises UserError naming the first that differs."""
     import numpy as np
     import pyarrow as pa
 
-    count = min(CHECKED_DOCUMENTS, len(documents))
+    reference = replace(encoder, engine="tokenizers")
+    count = min(CHECKED_DOCUMENTS, len(documents)) if encoder.engine != "tokenizers" else 0
     for index in sorted(np.random.default_rng(seed).choice(len(documents), count, replace=False).tolist()):
         text = documents[index]["text"][:CHECKED_CHARACTERS]
         texts = pa.array([text], pa.large_string())
-        fast, reference = (encode_texts(texts, engine, tokenizer_json)[0] for engine in ("gigatoken", "tokenizers"))
-        if not np.array_equal(fast, reference):
+        if not np.array_equal(encoder.ids_and_lengths(texts)[0], reference.ids_and_lengths(texts)[0]):
             raise UserError(
-                f"gigatoken and tokenizers encode document {index} differently (it begins {text[:60]!r}); "
-                "use --tokenizer_engine tokenizers"
+                f"{encoder.engine} and tokenizers encode document {index} of the {split} split differently "
+                f"(it begins {text[:60]!r}); use --tokenizer_engine tokenizers"
             )
 
 
-def encode(
-    documents: "Dataset",
-    engine: str,
-    tokenizer_json: Path,
-    dtype: str,
-    eos_token_id: int,
-    num_proc: int | None,
-    cache: Path,
-    label: str,
-) -> "Dataset":
-    """Columns `ids` (the document and EOS, in `dtype`) and `bytes` (of its UTF-8 text), one row per document."""
+def encode(documents: "Dataset", encoder: Encoder, num_proc: int | None, cache: Path, label: str) -> "Dataset":
+    """`Encoder.encode_table` of all documents, in their order, in `num_proc` processes."""
     from datasets import Features, LargeList, Value
 
-    num_proc = None if num_proc is None else min(num_proc, len(documents))
-    if num_proc not in (None, 1):
-        # Workers are forked after `tokenizers` has used threads here: without this each says so, at length.
+    if num_proc is not None and num_proc > 1:
+        # Workers are forked after `tokenizers` has used threads here: without this each warns of it, at length.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return documents.with_format("arrow").map(
-        _encode_batch,
+        encoder.encode_table,
         batched=True,
         batch_size=DOCUMENTS_PER_BATCH,
-        fn_kwargs={
-            "engine": engine,
-            "tokenizer_json": tokenizer_json,
-            "dtype": dtype,
-            "eos_token_id": eos_token_id,
-        },
         remove_columns=["text"],
-        features=Features({"ids": LargeList(Value(dtype)), "bytes": Value("int64")}),
-        num_proc=num_proc,
+        features=Features({"ids": LargeList(Value(encoder.dtype)), "bytes": Value("int64")}),
+        num_proc=num_proc and min(num_proc, len(documents)),
         load_from_cache_file=False,
         cache_file_name=str(cache / "encoded.arrow"),
         new_fingerprint="encoded",
         desc=f"Encoding {label}",
-    )
-
-
-def _encode_batch(table: "pa.Table", engine: str, tokenizer_json: Path, dtype: str, eos_token_id: int) -> "pa.Table":
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    texts = pa.chunked_array(table["text"]).cast(pa.large_string()).combine_chunks()
-    ids, lengths = encode_texts(texts, engine, tokenizer_json)
-    ends = np.cumsum(lengths)
-    ids = np.insert(ids.astype(dtype), ends, eos_token_id)
-    offsets = np.concatenate([[0], ends + np.arange(1, len(ends) + 1)])
-    return pa.table(
-        {
-            "ids": pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids)),
-            "bytes": pc.binary_length(texts).cast(pa.int64()),
-        }
     )
 
 
@@ -713,7 +716,9 @@ def packed_rows(streams: Iterator["np.ndarray"], block_size: int, eos_token_id: 
             yield np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size][:rows]
 
 
-def write_shard(encoded: "Dataset", path: Path, packing: dict, cache: Path, label: str) -> dict[str, int]:
+def write_shard(
+    encoded: "Dataset", path: Path, block_size: int, encoder: Encoder, cache: Path, label: str
+) -> dict[str, int]:
     """Pack `encoded` into the `datasets` folder `path`; returns bytes, tokens (targets), dropped_tokens and rows.
 
     Raises UserError if there is less than one block.
@@ -725,7 +730,6 @@ def write_shard(encoded: "Dataset", path: Path, packing: dict, cache: Path, labe
     from datasets.table import MemoryMappedTable
     from tqdm import tqdm
 
-    block_size = packing["block_size"]
     ids = encoded.data.column("ids")
     total_tokens = sum(len(chunk.flatten()) for chunk in ids.chunks)
     if total_tokens < block_size:
@@ -733,7 +737,7 @@ def write_shard(encoded: "Dataset", path: Path, packing: dict, cache: Path, labe
             f"--block_size {block_size}: {label} has only {total_tokens} tokens, less than a block; "
             "use a smaller block size, fewer shards or more text"
         )
-    features = Features({"input_ids": List(Value(packing["dtype"]), length=block_size + 1)})
+    features = Features({"input_ids": List(Value(encoder.dtype), length=block_size + 1)})
     unsaved = cache / "packed.arrow"
     rows = 0
     with tqdm(total=total_tokens, desc=f"Packing {label}", unit=" tokens", unit_scale=True) as bar:
@@ -743,7 +747,7 @@ def write_shard(encoded: "Dataset", path: Path, packing: dict, cache: Path, labe
             for start in range(0, len(values), TOKENS_PER_WRITE)
         )
         with ArrowWriter(features=features, path=str(unsaved)) as writer:
-            for block_rows in packed_rows(pieces, block_size, packing["eos_token_id"]):
+            for block_rows in packed_rows(pieces, block_size, encoder.eos_token_id):
                 column = pa.FixedSizeListArray.from_arrays(pa.array(block_rows.ravel()), block_size + 1)
                 writer.write_table(pa.table({"input_ids": column}))
                 rows += len(block_rows)
