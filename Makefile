@@ -14,3 +14,28 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
 	@touch $@
+
+DATA := data/stdlib
+DEMO := out/demo
+
+demo: $(INSTALLED)
+	$(BIN)/python prepare_data.py --dataset_name stdlib --train_tokenizer 8192 --block_size 256 --output_dir $(DATA)
+	$(BIN)/accelerate launch --config_file accelerate_configs/one_device.yaml train_accelerate.py \
+		--config recipes/demo.yaml --data_dir $(DATA) --output_dir $(DEMO)
+	$(BIN)/python -m eval.perplexity --model $(DEMO) --data $(DATA)
+	$(BIN)/python -m eval.generate --model $(DEMO) --prompt "def " "class " "import " --max_new_tokens 80
+	@echo
+	@echo "The model, its card and its records: $(DEMO)   (training_curves.png shows how it learned)"
+	@echo "More text from it:    $(BIN)/python -m eval.generate --model $(DEMO) --prompt 'for i in range('"
+	@echo "Train on your files:  $(BIN)/python prepare_data.py --train_file YOUR.txt --train_tokenizer 8192 --block_size 256 --output_dir data/mine"
+	@echo "A real run:           README.md, section 'A real run'"
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) data out build *.egg-info

@@ -50,6 +50,10 @@ class _Parser(HfArgumentParser):
     def __init__(self, arguments: type, **kwargs):
         super().__init__(arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
+    def add_argument(self, *flags, **kwargs):
+        # HfArgumentParser adds a hyphenated twin to every flag, which doubles each line of --help and of an error.
+        return super().add_argument(*(flag for flag in flags if "-" not in flag[2:]), **kwargs)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists every flag)")
 

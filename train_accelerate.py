@@ -222,11 +222,16 @@ def build_accelerator(config: TrainConfig) -> "Accelerator":
     """Raises UserError where a launch would silently train one copy per process."""
     import torch
     from accelerate import Accelerator
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
+    except ValueError as error:
+        raise UserError(f"cannot set up {launched} process(es), precision {config.mixed_precision}: {error}") from None
     if launched != accelerator.num_processes:
         raise UserError(
             f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
@@ -516,10 +521,9 @@ def finish(run: Run) -> None:
             output_dir / "README.md",
             name=output_dir.resolve().name,
             preset=run.config.model_preset,
-            corpus=run.train_blocks.corpus,
+            manifest=run.train_blocks.manifest,
             summary=summary,
             settings=settings,
-            prompt="def " if "stdlib" in run.train_blocks.corpus else "The ",
         )
         print(f"finished: validation loss {eval_loss:.4f} nats/token, model in {output_dir}")
     run.accelerator.wait_for_everyone()

@@ -1,5 +1,6 @@
 """What a run leaves behind besides its metrics: a folder that stock transformers loads, and the run's settings."""
 
+import os
 import platform
 import shutil
 import sys
@@ -23,6 +24,11 @@ def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: P
     )
     model.save_pretrained(folder)
     shutil.copytree(tokenizer_path, folder, dirs_exist_ok=True)
+    # safetensors creates files that only their owner can read; a model folder has the modes of its user.
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~umask)
 
 
 def export_model(model: PreTrainedModel, output_dir: Path, *, tokenizer_path: Path, eos_token_id: int) -> None:

@@ -53,12 +53,14 @@ def write_model_card(
     *,
     name: str,
     preset: str,
-    corpus: str,
+    manifest: dict[str, Any],
     summary: dict[str, Any],
     settings: dict[str, Any],
-    prompt: str,
 ) -> None:
-    """Write the card from `summary` (the contents of summary.json) and the run's `settings`."""
+    """Write the card from the data's manifest, `summary` (the contents of summary.json) and the run's `settings`."""
+    name_or_files = manifest["source"]["name"]
+    source_name = name_or_files if isinstance(name_or_files, str) else ", ".join(name_or_files)
+    is_stdlib = source_name == "stdlib"
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
@@ -69,8 +71,8 @@ def write_model_card(
         name=name,
         preset=preset,
         parameters=f"{summary['params']:,}",
-        corpus=corpus,
-        prompt=repr(prompt),
+        corpus="the source code of Python's standard library" if is_stdlib else f"`{source_name}`",
+        prompt=repr("def " if is_stdlib else "The "),
         results=[
             ("validation loss (nats/token)", _rounded(summary["eval_loss"])),
             ("validation bits per byte", _rounded(summary["bits_per_byte"])),

@@ -1,0 +1,298 @@
+"""The training loop: exact resume, the same losses however the work is divided, a folder that stock code loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
+FLAGS = {
+    "config_overrides": TINY,
+    "per_device_train_batch_size": 4,
+    "total_batch_size": 256,
+    "max_steps": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "logging_steps": 1,
+    "eval_steps": 4,
+    "eval_blocks": 8,
+    "save_steps": 3,
+    "save_total_limit": 9,
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def flags_for(data_dir, output_dir, **changes):
+    settings = FLAGS | {"data_dir": data_dir, "output_dir": output_dir} | changes
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def train(data_dir, output_dir, **changes):
+    """Train in this process, on one CPU device."""
+    from accelerate.state import AcceleratorState
+
+    import train_accelerate
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_accelerate.main(flags_for(data_dir, output_dir, **changes))
+    return output_dir
+
+
+def command(data_dir, output_dir, *launcher, **changes):
+    return [
+        *(launcher or [sys.executable]),
+        str(REPOSITORY / "train_accelerate.py"),
+        *flags_for(data_dir, output_dir, **changes),
+    ]
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir):
+    return [row["loss"] for row in metrics(output_dir)]
+
+
+def assert_same_weights(first, second):
+    expected, found = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run of 8 steps with checkpoints at 3, 6 and 8; an epoch is 5 or 6 steps."""
+    return train(data_dir, tmp_path_factory.mktemp("finished"), config_overrides=TINY + ",hidden_dropout=0.1")
+
+
+def test_the_run_leaves_everything_that_is_promised(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "configuration_gpt2modern.py", "modeling_gpt2modern.py", "README.md", "summary.json", "metrics.jsonl",
+        "training_curves.png", "resolved_config.yaml", "checkpoints",
+    }  # fmt: skip
+    assert not [name for name in names if name.startswith(".")]
+    auto_map = json.loads((finished / "config.json").read_text())["auto_map"]
+    assert auto_map.keys() >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_every_step_is_logged_with_every_measure(finished):
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["tokens_seen"] for row in rows] == [256 * step for step in range(1, 9)]
+    measures = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_time_s", "peak_memory_gib"}
+    assert all(row.keys() >= measures for row in rows)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [4, 8]
+
+
+def test_the_summary_agrees_with_the_log(finished):
+    summary, rows = json.loads((finished / "summary.json").read_text()), metrics(finished)
+    assert (summary["train_loss"], summary["eval_loss"]) == (rows[-1]["loss"], rows[-1]["eval_loss"])
+    assert (summary["steps"], summary["tokens_seen"]) == (8, 2048)
+    assert 0 < summary["bits_per_byte"] < summary["eval_loss"] / 0.69
+
+
+def test_the_model_learns(finished):
+    assert losses(finished)[-1] < losses(finished)[0] - 0.5
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_resumed_anywhere_ends_bit_identical(finished, data_dir, tmp_path, step):
+    """Step 3 is in the middle of the first epoch, step 6 in the second; dropout is on, workers read ahead."""
+    resumed = train(
+        data_dir,
+        tmp_path,
+        config_overrides=TINY + ",hidden_dropout=0.1",
+        resume_from_checkpoint=finished / "checkpoints" / f"step_{step:07d}",
+        dataloader_num_workers=2,
+    )
+    assert_same_weights(finished, resumed)
+    assert losses(resumed) == losses(finished)[step:]
+
+
+def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_path):
+    whole = train(data_dir, tmp_path / "whole", max_steps=40)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(data_dir, killed, max_steps=40), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 60
+    while not list(killed.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / "summary.json").exists()
+
+    train(data_dir, killed, max_steps=40)
+    assert_same_weights(whole, killed)
+    assert [row["step"] for row in metrics(killed)] == list(range(1, 41))
+    assert losses(killed) == losses(whole)
+
+
+def test_a_finished_run_is_not_trained_further(finished, data_dir):
+    before = (finished / "model.safetensors").read_bytes()
+    train(data_dir, finished, config_overrides=TINY + ",hidden_dropout=0.1")
+    assert (finished / "model.safetensors").read_bytes() == before
+    assert len(metrics(finished)) == 8
+
+
+def test_changed_settings_are_refused_and_listed(finished, data_dir, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train(data_dir, finished, learning_rate=5e-3)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "learning_rate was 0.01, is 0.005" in message and "hidden_dropout was 0.1, is 0.0" in message
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_accumulation_gives_the_losses_of_one_big_batch(data_dir, tmp_path, micro_batch):
+    big = train(data_dir, tmp_path / "big", per_device_train_batch_size=8, save_steps=0)
+    small = train(data_dir, tmp_path / "small", per_device_train_batch_size=micro_batch, save_steps=0)
+    assert losses(small) == pytest.approx(losses(big), abs=1e-5)
+
+
+def test_two_processes_train_like_one(data_dir, tmp_path):
+    one = train(data_dir, tmp_path / "one", per_device_train_batch_size=2)
+    two = tmp_path / "two"
+    configuration = REPOSITORY / "accelerate_configs" / "cpu_two_processes.yaml"
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
+    subprocess.run(
+        command(
+            data_dir,
+            two,
+            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)),
+            per_device_train_batch_size=2,
+        ),
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    evaluated = [[row["eval_loss"] for row in metrics(run) if "eval_loss" in row] for run in (one, two)]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+
+
+def test_processes_that_would_train_apart_are_refused(data_dir, tmp_path, monkeypatch, capsys):
+    """Two processes of a launcher that takes this machine for one with GPUs: Accelerate would see one process each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as caught:
+        train(data_dir, tmp_path / "run")
+    assert caught.value.code == 2 and "WORLD_SIZE=2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_trains_and_saves_fp32_weights(data_dir, tmp_path):
+    run = train(data_dir, tmp_path, mixed_precision="bf16")
+    assert {tensor.dtype for tensor in load_file(run / "model.safetensors").values()} == {torch.float32}
+    assert losses(run)[-1] < losses(run)[0] - 0.5
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_an_eager_one(finished, data_dir, tmp_path):
+    eager = train(data_dir, tmp_path / "eager")
+    compiled = train(data_dir, tmp_path / "compiled", torch_compile=True)
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
+    assert load_file(compiled / "model.safetensors").keys() == load_file(eager / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern"])
+def test_every_preset_is_fitted_to_the_data(data_dir, tmp_path, preset):
+    run = train(data_dir, tmp_path, model_preset=preset, max_steps=2, save_steps=0)
+    config = json.loads((run / "config.json").read_text())
+    manifest = json.loads((data_dir / "manifest.json").read_text())
+    assert (config["unpadded_vocab_size"] or config["vocab_size"]) == manifest["vocab_size"]
+    assert config["eos_token_id"] == manifest["eos_token_id"]
+    assert config["max_position_embeddings"] == manifest["block_size"]
+
+
+LOAD_ELSEWHERE = """
+import json, sys
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+logits = model(**tokenizer("def main", return_tensors="pt")).logits
+AutoModel.from_pretrained(folder, trust_remote_code=True)
+text = pipeline("text-generation", model=folder, trust_remote_code=True)("def ", max_new_tokens=5)
+print(json.dumps({"module": type(model).__module__, "logits": logits.tolist(), "text": text[0]["generated_text"]}))
+"""
+
+
+def test_the_folder_loads_where_this_project_is_not(finished, tmp_path):
+    """A process that cannot see the repository runs the code of the folder and computes the same logits."""
+    from transformers import AutoTokenizer
+
+    from eval.loading import load_model
+
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", HIDE_PROJECT + LOAD_ELSEWHERE, str(finished)],
+        cwd=tmp_path,
+        env={name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"} | {"HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["module"].startswith("transformers_modules.")
+    assert found["text"].startswith("def ")
+    inputs = AutoTokenizer.from_pretrained(finished)("def main", return_tensors="pt")
+    expected = load_model(str(finished)).cpu()(**inputs).logits
+    assert torch.equal(torch.tensor(found["logits"]), expected)
+
+
+# An editable installation puts the repository on sys.path; here it must be absent.
+HIDE_PROJECT = """
+import importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"modeling_gpt2modern", "training", "eval", "train_accelerate"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_stepss": 3}, "unknown argument '--max_stepss' (did you mean '--max_steps'?)"),
+        ({"data_dir": "nowhere"}, "nowhere/manifest.json"),
+        ({"config": "nowhere.yaml"}, "--config nowhere.yaml: No such file"),
+        ({"max_steps": "many"}, "--max_steps: invalid int value: 'many'"),
+        ({"warmup_steps": 9}, "--warmup_steps 9 is more than --max_steps 8"),
+        ({"max_steps": 0}, "--max_steps 0 must be at least 1"),
+        ({"total_batch_size": 100}, "--total_batch_size 100 is not a multiple of"),
+        ({"total_batch_size": 32 * 4 * 1000}, "blocks but one step takes 4000"),
+        ({"block_size": 10**6}, "--block_size 1000000"),
+        ({"model_preset": "gpt5"}, "gpt5"),
+        ({"config_overrides": "hiden_size=3"}, "hiden_size"),
+        ({"config_overrides": "hidden_size"}, "expected key=value, found 'hidden_size'"),
+        ({"config_overrides": "hidden_size=30,num_attention_heads=4"}, "num_attention_heads"),
+        ({"config_overrides": TINY + ",vocab_size=8"}, "vocab_size=8"),
+        ({"config_overrides": TINY + ",vocab_size=8", "model_preset": "gpt2"}, "the model's vocab_size is only 8"),
+        ({"config_overrides": TINY + ",max_position_embeddings=16"}, "--block_size 32 is longer than"),
+        ({"attn_implementation": "fast"}, "--attn_implementation fast"),
+        ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
+        ({"mixed_precision": "int4"}, "--mixed_precision: invalid choice: 'int4'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(data_dir, tmp_path, capsys, changes, expected):
+    with pytest.raises(SystemExit) as caught:
+        train(**({"data_dir": data_dir, "output_dir": tmp_path / "run"} | changes))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.splitlines()[-1].startswith("error: ") and expected in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
