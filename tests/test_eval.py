@@ -1,0 +1,146 @@
+"""Evaluation: exact losses, reproducible samples, one-line refusals."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from eval import generate, perplexity
+from eval.perplexity import evaluate_loss
+from training.blocks import PackedBlocks
+
+
+class UniformModel(nn.Module):
+    """Every id equally likely: the loss of any text is ln(vocab_size)."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, shift_labels, num_items_in_batch, **kwargs):
+        logits = self.weight.expand(*input_ids.shape, self.vocab_size)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+        return SimpleNamespace(loss=loss / num_items_in_batch)
+
+
+@pytest.fixture(scope="module")
+def model_dir(data_dir, tmp_path_factory):
+    """A freshly initialised model folder as a training run leaves it."""
+    from training.export import export_model
+    from training.models import build_model
+
+    blocks = PackedBlocks(data_dir, "train")
+    torch.manual_seed(0)
+    model = build_model(
+        model_preset="modern",
+        config_overrides="hidden_size=32,num_hidden_layers=2,num_attention_heads=2",
+        attn_implementation="sdpa",
+        gradient_checkpointing=False,
+        blocks=blocks,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    export_model(model, folder, tokenizer_path=blocks.tokenizer_path, eos_token_id=blocks.eos_token_id)
+    return folder
+
+
+def run(main, *argv):
+    main([str(argument) for argument in argv])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_uniform_probabilities_have_loss_ln_vocab_size(data_dir, batch_size):
+    blocks = PackedBlocks(data_dir, "validation")
+    loss = evaluate_loss(UniformModel(blocks.vocab_size), blocks, batch_size=batch_size)
+    assert loss == pytest.approx(math.log(blocks.vocab_size), rel=1e-6)
+
+
+def test_perplexity_agrees_with_logits_computed_one_block_at_a_time(data_dir, model_dir, tmp_path, capsys):
+    from eval.loading import load_model
+
+    run(perplexity.main, "--model", model_dir, "--data", data_dir, "--output", tmp_path / "result.json")
+    result = json.loads((tmp_path / "result.json").read_text())
+    model, blocks = load_model(str(model_dir)).cpu(), PackedBlocks(data_dir, "validation")
+    with torch.no_grad():
+        per_block = [
+            nn.functional.cross_entropy(model(block[None, :-1]).logits[0], block[1:]).item() for block in blocks
+        ]
+    assert result["loss"] == pytest.approx(sum(per_block) / len(per_block), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
+    assert result["tokens"] == len(blocks) * blocks.block_size
+    counts = blocks.manifest["splits"]["validation"]
+    tokens_per_byte = (counts["tokens"] + counts["dropped_tokens"]) / counts["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2) * tokens_per_byte)
+    assert json.loads(capsys.readouterr().out) == result
+
+
+def test_evaluation_leaves_training_mode_and_random_state_alone(data_dir):
+    blocks = PackedBlocks(data_dir, "validation")
+    model = UniformModel(blocks.vocab_size).train()
+    before = torch.get_rng_state()
+    evaluate_loss(model, blocks, batch_size=4)
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_the_first_blocks_are_read_when_a_limit_is_given(data_dir, monkeypatch):
+    blocks = PackedBlocks(data_dir, "validation")
+    read = []
+    original = PackedBlocks.__getitems__
+    monkeypatch.setattr(PackedBlocks, "__getitems__", lambda self, rows: read.extend(rows) or original(self, rows))
+    evaluate_loss(UniformModel(blocks.vocab_size), blocks, batch_size=2, max_blocks=5)
+    assert read == [0, 1, 2, 3, 4]
+
+
+def samples(model_dir, tmp_path, *flags):
+    run(generate.main, "--model", model_dir, "--output", tmp_path / "samples.json", "--max_new_tokens", 12, *flags)
+    return [row["text"] for row in json.loads((tmp_path / "samples.json").read_text())["samples"]]
+
+
+def test_a_seed_fixes_the_sample(model_dir, tmp_path):
+    first = samples(model_dir, tmp_path, "--prompt", "def f", "--seed", 1)
+    assert first == samples(model_dir, tmp_path, "--prompt", "def f", "--seed", 1)
+    assert first != samples(model_dir, tmp_path, "--prompt", "def f", "--seed", 2)
+
+
+def test_temperature_zero_and_top_k_one_are_greedy(model_dir, tmp_path):
+    greedy = samples(model_dir, tmp_path, "--prompt", "def f", "--temperature", 0, "--seed", 1)
+    assert greedy == samples(model_dir, tmp_path, "--prompt", "def f", "--temperature", 0, "--seed", 2)
+    assert greedy == samples(model_dir, tmp_path, "--prompt", "def f", "--top_k", 1, "--seed", 3)
+    assert greedy == samples(model_dir, tmp_path, "--prompt", "def f", "--top_p", 1e-6, "--seed", 4)
+
+
+def test_several_prompts_and_the_empty_one_are_continued(model_dir, tmp_path, capsys):
+    texts = samples(model_dir, tmp_path, "--prompt", "def f", "", "--seed", 1)
+    assert len(texts) == 2 and all(texts)
+    assert "def f" + texts[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "expected"),
+    [
+        (generate.main, ["--prompt", "x", "--model", "nowhere/at/all"], "--model nowhere/at/all: no such folder"),
+        (generate.main, ["--prompt", "x", "--model", "{empty}"], "is not a model folder: it has no config.json"),
+        (generate.main, ["--prompt", "x", "--model", "{no_weights}"], "cannot be loaded"),
+        (generate.main, ["--prompt", "x", "--model", "{model}", "--temperature", "-1"], "--temperature -1.0"),
+        (generate.main, ["--prompt", "x", "--model", "{model}", "--top_p", "0"], "--top_p 0.0"),
+        (generate.main, ["--model", "{model}"], "required: --prompt"),
+        (perplexity.main, ["--model", "{model}", "--data", "{empty}"], "manifest.json"),
+        (perplexity.main, ["--model", "{model}", "--data", "{data}", "--split", "test"], "invalid choice: 'test'"),
+        (perplexity.main, ["--model", "{model}", "--data", "{data}", "--blok_size", "3"], "'--block_size'"),
+    ],
+)
+def test_a_mistake_is_one_line(data_dir, model_dir, tmp_path, capsys, main, flags, expected):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_weights").mkdir()
+    (tmp_path / "no_weights" / "config.json").write_text((model_dir / "config.json").read_text())
+    places = {
+        "model": model_dir, "data": data_dir, "empty": tmp_path / "empty", "no_weights": tmp_path / "no_weights"
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as caught:
+        main([flag.format(**places) for flag in flags])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.splitlines()[-1].startswith("error: ") and expected in error and "Traceback" not in error

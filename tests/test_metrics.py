@@ -1,0 +1,72 @@
+"""What is reported is what was measured."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from training.metrics import (
+    MetricsLog,
+    Stopwatch,
+    bits_per_byte,
+    flops_per_token,
+    model_flops_utilization,
+    peak_flops,
+    plot_training_curves,
+    read_metrics,
+)
+
+
+def test_flops_of_gpt2_small_are_the_published_855_million_per_token():
+    assert flops_per_token(123_600_000, 12, 768, 1024) == pytest.approx(855e6, rel=1e-3)
+
+
+def test_utilization_is_the_share_of_the_peak():
+    from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+
+    with torch.device("meta"):
+        model = GPT2ModernForCausalLM(GPT2ModernConfig.from_preset("modern"))
+    flops = flops_per_token(model.num_parameters(), 12, 768, 1024)
+    share = model_flops_utilization(model, seq_len=1024, tokens_per_second=1e5, peak_flops=1e15)
+    assert share == pytest.approx(1e5 * flops / 1e15)
+    assert model_flops_utilization(model, seq_len=1024, tokens_per_second=1e5, peak_flops=None) is None
+
+
+def test_the_peak_of_a_cpu_is_not_invented():
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_one_bit_per_byte_is_ln_2_nats_over_one_byte_tokens():
+    assert bits_per_byte(math.log(2), bytes_per_token=1.0) == pytest.approx(1.0)
+    assert bits_per_byte(math.log(2), bytes_per_token=4.0) == pytest.approx(0.25)
+
+
+def test_a_resumed_log_has_no_step_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, resumed_step=0)
+    for step in range(1, 6):
+        log.append({"step": step})
+    MetricsLog(path, resumed_step=3).append({"step": 4})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+
+
+def test_paused_time_is_not_training_time(monkeypatch):
+    now = iter([0.0, 2.0, 10.0, 11.0])  # start; pause after 2 s; go on at 10 s; look at 11 s
+    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(now))
+    stopwatch = Stopwatch(torch.device("cpu"))
+    stopwatch.pause()
+    stopwatch.resume()
+    assert stopwatch.lap() == 3.0 and stopwatch.total_s == 3.0
+
+
+def test_the_curves_are_a_png_also_before_the_first_evaluation(tmp_path):
+    rows = [{"step": 1, "tokens_seen": 10, "loss": 3.0, "learning_rate": 0.1}]
+    plot_training_curves(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
