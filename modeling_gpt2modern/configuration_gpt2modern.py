@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -46,6 +47,7 @@ TRANSFORMERS_KEYS = {
 }
 
 GATED_MLP_TYPES = ("swiglu",)
+ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 
 
 def _as_value_error(method: Callable) -> Callable:
@@ -105,6 +107,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.value_residual": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -166,14 +169,20 @@ class GPT2ModernConfig(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "GPT2ModernConfig":
         """The configuration called `name` in PRESETS, with the fields in `overrides` replaced.
 
-        What is not overridden and depends on an overridden field (intermediate_size, head_dim, num_key_value_heads,
-        layer_types) is derived again. Raises ValueError for an unknown preset or field.
+        What depends on an overridden field and is not overridden itself is derived again: heads keep their size where
+        hidden_size is a multiple of it, a new vocab_size has no padding, and token ids beyond it are dropped.
+        Raises ValueError for an unknown preset or field, and whatever the constructor raises.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         fields = PRESETS[name] | overrides
-        if "vocab_size" in overrides and "unpadded_vocab_size" not in overrides:
-            fields.pop("unpadded_vocab_size", None)
+        head_dim, rest = divmod(PRESETS[name]["hidden_size"], PRESETS[name]["num_attention_heads"])
+        assert rest == 0
+        if not {"num_attention_heads", "head_dim"} & set(overrides) and fields["hidden_size"] % head_dim == 0:
+            fields["num_attention_heads"] = fields["hidden_size"] // head_dim
+        if "vocab_size" in overrides:
+            derived = {"unpadded_vocab_size"} | {key for key in GPT2_TOKENS if fields[key] >= fields["vocab_size"]}
+            fields = {key: value for key, value in fields.items() if key in overrides or key not in derived}
         return cls(**fields)
 
     def __post_init__(self, **kwargs):
@@ -199,16 +208,40 @@ class GPT2ModernConfig(PreTrainedConfig):
             self.layer_types = [layer_type] * self.num_hidden_layers
 
         self.auto_map = AUTO_MAP | (kwargs.pop("auto_map", None) or {})
+        self._choose_parallel_plans()
         super().__post_init__(**kwargs)
+        if self.position_embedding_type == "rope":
+            self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
+
+    def _choose_parallel_plans(self) -> None:
+        """Name only modules that exist, and no pipeline where the residual stream jumps from stage to stage."""
+        absent = {
+            "gate_proj": self.mlp_type not in GATED_MLP_TYPES,
+            "q_norm": not (self.use_qk_norm and self.qk_norm_affine),
+            "k_norm": not (self.use_qk_norm and self.qk_norm_affine),
+            "value_residual": not self.use_value_residual,
+        }
+        self.base_model_tp_plan = {
+            name: style for name, style in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
+        }
+        if self.use_unet_skips or self.use_value_residual or self.use_x0_residual:
+            self.base_model_pp_plan = None
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any]) -> None:
-        """A misspelt key would otherwise become an attribute that nothing reads."""
+        """A misspelt key would otherwise become an attribute that nothing reads.
+
+        In a config.json (it has `transformers_version`) a key that resembles none of ours is kept, with a warning:
+        other tools leave their marks there, and a checkpoint should still load.
+        """
         known = {field.name for field in dataclasses.fields(self)} | set(self.attribute_map) | TRANSFORMERS_KEYS
         accepted = known | set(GenerationConfig._get_default_generation_params())
         for key in kwargs:
             if key in accepted or key.startswith("_"):
                 continue
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.75)
+            if not nearest and self.transformers_version is not None:
+                logger.warning(f"configuration key {key!r} is unknown to GPT2ModernConfig and has no effect")
+                continue
             raise ValueError(
                 f"unknown configuration key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
             )
@@ -216,12 +249,26 @@ class GPT2ModernConfig(PreTrainedConfig):
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
         """transformers' hook that completes `rope_parameters`; learned positions have none."""
         if self.position_embedding_type == "rope":
+            # A copy, so that the dict that the caller holds stays as it is; `type` is rope_type's name of old.
+            parameters = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+            rope_type = parameters.setdefault("rope_type", parameters.pop("type", "default"))
+            if rope_type not in ROPE_TYPES:
+                raise ValueError(f"rope_parameters has rope_type={rope_type!r}; there are {', '.join(ROPE_TYPES)}")
+            fraction = parameters.setdefault("partial_rotary_factor", self.partial_rotary_factor)
+            if self.partial_rotary_factor not in (1.0, fraction):
+                raise ValueError(
+                    f"partial_rotary_factor={self.partial_rotary_factor} contradicts the "
+                    f"partial_rotary_factor={fraction} in rope_parameters"
+                )
+            self.rope_parameters = parameters
             return super().convert_rope_params_to_dict(**kwargs)
         given = [key for key in ("rope_theta", "rope_scaling") if kwargs.get(key) is not None]
-        if given or self.rope_parameters:
+        given += ["rope_parameters"] if self.rope_parameters else []
+        given += ["partial_rotary_factor"] if self.partial_rotary_factor != 1.0 else []
+        if given:
             raise ValueError(
-                f"{(given or ['rope_parameters'])[0]} has no use with position_embedding_type="
-                f"{self.position_embedding_type!r}; remove it, or set position_embedding_type='rope'"
+                f"{given[0]} has no use with position_embedding_type={self.position_embedding_type!r}; "
+                "remove it, or set position_embedding_type='rope'"
             )
         self.rope_parameters = None
         return kwargs
@@ -242,6 +289,10 @@ class GPT2ModernConfig(PreTrainedConfig):
             raise ValueError(
                 f"unpadded_vocab_size={self.unpadded_vocab_size} must be between 1 and vocab_size={self.vocab_size}"
             )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries, num_hidden_layers={self.num_hidden_layers}"
+            )
         slides = "sliding_attention" in self.layer_types
         if slides and not (self.sliding_window and self.sliding_window > 0):
             raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
@@ -252,8 +303,14 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
             raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be positive, or None")
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        rotary_dim = int(self.head_dim * self.partial_rotary_factor)
+        if self.position_embedding_type == "rope" and (rotary_dim < 2 or rotary_dim > self.head_dim or rotary_dim % 2):
+            raise ValueError(
+                f"head_dim={self.head_dim} x partial_rotary_factor={self.partial_rotary_factor} must be an even number "
+                f"between 2 and head_dim, not {rotary_dim}"
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """As in transformers; the saved `auto_map` names the files that are saved along, whatever was loaded."""

@@ -1,10 +1,13 @@
 """Norms, MLPs, rotary embedding, residual mixes and the loss of GPT2-Modern: parts that know nothing of each other."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.utils.import_utils import is_tracing
 
 
 class GPT2ModernRMSNorm(nn.Module):
@@ -170,6 +173,102 @@ class ValueResidual(ResidualMix):
 
     def forward(self, value_states: torch.Tensor, first_value_states: torch.Tensor) -> torch.Tensor:
         return (1 - self.weight) * value_states + self.weight * first_value_states
+
+
+def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:
+    """position_ids (batch, seq_len) that restart with each document.
+
+    cu_seq_lens: (documents + 1,), where each document begins and the last one ends in the flattened batch.
+    """
+    index = torch.arange(batch_size * seq_len, device=cu_seq_lens.device)
+    document = torch.searchsorted(cu_seq_lens[1:].contiguous(), index.to(cu_seq_lens.dtype), right=True)
+    return (index - cu_seq_lens[document]).view(batch_size, seq_len)
+
+
+class PackedDocuments(NamedTuple):
+    """Which of the tokens before it each token may see when rows hold several documents.
+
+    Tokens are counted without padding, from the first one in the cache: a token's `rank`. Within a document rank and
+    position grow together, so that a new document begins where their difference changes, and a document that began
+    in the cache began `position` ranks ago.
+
+    starts: (batch, seq_len), rank of the first token of the document of each token.
+    ranks: (batch, past_length + seq_len), rank of each token, past ones included.
+    """
+
+    starts: torch.Tensor
+    ranks: torch.Tensor
+    past_length: int | torch.Tensor
+
+    @classmethod
+    def find(
+        cls, position_ids: torch.Tensor, past_length: int | torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> "PackedDocuments | None":
+        """None where each row is one document. That needs a look at the values, which a traced graph cannot take: there
+        position_ids of more than one document are always expected.
+
+        position_ids: (batch, seq_len); attention_mask: (batch, past_length + seq_len), 0 for padding, or None.
+        """
+        batch_size, seq_len = position_ids.shape
+        index = torch.arange(seq_len, device=position_ids.device).expand(batch_size, -1)
+        if attention_mask is None:
+            ranks, query_ranks, is_token = None, index + past_length, torch.ones_like(index, dtype=torch.bool)
+        else:
+            attention_mask = attention_mask.to(position_ids.device)
+            ranks = attention_mask.long().cumsum(-1) - 1
+            query_ranks, is_token = ranks[:, -seq_len:], attention_mask[:, -seq_len:].bool()
+
+        # Padding takes over from the token before it, or in front of the first token from that one.
+        source = torch.where(is_token, index, -1).cummax(-1).values
+        source = torch.where(source < 0, is_token.int().argmax(-1, keepdim=True), source)
+        difference = (query_ranks - position_ids).gather(1, source)
+        begins = difference[:, 1:] != difference[:, :-1]
+        starts = torch.cat((difference[:, :1].clamp(min=0), torch.where(begins, query_ranks[:, 1:], 0)), dim=-1)
+        starts = starts.cummax(-1).values
+        if is_tracing(starts) or ((starts > 0) & is_token).any():
+            return cls(starts, ranks, past_length)
+        return None
+
+    def mask_function(self, batch_idx, head_idx, query_idx, key_idx) -> torch.Tensor:
+        """True where a query may see a key, for the `and_mask_function` of transformers' masks."""
+        start = self.starts[batch_idx, query_idx - self.past_length]
+        if self.ranks is None:
+            return key_idx >= start
+        return self.ranks[batch_idx, key_idx.clamp(max=self.ranks.shape[1] - 1)] >= start
+
+    def flash_arguments(self, key_length: int, key_offset: int) -> dict[str, Any]:
+        """The same for flash attention, which has no masks: where each document begins in queries and keys.
+
+        key_length: keys per row that the layer will hold; key_offset: index of the first of them, where a sliding
+        window has dropped some. Keys that belong to no query, before and after the documents, become documents without
+        queries. Raises ValueError if there is padding as well.
+        """
+        batch_size, seq_len = self.starts.shape
+        if self.ranks is not None and (self.ranks[:, -1] + 1 < self.ranks.shape[1]).any():
+            raise ValueError(
+                "flash attention takes packed documents or padding, not both: leave out attention_mask and let the "
+                "padding be a document of its own in position_ids, or use attn_implementation='sdpa'"
+            )
+        index = torch.arange(seq_len, device=self.starts.device).expand(batch_size, -1)
+        rows = torch.arange(batch_size, device=self.starts.device).unsqueeze(1)
+        zero, one = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
+
+        is_first = torch.cat((one, one, self.starts[:, 1:] != self.starts[:, :-1], one), dim=1)
+        queries = torch.cat((zero, index, zero + seq_len), dim=1) + rows * seq_len
+        first_keys = (self.starts - key_offset).clamp(min=0)
+        keys = torch.cat((zero, first_keys, zero + self.past_length + seq_len - key_offset), dim=1) + rows * key_length
+        query_lengths = queries[is_first].diff(append=queries.new_tensor([batch_size * seq_len]))
+        key_lengths = keys[is_first].diff(append=keys.new_tensor([batch_size * key_length]))
+
+        is_document = query_lengths + key_lengths > 0
+        query_lengths, key_lengths = query_lengths[is_document], key_lengths[is_document]
+        return {
+            "attention_mask": None,
+            "cu_seq_lens_q": F.pad(query_lengths.cumsum(0), (1, 0)).to(torch.int32),
+            "cu_seq_lens_k": F.pad(key_lengths.cumsum(0), (1, 0)).to(torch.int32),
+            "max_length_q": int(query_lengths.max()),
+            "max_length_k": int(key_lengths.max()),
+        }
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -22,8 +22,10 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2modern import GPT2ModernConfig
@@ -33,11 +35,13 @@ from .layers_gpt2modern import (
     EmbeddingResidual,
     FirstArgument,
     GPT2ModernRotaryEmbedding,
+    PackedDocuments,
     ResidualMix,
     UNetSkip,
     ValueResidual,
     apply_rotary,
     linear_cross_entropy,
+    positions_from_lengths,
     soft_cap,
 )
 
@@ -211,6 +215,11 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GPT2ModernDecoderLayer, "attentions": GPT2ModernAttention}
 
+    def __init__(self, config: GPT2ModernConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Saving copies the file of `self.__module__`; FSDP2 replaces the class by one that torch's own module defines.
+        self.__module__ = type(self).__module__
+
     def _init_weights(self, module: nn.Module) -> None:
         """As in transformers, with the exceptions that GPT-2 and the speedrun make.
 
@@ -281,12 +290,17 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        batch_size, seq_len = inputs_embeds.shape[:2]
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        documents = None
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            position_ids = positions_from_lengths(kwargs["cu_seq_lens_q"], batch_size, seq_len)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = (torch.arange(seq_len, device=inputs_embeds.device) + past_length).unsqueeze(0)
+        elif attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+            documents = PackedDocuments.find(position_ids.expand(batch_size, -1), past_length, attention_mask)
+        attention_arguments = self._attention_arguments(inputs_embeds, attention_mask, past_key_values, documents)
 
-        masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         position_embeddings = None
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -304,12 +318,11 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
                 skip_states,
                 embedding_states,
                 first_value_states,
-                attention_mask=masks[layer.attention_type],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **kwargs,
+                **(kwargs | attention_arguments[layer.attention_type]),
             )
             if isinstance(hidden_states, tuple):
                 hidden_states, first_value_states = hidden_states
@@ -321,25 +334,38 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
         )
 
-    def _attention_masks(
+    def _attention_arguments(
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-    ) -> dict[str, Any]:
-        """One mask per type of layer; generate() prepares them itself for a cache of fixed size."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
+        documents: PackedDocuments | None,
+    ) -> dict[str, dict[str, Any]]:
+        """For each type of layer the arguments by which its attention sees what it may: a mask, or for packed
+        documents under flash attention, which has no masks, their lengths.
+        """
+        if isinstance(attention_mask, dict):  # generate() prepares the masks itself for a cache of fixed size
+            return {attention_type: {"attention_mask": mask} for attention_type, mask in attention_mask.items()}
+        layer_indices = {layer.attention_type: index for index, layer in enumerate(self.layers)}
+        if documents is not None and is_flash_attention_requested(self.config) and not is_tracing():
+            seq_len = inputs_embeds.shape[1]
+            return {
+                attention_type: documents.flash_arguments(
+                    *(past_key_values.get_mask_sizes(seq_len, index) if past_key_values is not None else (seq_len, 0))
+                )
+                for attention_type, index in layer_indices.items()
+            }
         return {
-            attention_type: MASKS[attention_type](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for attention_type in {layer.attention_type for layer in self.layers}
+            attention_type: {
+                "attention_mask": MASKS[attention_type](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    and_mask_function=None if documents is None else documents.mask_function,
+                )
+            }
+            for attention_type in layer_indices
         }
 
 
@@ -356,6 +382,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GPT2ModernModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.final_logit_softcapping = config.final_logit_softcapping
         self.post_init()
 
     @can_return_tuple
@@ -369,17 +396,19 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         pad_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (batch, seq_len, number of real ids) and, given labels, the loss in nats/token, always in fp32.
 
-        labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels` instead
-            are taken as they are. `num_items_in_batch` divides the summed loss in place of the number of labels.
+        labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels` are
+            instead taken as they are. `num_items_in_batch` divides the summed loss in place of the number of labels.
         skip_logits: with labels, compute the loss without ever holding all logits, and return none.
-        pad_logits: give back one column per row of the head, those beyond the real ids at the dtype's minimum;
-            generate() asks for it, because transformers sizes its buffers by config.vocab_size.
+        pad_logits: return one column per row of the head, those beyond the real ids at the dtype's minimum; generate()
+            asks for it, because transformers sizes its buffers by config.vocab_size.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -391,15 +420,30 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        has_labels = labels is not None or kwargs.get("shift_labels") is not None
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+
         logits = loss = None
-        if skip_logits and has_labels:
-            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        if skip_logits and shift_labels is not None and self._head_is_a_matrix():
+            loss = linear_cross_entropy(
+                hidden_states.flatten(0, -2),
+                self.lm_head.weight,
+                shift_labels.flatten().to(hidden_states.device),
+                vocab_size=self.config.unpadded_vocab_size,
+                softcap=self.final_logit_softcapping,
+                num_items_in_batch=num_items_in_batch,
+            )
         else:
             logits = self.lm_head(hidden_states)[..., : self.config.unpadded_vocab_size]
-            logits = soft_cap(logits, self.config.final_logit_softcapping)
-            if has_labels:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            logits = soft_cap(logits, self.final_logit_softcapping)
+            if shift_labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels,
+                    vocab_size=logits.shape[-1],
+                    shift_labels=shift_labels,
+                    num_items_in_batch=num_items_in_batch,
+                )
             if pad_logits:
                 padding = self.config.vocab_size - logits.shape[-1]
                 logits = nn.functional.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
@@ -412,39 +456,52 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss_without_logits(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        **kwargs,
-    ) -> torch.Tensor:
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        return linear_cross_entropy(
-            hidden_states.flatten(0, -2),
-            self.lm_head.weight,
-            shift_labels.flatten().to(hidden_states.device),
-            vocab_size=self.config.unpadded_vocab_size,
-            softcap=self.config.final_logit_softcapping,
-            num_items_in_batch=num_items_in_batch,
-            ignore_index=ignore_index,
-        )
+    def _head_is_a_matrix(self) -> bool:
+        """False where LoRA, a quantiser or tensor parallelism has replaced the head by more than one full matrix."""
+        return type(self.lm_head) is nn.Linear and self.lm_head.weight.shape[0] == self.config.vocab_size
 
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """As in transformers, and one logit per row of the head: see `pad_logits`."""
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; rows beyond `new_num_tokens`, which `pad_to_multiple_of` adds, are no ids."""
+        real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
+        return embeddings
+
+
+# Trainer's label smoothing shifts the labels of the classes in this list only.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ModernConfig.model_type, GPT2ModernForCausalLM.__name__)
 
 
 class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2ModernPreTrainedModel):
     """A label for each sequence, from the hidden state of its last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever num_items_in_batch says
+
+    def __init__(self, config: GPT2ModernConfig):
+        GPT2ModernPreTrainedModel.__init__(self, config)  # the mixin's would ask AutoModel, which asks for trust
+        self.num_labels = config.num_labels
+        self.model = GPT2ModernModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2ModernPreTrainedModel):
     """A label for each token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    accepts_loss_kwargs = False  # as above
+
+    def __init__(self, config: GPT2ModernConfig):
+        GPT2ModernPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GPT2ModernModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
