@@ -10,8 +10,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.configuration_utils import GenerationConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -48,6 +47,7 @@ TRANSFORMERS_KEYS = {
 
 GATED_MLP_TYPES = ("swiglu",)
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
+ROPE_KEYS = tuple(RopeParameters.__annotations__)
 
 
 def _as_value_error(method: Callable) -> Callable:
@@ -234,12 +234,12 @@ class GPT2ModernConfig(PreTrainedConfig):
         other tools leave their marks there, and a checkpoint should still load.
         """
         known = {field.name for field in dataclasses.fields(self)} | set(self.attribute_map) | TRANSFORMERS_KEYS
-        accepted = known | set(GenerationConfig._get_default_generation_params())
+        is_loaded = self.transformers_version is not None
         for key in kwargs:
-            if key in accepted or key.startswith("_"):
+            if key in known or key.startswith("_"):
                 continue
             nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.75)
-            if not nearest and self.transformers_version is not None:
+            if is_loaded and not nearest:
                 logger.warning(f"configuration key {key!r} is unknown to GPT2ModernConfig and has no effect")
                 continue
             raise ValueError(
@@ -254,6 +254,9 @@ class GPT2ModernConfig(PreTrainedConfig):
             rope_type = parameters.setdefault("rope_type", parameters.pop("type", "default"))
             if rope_type not in ROPE_TYPES:
                 raise ValueError(f"rope_parameters has rope_type={rope_type!r}; there are {', '.join(ROPE_TYPES)}")
+            for key in parameters:
+                if key not in ROPE_KEYS:
+                    raise ValueError(f"rope_parameters has an unknown key {key!r}; there are {', '.join(ROPE_KEYS)}")
             fraction = parameters.setdefault("partial_rotary_factor", self.partial_rotary_factor)
             if self.partial_rotary_factor not in (1.0, fraction):
                 raise ValueError(
@@ -272,6 +275,13 @@ class GPT2ModernConfig(PreTrainedConfig):
             )
         self.rope_parameters = None
         return kwargs
+
+    def validate_rope(self):
+        """As in transformers, which raises KeyError for a key that the rope_type needs."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
 
     def validate_architecture(self):
         """Refuse values that contradict each other; called by `@strict` after construction and before saving."""
@@ -318,7 +328,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-GPT2ModernConfig.__init__ = _as_value_error(GPT2ModernConfig.__init__)
+GPT2ModernConfig.validate = _as_value_error(GPT2ModernConfig.validate)
 GPT2ModernConfig.__setattr__ = _as_value_error(GPT2ModernConfig.__setattr__)
 
 

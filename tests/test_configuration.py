@@ -1,0 +1,213 @@
+"""The configuration refuses what it cannot mean, survives JSON, and its presets have the published sizes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_models import FLAG_SETS, tiny_config
+
+from modeling_gpt2modern import PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM
+
+
+def on_meta(preset: str) -> GPT2ModernForCausalLM:
+    with torch.device("meta"):
+        return GPT2ModernForCausalLM(GPT2ModernConfig.from_preset(preset))
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("gpt2", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200),
+        ("modern", 123_587_328),
+        ("modern-medium", 355_124_224),
+        ("modern-large", 778_169_600),
+        ("modern-xl", 1_560_116_800),
+        ("speedrun", 162_201_600 + 41),  # matrices, and 6 + 2 x 12 + 11 weights of the residual stream
+    ],
+)
+def test_preset_has_its_exact_number_of_parameters(preset, parameters):
+    assert on_meta(preset).num_parameters() == parameters
+
+
+def test_every_preset_is_counted():
+    counted = next(
+        mark for mark in test_preset_has_its_exact_number_of_parameters.pytestmark if mark.name == "parametrize"
+    )
+    assert {preset for preset, _ in counted.args[1]} == set(PRESETS)
+
+
+def test_speedrun_matrices_have_exactly_the_parameters_of_the_record():
+    assert sum(weight.numel() for weight in on_meta("speedrun").parameters() if weight.ndim == 2) == 162_201_600
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("modern")])
+def test_modern_presets_are_the_size_of_their_gpt2(preset):
+    """Within 1 %, so that comparing them compares architectures: 8/3 x hidden_size in a gated MLP keeps it so."""
+    modern, gpt2 = on_meta(preset).num_parameters(), on_meta(preset.replace("modern", "gpt2")).num_parameters()
+    assert abs(modern / gpt2 - 1) < 0.01
+
+
+MISTAKES = {
+    "misspelt key": ({"nrom_type": "rmsnorm"}, "unknown configuration key 'nrom_type'; did you mean 'norm_type'"),
+    "foreign key": ({"frobnicate": 1}, "unknown configuration key 'frobnicate'"),
+    "generation setting": ({"temperature": 0.5}, "unknown configuration key 'temperature'"),
+    "unknown choice": ({"norm_type": "batchnorm"}, "norm_type.*batchnorm"),
+    "wrong type": ({"hidden_size": "32"}, "hidden_size.*expected int"),
+    "heads do not divide": ({"hidden_size": 30}, "hidden_size=30 .*num_attention_heads=12"),
+    "key heads do not divide": ({"num_key_value_heads": 5}, "num_attention_heads=12 .*num_key_value_heads=5"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    "padding is negative": ({"unpadded_vocab_size": 60000}, "unpadded_vocab_size=60000.*vocab_size=50257"),
+    "no layer slides": ({"sliding_window": 4, "layer_types": ["full_attention"] * 12}, "sliding_window=4"),
+    "no window": ({"layer_types": ["sliding_attention"] * 12}, "sliding_window=None"),
+    "empty window": ({"sliding_window": 0}, "sliding_window=0"),
+    "too few layer types": ({"layer_types": ["full_attention"] * 3}, "3 entries"),
+    "layer type of other models": ({"layer_types": ["chunked_attention"] * 12}, "chunked_attention"),
+    "rope without rope": ({"position_embedding_type": "learned", "rope_theta": 1e4}, "rope_theta has no use"),
+    "rope parameters without rope": (
+        {"position_embedding_type": "learned", "rope_parameters": {"rope_theta": 1e4}},
+        "rope_parameters has no use",
+    ),
+    "partial rope without rope": (
+        {"position_embedding_type": "learned", "partial_rotary_factor": 0.5},
+        "partial_rotary_factor has no use",
+    ),
+    "two fractions": (
+        {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
+        "partial_rotary_factor=0.5 contradicts",
+    ),
+    "odd rotary size": ({"partial_rotary_factor": 0.05}, "partial_rotary_factor=0.05"),
+    "more than all": ({"partial_rotary_factor": 2.0}, "partial_rotary_factor=2.0"),
+    "unknown rope type": ({"rope_parameters": {"rope_type": "lineer"}}, "rope_type='lineer'"),
+    "incomplete rope": ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    "misspelt rope key": ({"rope_parameters": {"rope_thta": 1e4}}, "rope_thta"),
+    "soft cap of zero": ({"final_logit_softcapping": 0}, "final_logit_softcapping=0"),
+    "dropout of everything": ({"attention_dropout": 1.0}, "attention_dropout=1.0"),
+}
+
+
+@pytest.mark.parametrize(("keys", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_raises_value_error_naming_the_key(keys, message):
+    with pytest.raises(ValueError, match=message):
+        GPT2ModernConfig(**keys)
+
+
+def test_assignment_of_a_wrong_type_raises_value_error():
+    config = GPT2ModernConfig()
+    with pytest.raises(ValueError, match="hidden_size"):
+        config.hidden_size = "32"
+
+
+def test_misspelt_override_of_a_preset_raises():
+    with pytest.raises(ValueError, match="use_qk_norm"):
+        GPT2ModernConfig.from_preset("modern", use_qknorm=True)
+
+
+def test_unknown_preset_is_answered_with_the_list():
+    with pytest.raises(ValueError, match=r"unknown preset 'modren'.*modern-xl"):
+        GPT2ModernConfig.from_preset("modren")
+
+
+def test_mistake_set_after_construction_is_refused_at_saving(tmp_path):
+    config = GPT2ModernConfig()
+    config.num_key_value_heads = 5
+    with pytest.raises(ValueError, match="num_key_value_heads=5"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_misspelt_key_in_config_json_raises(tmp_path):
+    GPT2ModernConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"use_qk_nrom": True}))
+    with pytest.raises(ValueError, match="use_qk_norm"):
+        GPT2ModernConfig.from_pretrained(tmp_path)
+
+
+def test_mark_that_a_tool_left_in_config_json_is_no_obstacle(tmp_path):
+    GPT2ModernConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"sometool_version": "1.0"}))
+    assert GPT2ModernConfig.from_pretrained(tmp_path).hidden_size == 768
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_survives_json(preset, tmp_path):
+    config = GPT2ModernConfig.from_preset(preset)
+    config.save_pretrained(tmp_path)
+    loaded = GPT2ModernConfig.from_pretrained(tmp_path)
+    for field in dataclasses.fields(config):
+        if field.name != "transformers_version":
+            assert getattr(loaded, field.name) == getattr(config, field.name), field.name
+
+
+@pytest.mark.parametrize("flag_set", FLAG_SETS)
+def test_flag_set_survives_two_rounds_of_dict(flag_set):
+    config = tiny_config(flag_set)
+    once = GPT2ModernConfig.from_dict(config.to_dict())
+    assert GPT2ModernConfig.from_dict(once.to_dict()).to_dict() == once.to_dict() == config.to_dict()
+
+
+def test_auto_map_names_every_auto_class():
+    assert set(GPT2ModernConfig().auto_map) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }
+
+
+def test_saved_auto_map_points_into_the_saved_folder(tmp_path):
+    """A copy loaded from the Hub may refer to its repository; what is saved brings its own code."""
+    config = GPT2ModernConfig(
+        auto_map={"AutoConfig": "someone/model--configuration_gpt2modern.GPT2ModernConfig", "AutoTokenizer": "own.Own"}
+    )
+    assert config.auto_map["AutoConfig"].startswith("someone/model--")
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert saved == GPT2ModernConfig().auto_map | {"AutoTokenizer": "own.Own"}
+
+
+def test_defaults_are_the_modern_preset():
+    """Except for what belongs to GPT-2's vocabulary: its ids and its padding."""
+    default, preset = GPT2ModernConfig().to_dict(), GPT2ModernConfig.from_preset("modern").to_dict()
+    vocabulary = {"vocab_size", "unpadded_vocab_size", "bos_token_id", "eos_token_id"}
+    assert {key for key in default if default[key] != preset[key]} == vocabulary
+
+
+@pytest.mark.parametrize(("mlp_type", "intermediate_size"), [("gelu", 4 * 1280), ("swiglu", 3456)])
+def test_intermediate_size_follows_the_hidden_size(mlp_type, intermediate_size):
+    """8/3 x 1280 = 3413.3, next multiple of 64."""
+    config = GPT2ModernConfig.from_preset("modern", mlp_type=mlp_type, hidden_size=1280)
+    assert config.intermediate_size == intermediate_size
+
+
+@pytest.mark.parametrize(("preset", "hidden_size", "heads"), [("modern", 256, 4), ("speedrun", 256, 2), ("gpt2", 96, 12)])
+def test_heads_keep_their_size_where_they_can(preset, hidden_size, heads):
+    assert GPT2ModernConfig.from_preset(preset, hidden_size=hidden_size).num_attention_heads == heads
+
+
+def test_layer_types_follow_the_number_of_layers():
+    config = GPT2ModernConfig.from_preset("modern", num_hidden_layers=3, sliding_window=8)
+    assert config.layer_types == ["sliding_attention"] * 3
+
+
+def test_new_vocabulary_drops_the_padding_and_the_ids_of_the_old_one():
+    config = GPT2ModernConfig.from_preset("modern", vocab_size=8192)
+    assert (config.unpadded_vocab_size, config.bos_token_id, config.eos_token_id) == (None, None, None)
+
+
+def test_names_of_gpt2_are_aliases():
+    config = GPT2ModernConfig(n_embd=64, n_layer=3, n_head=4, n_positions=32)
+    assert (config.hidden_size, config.num_hidden_layers, config.head_dim, config.n_positions) == (64, 3, 16, 32)
+
+
+def test_rope_parameters_of_the_caller_stay_as_they_were():
+    given = {"rope_theta": 5e4}
+    config = GPT2ModernConfig(rope_parameters=given)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 1.0}
+    assert given == {"rope_theta": 5e4}

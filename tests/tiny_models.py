@@ -1,0 +1,57 @@
+"""Models small enough for a test: one for each set of flags that the promises of the model are tested on."""
+
+import torch
+
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # ten times the usual, so that layers this narrow do something
+}
+SPEEDRUN_RESIDUALS = {
+    "use_unet_skips": True,
+    "use_value_residual": True,
+    "use_x0_residual": True,
+    "use_embedding_norm": True,
+}
+
+# name -> (preset, overrides)
+FLAG_SETS = {
+    "gpt2": ("gpt2", {}),
+    "modern": ("modern", {}),
+    "speedrun": ("speedrun", {"zero_init_projections": False, "unpadded_vocab_size": 90}),
+    "gqa": ("modern", {"num_key_value_heads": 2}),
+    "sliding": ("modern", {"sliding_window": 4}),
+    "sliding_mixed": ("modern", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "learned_rmsnorm": ("modern", {"position_embedding_type": "learned"}),
+    "padded_vocabulary": ("modern", {"unpadded_vocab_size": 90}),
+    "partial_rope": ("modern", {"partial_rotary_factor": 0.5}),
+    "value_residual_gqa": ("modern", {"use_value_residual": True, "num_key_value_heads": 2}),
+    "odd_unet": ("modern", {"use_unet_skips": True, "num_hidden_layers": 3}),
+}
+
+
+def tiny_config(flag_set: str = "modern", **overrides) -> GPT2ModernConfig:
+    """The configuration of one of FLAG_SETS in 32 dimensions and 2 layers, without dropout."""
+    preset, flags = FLAG_SETS[flag_set]
+    dropouts = dict.fromkeys(("embedding_dropout", "attention_dropout", "hidden_dropout"), 0.0)
+    return GPT2ModernConfig.from_preset(preset, **(TINY | dropouts | flags | overrides))
+
+
+def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
+    """The same as a model in evaluation mode, every weight away from its initial value."""
+    torch.manual_seed(0)
+    model = GPT2ModernForCausalLM(tiny_config(flag_set, **overrides)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Token ids below 90, which every flag set has."""
+    return torch.randint(0, 90, shape, generator=torch.Generator().manual_seed(seed))
