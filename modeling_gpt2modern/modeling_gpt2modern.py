@@ -5,6 +5,7 @@ From the inside out: attention, decoder layer, model, heads. Each choice of the 
 layers_gpt2modern.py.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -460,8 +461,8 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         """False where LoRA, a quantiser or tensor parallelism has replaced the head by more than one full matrix."""
         return type(self.lm_head) is nn.Linear and self.lm_head.weight.shape[0] == self.config.vocab_size
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads the signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        """As in transformers, and one logit per row of the head: see `pad_logits`."""
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
 
     def resize_token_embeddings(

@@ -186,7 +186,9 @@ def test_intermediate_size_follows_the_hidden_size(mlp_type, intermediate_size):
     assert config.intermediate_size == intermediate_size
 
 
-@pytest.mark.parametrize(("preset", "hidden_size", "heads"), [("modern", 256, 4), ("speedrun", 256, 2), ("gpt2", 96, 12)])
+@pytest.mark.parametrize(
+    ("preset", "hidden_size", "heads"), [("modern", 256, 4), ("speedrun", 256, 2), ("gpt2", 96, 12)]
+)
 def test_heads_keep_their_size_where_they_can(preset, hidden_size, heads):
     assert GPT2ModernConfig.from_preset(preset, hidden_size=hidden_size).num_attention_heads == heads
 
