@@ -37,7 +37,6 @@ import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -583,14 +582,15 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
 # Encoding
 
 
-@dataclass(frozen=True)
+@dataclass
 class Encoder:
-    """Texts to ids; a worker process gets the fields and loads its own engine."""
+    """Texts to ids; the engine is loaded once in each process, and pickling leaves it behind."""
 
     tokenizer_json: Path
     engine: Literal["auto", "gigatoken", "tokenizers"]
     dtype: Literal["uint16", "uint32"]
     eos_token_id: int
+    _loaded: object = field(default=None, init=False, repr=False, compare=False)
 
     def with_engine_chosen(self) -> "Encoder":
         """`auto` becomes gigatoken, or `tokenizers`, with a note, where gigatoken cannot serve; UserError where
@@ -599,7 +599,7 @@ class Encoder:
             return self
         try:
             chosen = replace(self, engine="gigatoken")
-            chosen.gigatoken.encode("")
+            chosen.load()
             return chosen
         except Exception as error:  # not installed, or a kind of tokenizer that it does not know
             if self.engine == "gigatoken":
@@ -610,23 +610,22 @@ class Encoder:
             print(f"note: encoding with tokenizers; gigatoken cannot serve this tokenizer ({_cause(error)})")
             return replace(self, engine="tokenizers")
 
-    @cached_property
-    def gigatoken(self):
-        import gigatoken
+    def load(self):
+        """The engine's own tokenizer: `gigatoken.Tokenizer` or `tokenizers.Tokenizer`."""
+        if self._loaded is None and self.engine == "gigatoken":
+            import gigatoken
 
-        return gigatoken.Tokenizer.from_json(self.tokenizer_json.read_text(encoding="utf-8"))
+            self._loaded = gigatoken.Tokenizer.from_json(self.tokenizer_json.read_text(encoding="utf-8"))
+        elif self._loaded is None:
+            from tokenizers import Tokenizer
 
-    @cached_property
-    def tokenizers(self):
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(self.tokenizer_json))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+            self._loaded = Tokenizer.from_file(str(self.tokenizer_json))
+            self._loaded.no_truncation()
+            self._loaded.no_padding()
+        return self._loaded
 
     def __getstate__(self) -> dict:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return vars(self) | {"_loaded": None}
 
     def ids_and_lengths(self, texts: "pa.Array") -> tuple["np.ndarray", "np.ndarray"]:
         """Encode a `large_string` array: all ids one after the other (uint32), and how many each text has (int64)."""
@@ -635,9 +634,9 @@ class Encoder:
         if self.engine == "gigatoken":
             import awkward
 
-            ids = self.gigatoken.encode_batch(awkward.from_arrow(texts))
+            ids = self.load().encode_batch(awkward.from_arrow(texts))
             return awkward.to_numpy(awkward.flatten(ids)), awkward.to_numpy(awkward.num(ids))
-        encodings = self.tokenizers.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+        encodings = self.load().encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
 
