@@ -738,16 +738,20 @@ def write_shard(
         )
     features = Features({"input_ids": List(Value(encoder.dtype), length=block_size + 1)})
     unsaved = cache / "packed.arrow"
-    rows = 0
-    with tqdm(total=total_tokens, desc=f"Packing {label}", unit=" tokens", unit_scale=True) as bar:
+    rows, digest = 0, hashlib.sha256()
+    with tqdm(
+        total=total_tokens // block_size * block_size, desc=f"Packing {label}", unit=" tokens", unit_scale=True
+    ) as bar:
         pieces = (
-            values[start : start + TOKENS_PER_WRITE].to_numpy(zero_copy_only=True)
-            for values in (chunk.flatten() for chunk in ids.chunks)
-            for start in range(0, len(values), TOKENS_PER_WRITE)
+            chunk.flatten()[start : start + TOKENS_PER_WRITE].to_numpy(zero_copy_only=True)
+            for chunk in ids.chunks
+            for start in range(0, len(chunk.flatten()), TOKENS_PER_WRITE)
         )
         with ArrowWriter(features=features, path=str(unsaved)) as writer:
             for block_rows in packed_rows(pieces, block_size, encoder.eos_token_id):
-                column = pa.FixedSizeListArray.from_arrays(pa.array(block_rows.ravel()), block_size + 1)
+                values = block_rows.ravel()
+                digest.update(values)
+                column = pa.FixedSizeListArray.from_arrays(pa.array(values), block_size + 1)
                 writer.write_table(pa.table({"input_ids": column}))
                 rows += len(block_rows)
                 bar.update(len(block_rows) * block_size)
@@ -756,7 +760,7 @@ def write_shard(
     packed = Dataset(
         MemoryMappedTable.from_file(str(unsaved)),
         info=DatasetInfo(features=features),
-        fingerprint=_sha256(unsaved)[:16],
+        fingerprint=digest.hexdigest()[:16],
     )
     packed.save_to_disk(path, num_shards=1)
     del packed
