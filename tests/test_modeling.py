@@ -1,0 +1,779 @@
+"""The model as a whole: what it computes, how it starts, and what transformers may do with it."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FLAG_SETS, SPEEDRUN_RESIDUALS, TINY, random_ids, tiny_config, tiny_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_gpt2modern import (
+    GPT2ModernConfig,
+    GPT2ModernForCausalLM,
+    GPT2ModernForSequenceClassification,
+    GPT2ModernForTokenClassification,
+)
+from modeling_gpt2modern.modeling_gpt2modern import eager_attention_forward
+
+EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def logits_of(model: nn.Module, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids, **kwargs).logits
+
+
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+# What it computes
+
+
+@EVERY_FLAG_SET
+def test_later_tokens_do_not_change_earlier_logits(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    changed = input_ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 90
+    before, after = logits_of(model, input_ids), logits_of(model, changed)
+    close(after[:, :7], before[:, :7])
+    assert (after[:, 7:] - before[:, 7:]).abs().max() > 1e-2
+
+
+def speedrun_by_hand(model: GPT2ModernForCausalLM, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the speedrun architecture, written down from its description for one row, in float64."""
+    weights = {name: weight.double() for name, weight in model.state_dict().items()}
+    config = model.config
+    seq_len, depth = len(input_ids), config.num_hidden_layers
+
+    def norm(x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).rsqrt()
+
+    def rotate(x):
+        half = config.head_dim // 2
+        angles = torch.arange(seq_len)[:, None] * 10000.0 ** (-torch.arange(half) / half).double()
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
+
+    x = x0 = norm(weights["model.embed_tokens.weight"][input_ids])
+    outputs, first_values = [], None
+    causal = torch.ones(seq_len, seq_len).tril().bool()
+    for index in range(depth):
+        prefix = f"model.layers.{index}."
+        if index >= depth / 2:
+            x = x + weights[f"{prefix}unet_skip.weight"] * outputs[depth - 1 - index]
+        a, b = weights[f"{prefix}embedding_residual.weight"]
+        x = a * x + b * x0
+        q, k, v = (
+            (norm(x) @ weights[f"{prefix}self_attn.{name}_proj.weight"].T).view(seq_len, -1, config.head_dim)
+            for name in "qkv"
+        )
+        if index == 0:
+            first_values = v
+        else:
+            mix = weights[f"{prefix}self_attn.value_residual.weight"]
+            v = (1 - mix) * v + mix * first_values
+        scores = torch.einsum("qhd,khd->hqk", rotate(norm(q)), rotate(norm(k))) / math.sqrt(config.head_dim)
+        attention = scores.masked_fill(~causal, -math.inf).softmax(-1)
+        mixed = torch.einsum("hqk,khd->qhd", attention, v).reshape(seq_len, -1)
+        x = x + mixed @ weights[f"{prefix}self_attn.o_proj.weight"].T
+        up = norm(x) @ weights[f"{prefix}mlp.up_proj.weight"].T
+        x = x + up.clamp(min=0) ** 2 @ weights[f"{prefix}mlp.down_proj.weight"].T
+        outputs.append(x)
+    logits = norm(x) @ weights["lm_head.weight"].T
+    return (30 * torch.tanh(logits / 30))[:, : config.unpadded_vocab_size]
+
+
+def test_speedrun_is_its_description():
+    model = tiny_model("speedrun", num_hidden_layers=4)
+    input_ids = random_ids(1, 12)
+    close(logits_of(model, input_ids)[0].double(), speedrun_by_hand(model, input_ids[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["use_unet_skips", "use_x0_residual", "use_value_residual"])
+def test_residual_mix_of_weight_zero_is_the_model_without(flag):
+    with_mix, without = tiny_model(**{flag: True}), tiny_model()
+    with torch.no_grad():
+        for name, weight in with_mix.named_parameters():
+            if "residual" in name or "skip" in name:
+                weight.copy_(torch.tensor([1.0, 0.0] if "embedding" in name else [0.0]))
+    without.load_state_dict(with_mix.state_dict(), strict=False)
+    close(logits_of(with_mix, random_ids(1, 8)), logits_of(without, random_ids(1, 8)))
+
+
+# One entry per field of the configuration: the base and the change that must matter.
+AXES = {
+    "position_embedding_type": ({}, {"position_embedding_type": "learned"}),
+    "rope_parameters": ({}, {"rope_parameters": {"rope_theta": 100.0}}),
+    "partial_rotary_factor": ({}, {"partial_rotary_factor": 0.5}),
+    "norm_type": ({}, {"norm_type": "layernorm"}),
+    "norm_affine": ({}, {"norm_affine": False}),
+    "norm_eps": ({}, {"norm_eps": 0.1}),
+    "mlp_type": ({"mlp_type": "gelu"}, {"mlp_type": "gelu_new"}),
+    "mlp_bias": ({}, {"mlp_bias": True}),
+    "attention_bias": ({}, {"attention_bias": True}),
+    "attention_scale": ({}, {"attention_scale": 0.12}),
+    "use_qk_norm": ({"qk_norm_affine": False}, {"qk_norm_affine": False, "use_qk_norm": True}),
+    "qk_norm_affine": ({"use_qk_norm": True}, {"use_qk_norm": True, "qk_norm_affine": False}),
+    "sliding_window": ({"sliding_window": 4}, {"sliding_window": 6}),
+    "layer_types": (
+        {"sliding_window": 4},
+        {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "use_unet_skips": ({}, {"use_unet_skips": True}),
+    "use_value_residual": ({}, {"use_value_residual": True}),
+    "use_x0_residual": ({}, {"use_x0_residual": True}),
+    "use_embedding_norm": ({"norm_affine": False}, {"norm_affine": False, "use_embedding_norm": True}),
+    "tie_word_embeddings": ({}, {"tie_word_embeddings": False}),
+    "final_logit_softcapping": ({}, {"final_logit_softcapping": 2.0}),
+    "unpadded_vocab_size": ({}, {"unpadded_vocab_size": 90}),
+    "embedding_dropout": ({}, {"embedding_dropout": 0.5}),
+    "attention_dropout": ({}, {"attention_dropout": 0.5}),
+    "hidden_dropout": ({}, {"hidden_dropout": 0.5}),
+    "intermediate_size": ({}, {"intermediate_size": 48}),
+    "num_key_value_heads": ({}, {"num_key_value_heads": 2}),
+    "head_dim": ({}, {"head_dim": 16}),
+    "initializer_range": ({}, {"initializer_range": 0.1}),
+    "embedding_initializer_range": ({}, {"embedding_initializer_range": 1.0}),
+    "zero_init_projections": ({}, {"zero_init_projections": True}),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_axis_changes_logits_or_weights(axis):
+    torch.manual_seed(0)
+    base, changed = (GPT2ModernForCausalLM(tiny_config(**flags)) for flags in AXES[axis])
+    shapes, changed_shapes = ({name: weight.shape for name, weight in m.named_parameters()} for m in (base, changed))
+    if "init" in axis:
+        assert changed.model.embed_tokens.weight.std() / base.model.embed_tokens.weight.std() < 0.6 or any(
+            abs(changed.state_dict()[name].std() / weight.std() - 1) > 0.4 for name, weight in base.state_dict().items()
+        )
+    elif shapes == changed_shapes:
+        changed.load_state_dict(base.state_dict())
+        before, after = logits_of(base, random_ids(1, 12)), logits_of(changed, random_ids(1, 12))
+        assert before.shape != after.shape or (after - before).abs().max() > 1e-3
+
+
+def test_every_field_is_an_axis():
+    fixed = set(TINY) | {"use_cache", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert set(AXES) | fixed == set(GPT2ModernConfig.__annotations__) | {"initializer_range"}
+
+
+# How it starts
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "speedrun"])
+def test_initial_standard_deviation_of_every_kind_of_weight(preset):
+    config = GPT2ModernConfig.from_preset(preset, hidden_size=256, num_hidden_layers=4, vocab_size=2048)
+    torch.manual_seed(0)
+    model = GPT2ModernForCausalLM(config)
+    base = config.initializer_range
+    residual = 0.0 if preset == "speedrun" else base / math.sqrt(2 * 4)
+    expected = {
+        "embed_tokens.weight": 1.0 if preset == "speedrun" else base,
+        "embed_positions.weight": base,
+        "o_proj.weight": residual,
+        "down_proj.weight": residual,
+        "lm_head.weight": residual,
+        **{f"{name}_proj.weight": base for name in ("q", "k", "v", "gate", "up")},
+    }
+    seen = set()
+    for name, weight in model.named_parameters():
+        kind = next((kind for kind in expected if name.endswith(kind)), None)
+        if kind is not None:
+            seen.add(kind)
+            assert weight.std().item() == pytest.approx(expected[kind], rel=0.1), name
+            assert abs(weight.mean().item()) <= 0.05 * expected[kind], name
+        elif name.endswith("bias"):
+            assert not weight.any(), name
+        elif name.endswith("norm.weight"):
+            assert weight.eq(1).all(), name
+        else:
+            initial = {"unet_skip": [1.0], "embedding_residual": [1.0, 0.0], "value_residual": [0.5]}
+            assert weight.tolist() == initial[name.split(".")[-2]], name
+    absent = {
+        "gpt2": {"gate_proj.weight", "lm_head.weight"},
+        "modern": {"embed_positions.weight", "lm_head.weight"},
+        "speedrun": {"embed_positions.weight", "gate_proj.weight"},
+    }
+    assert seen == set(expected) - absent[preset]
+
+
+def test_first_loss_of_gpt2_is_that_of_guessing():
+    torch.manual_seed(0)
+    model = GPT2ModernForCausalLM(GPT2ModernConfig.from_preset("gpt2")).eval()
+    input_ids = torch.randint(0, 50257, (1, 64))
+    with torch.no_grad():
+        loss = model(input_ids, labels=input_ids).loss.item()
+    assert loss == pytest.approx(math.log(50257), rel=0.02)
+
+
+def test_first_loss_of_speedrun_is_that_of_guessing():
+    """Its head is zero at the start; the padding of the vocabulary would show as ln(50304)."""
+    model = GPT2ModernForCausalLM(GPT2ModernConfig.from_preset("speedrun", hidden_size=128, num_hidden_layers=2))
+    input_ids = torch.randint(0, 50257, (1, 16))
+    for skip_logits in (False, True):
+        loss = model(input_ids, labels=input_ids, skip_logits=skip_logits).loss.item()
+        assert loss == pytest.approx(math.log(50257), abs=1e-4)
+
+
+def test_tied_head_is_the_embedding():
+    model = tiny_model("modern")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    untied = tiny_model("modern", tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.model.embed_tokens.weight
+
+
+# Saving and loading
+
+
+@EVERY_FLAG_SET
+def test_loading_restores_every_weight_and_buffer(flag_set, tmp_path):
+    """from_pretrained builds on the meta device, and leaves garbage in what it does not know."""
+    model = tiny_model(flag_set)
+    model.save_pretrained(tmp_path)
+    loaded = GPT2ModernForCausalLM.from_pretrained(tmp_path)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert tensors.keys() == (dict(loaded.named_parameters()) | dict(loaded.named_buffers())).keys()
+    for name, tensor in (dict(loaded.named_parameters()) | dict(loaded.named_buffers())).items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_weights_missing_from_a_checkpoint_start_as_new_ones_do(tmp_path):
+    model = tiny_model("speedrun")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    is_mix = {name: "residual" in name or "skip" in name for name in weights}
+    kept = {name: weight for name, weight in weights.items() if not is_mix[name] and "o_proj" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = GPT2ModernForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded["model.layers.1.unet_skip.weight"].tolist() == [1.0]
+    assert loaded["model.layers.1.embedding_residual.weight"].tolist() == [1.0, 0.0]
+    assert loaded["model.layers.1.self_attn.value_residual.weight"].tolist() == [0.5]
+    assert loaded["model.layers.1.self_attn.o_proj.weight"].std().item() == pytest.approx(0.2 / math.sqrt(4), rel=0.1)
+    for name, weight in kept.items():
+        assert torch.equal(loaded[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+def test_half_precision_stays_near_fp32_and_its_loss_is_fp32(flag_set, dtype, tmp_path):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    model.save_pretrained(tmp_path)
+    half = GPT2ModernForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    expected = model(input_ids, labels=input_ids)
+    for skip_logits in (False, True):
+        loss = half(input_ids, labels=input_ids, skip_logits=skip_logits).loss
+        assert loss.dtype == torch.float32
+        close(loss, expected.loss, atol=0.05)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("flag_set", ["modern", "speedrun", "padded_vocabulary"])
+def test_loss_is_that_of_the_next_token(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    outputs = model(input_ids, labels=input_ids)
+    expected = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, outputs.logits.shape[-1]), input_ids[:, 1:].flatten())
+    close(outputs.loss, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("flag_set", ["modern", "speedrun", "padded_vocabulary"])
+@pytest.mark.parametrize("num_items_in_batch", [None, 7])
+def test_loss_without_logits_is_the_loss(flag_set, num_items_in_batch):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    labels = input_ids.clone()
+    labels[:, :3] = -100
+    with_logits = model(input_ids, labels=labels, num_items_in_batch=num_items_in_batch)
+    with_logits.loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+    model.zero_grad()
+    without = model(input_ids, labels=labels, num_items_in_batch=num_items_in_batch, skip_logits=True)
+    without.loss.backward()
+    assert without.logits is None and with_logits.logits is not None
+    close(without.loss, with_logits.loss, atol=2e-6)
+    torch.testing.assert_close(gradients_of(model), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_shifted_labels_are_taken_as_they_are(skip_logits):
+    model, input_ids = tiny_model("modern"), random_ids(2, 12)
+    shift_labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    shifted = model(input_ids, labels=input_ids, shift_labels=shift_labels, skip_logits=skip_logits).loss
+    close(shifted, model(input_ids, labels=input_ids).loss, atol=1e-6)
+    alone = model(input_ids, shift_labels=torch.roll(input_ids, 3, 1), skip_logits=skip_logits).loss
+    assert (alone - shifted).abs() > 1e-3
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_loss_is_divided_by_num_items_in_batch(skip_logits):
+    model, input_ids = tiny_model("modern"), random_ids(2, 12)
+    mean = model(input_ids, labels=input_ids, skip_logits=skip_logits).loss
+    total = model(input_ids, labels=input_ids, num_items_in_batch=torch.tensor(1), skip_logits=skip_logits).loss
+    close(total, mean * 22, atol=1e-4)
+
+
+def test_logits_are_returned_unless_labels_are_given():
+    assert tiny_model("modern")(random_ids(1, 4), skip_logits=True).logits is not None
+
+
+def test_loss_without_logits_goes_through_a_head_that_was_replaced():
+    """LoRA and quantisers put another module in its place, whose weight alone is not what it computes."""
+
+    class Doubled(nn.Linear):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    model, input_ids = tiny_model("modern", tie_word_embeddings=False), random_ids(1, 8)
+    head = Doubled(32, 96, bias=False)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    expected = model(input_ids, labels=input_ids).loss
+    close(model(input_ids, labels=input_ids, skip_logits=True).loss, expected)
+
+
+@pytest.mark.parametrize("flag_set", ["modern", "padded_vocabulary"])
+def test_trainer_smooths_labels_of_the_next_token(flag_set, tmp_path):
+    """Trainer shifts for known class names only; and columns at the dtype's minimum would make the loss infinite."""
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
+    logits = logits_of(model, input_ids)[:, :-1].flatten(0, 1)
+    close(loss, F.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1))
+
+
+# Padded vocabulary
+
+
+def unpadded_twin(model: GPT2ModernForCausalLM) -> GPT2ModernForCausalLM:
+    config = tiny_config("padded_vocabulary", vocab_size=90, unpadded_vocab_size=None, tie_word_embeddings=False)
+    twin = GPT2ModernForCausalLM(config).eval()
+    twin.load_state_dict(
+        {
+            name: weight[:90] if name in ("model.embed_tokens.weight", "lm_head.weight") else weight
+            for name, weight in model.state_dict().items()
+        }
+    )
+    return twin
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_padded_vocabulary_changes_nothing(skip_logits):
+    model, input_ids = tiny_model("padded_vocabulary", tie_word_embeddings=False), random_ids(2, 12)
+    twin = unpadded_twin(model)
+    outputs = model(input_ids, labels=input_ids, skip_logits=skip_logits)
+    expected = twin(input_ids, labels=input_ids)
+    outputs.loss.backward()
+    expected.loss.backward()
+    close(outputs.loss, expected.loss, atol=1e-6)
+    close(model.lm_head.weight.grad[:90], twin.lm_head.weight.grad)
+    close(model.model.layers[0].mlp.up_proj.weight.grad, twin.model.layers[0].mlp.up_proj.weight.grad)
+    assert not model.lm_head.weight.grad[90:].any()
+    if not skip_logits:
+        close(outputs.logits, expected.logits)
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 100.0}, {"num_beams": 3}, {}])
+def test_padded_rows_are_never_generated(settings):
+    model, input_ids = tiny_model("padded_vocabulary", tie_word_embeddings=False), random_ids(4, 4)
+    with torch.no_grad():
+        model.lm_head.weight[90:] = 100 * model.lm_head.weight[:90].mean(0)
+    torch.manual_seed(0)
+    mask = torch.ones_like(input_ids)
+    assert model.generate(input_ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, **settings).max() < 90
+
+
+def test_transition_scores_of_a_padded_vocabulary_are_log_probabilities():
+    """transformers reshapes the scores by config.vocab_size, which is the number of rows."""
+    model, input_ids = tiny_model("padded_vocabulary"), random_ids(2, 4)
+    settings = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5, "pad_token_id": 0}
+    generated = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **settings)
+    scores = model.compute_transition_scores(generated.sequences, generated.scores, normalize_logits=True)
+    logits = logits_of(model, generated.sequences[:, :-1])[:, 3:].log_softmax(-1)
+    close(scores, logits.gather(2, generated.sequences[:, 4:, None])[..., 0])
+
+
+@pytest.mark.parametrize("flag_set", ["padded_vocabulary", "gpt2", "speedrun"])
+def test_added_tokens_become_real_ids(flag_set):
+    model = tiny_model(flag_set)
+    model.resize_token_embeddings(101, pad_to_multiple_of=8)
+    assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (104, 101)
+    assert model.lm_head.weight.shape[0] == model.get_input_embeddings().num_embeddings == 104
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
+    assert logits_of(model, torch.tensor([[100]])).shape[-1] == 101
+    model.resize_token_embeddings(80)
+    assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (80, None)
+
+
+# Caches and generation
+
+
+@EVERY_FLAG_SET
+def test_cached_logits_are_those_of_the_full_forward(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    cache = DynamicCache(config=model.config)
+    pieces = [logits_of(model, piece, past_key_values=cache) for piece in input_ids.split([5, 1, 1, 3, 2], dim=1)]
+    close(torch.cat(pieces, dim=1), logits_of(model, input_ids))
+
+
+GENERATION = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+@EVERY_FLAG_SET
+def test_generation_is_the_same_with_and_without_a_cache(flag_set, settings):
+    model, input_ids = tiny_model(flag_set), random_ids(1, 10)
+    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids, use_cache=False, **common)
+    assert torch.equal(model.generate(input_ids, **common, **settings), expected)
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun", "sliding_mixed"])
+def test_beam_search_is_the_same_with_and_without_a_cache(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 10)
+    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 6, "num_beams": 3, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids, **common), model.generate(input_ids, use_cache=False, **common))
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun", "padded_vocabulary"])
+def test_assisted_decoding_is_greedy_decoding(flag_set):
+    model, assistant, input_ids = tiny_model(flag_set), tiny_model(flag_set), random_ids(1, 10)
+    with torch.no_grad():
+        for weight in assistant.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(input_ids, assistant_model=assistant, **common), model.generate(input_ids, **common)
+    )
+
+
+@EVERY_FLAG_SET
+def test_padding_on_the_left_changes_nothing(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 8)
+    padded = F.pad(input_ids, (3, 0))
+    mask = F.pad(torch.ones_like(input_ids), (3, 0))
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = logits_of(model, padded, attention_mask=mask, position_ids=position_ids)[:, 3:]
+    close(logits, logits_of(model, input_ids))
+    common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids, attention_mask=mask[:, 3:], **common)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **common)[:, 3:], expected)
+
+
+def test_second_turn_sees_the_first_one_across_the_padding_between_them():
+    """Restarting positions would be another document; positions that go on after padding are not."""
+    model, input_ids = tiny_model("modern"), random_ids(1, 9)
+    padded = torch.cat((input_ids[:, :5], torch.zeros(1, 2, dtype=torch.long), input_ids[:, 5:]), dim=1)
+    mask = torch.tensor([[1] * 5 + [0] * 2 + [1] * 4])
+    position_ids = mask.cumsum(-1) - 1
+    expected = logits_of(model, input_ids)[:, 5:]
+    close(logits_of(model, padded, attention_mask=mask, position_ids=position_ids)[:, 7:], expected)
+    cache = DynamicCache(config=model.config)
+    logits_of(model, padded[:, :6], attention_mask=mask[:, :6], position_ids=position_ids[:, :6], past_key_values=cache)
+    turn = {"attention_mask": mask, "position_ids": position_ids[:, 6:], "past_key_values": cache}
+    close(logits_of(model, padded[:, 6:], **turn)[:, 1:], expected)
+
+
+@pytest.mark.parametrize("kept", [3, torch.tensor([0, 5]), 1])
+def test_logits_to_keep_are_those_of_the_full_forward(kept):
+    model, input_ids = tiny_model("speedrun"), random_ids(2, 8)
+    full = logits_of(model, input_ids)
+    expected = full[:, -kept:] if isinstance(kept, int) else full[:, kept]
+    close(logits_of(model, input_ids, logits_to_keep=kept), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun"])
+def test_embeddings_may_take_the_place_of_ids(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 8)
+    inputs_embeds = model.get_input_embeddings()(input_ids)
+    close(logits_of(model, None, inputs_embeds=inputs_embeds), logits_of(model, input_ids))
+    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5, "pad_token_id": 0}
+    generated = model.generate(inputs_embeds=inputs_embeds, **common)
+    assert torch.equal(generated, model.generate(input_ids, **common)[:, 8:])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"input_ids": random_ids(1, 2), "inputs_embeds": torch.zeros(1, 2, 32)}])
+def test_ids_and_embeddings_exclude_each_other(arguments):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        tiny_model("modern")(**arguments)
+
+
+# Packed documents
+
+LENGTHS = [[5, 7], [3, 9]]
+POSITION_IDS = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
+PACKED_FLAG_SETS = ["gpt2", "modern", "speedrun", "sliding_mixed"]
+
+
+def in_pieces(model, input_ids, sizes, **kwargs):
+    """Logits of a row that enters the cache piece by piece."""
+    cache, pieces, end = DynamicCache(config=model.config), [], 0
+    for size in sizes:
+        start, end = end, end + size
+        mask = {"attention_mask": kwargs["attention_mask"][:, :end]} if "attention_mask" in kwargs else {}
+        positions = POSITION_IDS[:, start:end]
+        pieces.append(logits_of(model, input_ids[:, start:end], position_ids=positions, past_key_values=cache, **mask))
+    return torch.cat(pieces, dim=1)
+
+
+def with_lengths(model, input_ids, **kwargs):
+    lengths = F.pad(torch.tensor(LENGTHS).flatten().cumsum(0), (1, 0)).to(torch.int32)
+    names = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 9, "max_length_k": 9}
+    return logits_of(model, input_ids, **names, **kwargs)
+
+
+ONES = torch.ones(2, 12, dtype=torch.long)
+CALLS = {
+    "default": lambda model, ids: logits_of(model, ids, position_ids=POSITION_IDS),
+    "no cache": lambda model, ids: logits_of(model, ids, position_ids=POSITION_IDS, use_cache=False),
+    "mask of ones": lambda model, ids: logits_of(model, ids, position_ids=POSITION_IDS, attention_mask=ONES),
+    "mask of ones, no cache": lambda model, ids: logits_of(
+        model, ids, position_ids=POSITION_IDS, attention_mask=ONES, use_cache=False
+    ),
+    "empty cache": lambda model, ids: logits_of(
+        model, ids, position_ids=POSITION_IDS, past_key_values=DynamicCache(config=model.config)
+    ),
+    "static cache": lambda model, ids: logits_of(
+        model, ids, position_ids=POSITION_IDS, past_key_values=StaticCache(config=model.config, max_cache_len=20)
+    ),
+    "cache piece by piece": lambda model, ids: in_pieces(model, ids, [4, 4, 1, 3]),
+    "cache piece by piece, mask of ones": lambda model, ids: in_pieces(model, ids, [4, 4, 1, 3], attention_mask=ONES),
+    "lengths": with_lengths,
+    "lengths, mask of ones": lambda model, ids: with_lengths(model, ids, attention_mask=ONES),
+    "lengths, no cache": lambda model, ids: with_lengths(model, ids, use_cache=False),
+}
+
+
+def documents_alone(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    return torch.stack(
+        [
+            torch.cat([logits_of(model, document[None])[0] for document in row.split(lengths)])
+            for row, lengths in zip(input_ids, LENGTHS, strict=True)
+        ]
+    )
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """What flash_attn_varlen_func computes, in plain PyTorch: causal from the lower right corner of each document.
+
+    Without lengths, or with padding, it is ordinary causal attention, as in transformers' flash attention.
+    """
+    seq_len, key_len = query.shape[2], key.shape[2]
+    if kwargs.get("max_length_q") is None:
+        mask = torch.ones(seq_len, key_len).tril(key_len - seq_len)
+        if attention_mask is not None:
+            mask = mask * attention_mask[:, None, None, -key_len:]
+        mask = mask.expand(len(query), 1, -1, -1)
+    else:
+        flat = torch.zeros(len(query) * seq_len, len(query) * key_len)
+        queries, keys = kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"].tolist()
+        assert queries[-1] == flat.shape[0] and keys[-1] == flat.shape[1]
+        for document in range(len(queries) - 1):
+            rows, columns = slice(*queries[document : document + 2]), slice(*keys[document : document + 2])
+            block = flat[rows, columns]
+            block += torch.ones_like(block).tril(block.shape[1] - block.shape[0])
+        blocks = flat.view(len(query), seq_len, len(query), key_len)
+        mask = torch.stack([blocks[row, :, row] for row in range(len(query))])[:, None]
+        assert flat.sum() == mask.sum(), "a document reaches into another row"
+    if kwargs["sliding_window"] is not None:
+        mask = mask * torch.ones(seq_len, key_len).triu(key_len - seq_len - kwargs["sliding_window"] + 1)
+    minimum = torch.zeros_like(mask).masked_fill(mask == 0, torch.finfo(query.dtype).min)
+    return eager_attention_forward(module, query, key, value, minimum, scaling)
+
+
+@pytest.fixture
+def flash_by_hand():
+    """transformers' names for flash attention lead to `varlen_attention`, since the kernels need a CUDA device."""
+    ALL_ATTENTION_FUNCTIONS.register("flash_attention_by_hand", varlen_attention)
+    AttentionMaskInterface.register("flash_attention_by_hand", flash_attention_mask)
+    yield "flash_attention_by_hand"
+    del ALL_ATTENTION_FUNCTIONS._global_mapping["flash_attention_by_hand"]
+    del AttentionMaskInterface._global_mapping["flash_attention_by_hand"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("flag_set", PACKED_FLAG_SETS)
+def test_packed_documents_do_not_see_each_other(flag_set, attn_implementation, call):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    model.set_attn_implementation(attn_implementation)
+    close(CALLS[call](model, input_ids), documents_alone(model, input_ids))
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "static cache"])
+@pytest.mark.parametrize("flag_set", PACKED_FLAG_SETS)
+def test_packed_documents_do_not_see_each_other_under_flash_attention(flag_set, call, flash_by_hand):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    expected = documents_alone(model, input_ids)
+    model.config._attn_implementation = flash_by_hand
+    close(CALLS[call](model, input_ids), expected)
+
+
+@pytest.mark.slow
+def test_packed_documents_do_not_see_each_other_under_flex_attention():
+    """One call only: it compiles for ten seconds on a CPU, and builds its mask from the same function as the others."""
+    model, input_ids = tiny_model("modern", head_dim=16), random_ids(2, 12)
+    expected = documents_alone(model, input_ids)
+    model.set_attn_implementation("flex_attention")
+    close(CALLS["mask of ones"](model, input_ids), expected)
+
+
+def test_unpacked_calls_keep_the_fast_path_of_sdpa(monkeypatch):
+    """No mask is built where rows hold one document, so that sdpa may choose its flash kernel."""
+    model, input_ids = tiny_model("modern"), random_ids(2, 12)
+    masks = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *args, **kwargs: masks.append(args[4]) or sdpa(*args, **kwargs),
+    )
+    model(input_ids)
+    model(input_ids, attention_mask=ONES)
+    model(input_ids, position_ids=torch.arange(12)[None])
+    assert masks == [None] * 6
+    model(input_ids, position_ids=POSITION_IDS)
+    assert masks[-1] is not None
+
+
+# torch.compile and gradient checkpointing
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "sliding_mixed"])
+def test_training_step_compiles_without_graph_breaks(flag_set, packed):
+    torch.compiler.reset()
+    model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
+    kwargs = {"labels": input_ids, "use_cache": False, "skip_logits": True}
+    kwargs |= {"position_ids": POSITION_IDS} if packed else {}
+    expected = model(input_ids, **kwargs).loss
+    actual = torch.compile(model, fullgraph=True, backend="eager")(input_ids, **kwargs).loss
+    close(actual, expected)
+
+
+@pytest.mark.parametrize(("flag_set", "graphs"), [("gpt2", 1), ("speedrun", 1), ("sliding_mixed", 2)])
+def test_compiled_decoding_with_a_static_cache_does_not_recompile(flag_set, graphs):
+    """Seven steps, one graph; the sliding layers of a StaticCache count in Python, which costs a second one."""
+    torch.compiler.reset()
+    model, input_ids = tiny_model(flag_set), random_ids(2, 6)
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True  # generate() compiles on accelerators only
+    common = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": 0, "max_new_tokens": 8}
+    expected = model.generate(input_ids, **common)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    settings = {"cache_implementation": "static", "compile_config": compile_config}
+    assert torch.equal(model.generate(input_ids, **common, **settings), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + graphs
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+def test_gradient_checkpointing_changes_no_gradient(flag_set, use_reentrant):
+    model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
+    model(input_ids, labels=input_ids).loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(input_ids, labels=input_ids).loss.backward()
+    torch.testing.assert_close(gradients_of(model), expected, atol=1e-6, rtol=0)
+
+
+# What transformers and its neighbours expect
+
+
+@EVERY_FLAG_SET
+def test_hidden_states_and_attentions_are_recorded(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 8)
+    model.set_attn_implementation("eager")
+    outputs = model(input_ids, output_hidden_states=True, output_attentions=True)
+    depth = model.config.num_hidden_layers
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 8, 32)] * (depth + 1)
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 8, 8)] * depth
+    close(torch.stack(outputs.attentions).sum(-1), torch.ones(depth, 2, 4, 8))
+    close(outputs.hidden_states[-1], model.model(input_ids).last_hidden_state, atol=0)
+
+
+def test_every_matrix_is_a_plain_linear():
+    """bitsandbytes and PEFT look for nn.Linear itself and pass over subclasses."""
+    for flag_set in FLAG_SETS:
+        for name, module in tiny_model(flag_set).named_modules():
+            if name.endswith(("_proj", "lm_head")):
+                assert type(module) is nn.Linear, name
+
+
+@pytest.mark.parametrize("flag_set", FLAG_SETS)
+def test_parallel_plans_name_modules_that_exist(flag_set):
+    model = tiny_model(flag_set)
+    names = {name for name, _ in model.model.named_modules()}
+    for pattern in model.config.base_model_tp_plan:
+        assert pattern.replace("*", "1") in names, pattern
+    split = {name.rpartition(".")[2] for name in model.config.base_model_tp_plan}
+    matrices = {name.rpartition(".")[2] for name in names if name.endswith("_proj")}
+    assert matrices <= split
+
+
+def test_pipeline_is_offered_only_where_layers_hand_on_one_tensor():
+    assert tiny_config("modern").base_model_pp_plan is not None
+    for flag in ("use_unet_skips", "use_value_residual", "use_x0_residual"):
+        assert tiny_config("modern", **{flag: True}).base_model_pp_plan is None
+
+
+def test_dropout_of_evaluation_is_none():
+    model, input_ids = (
+        tiny_model("gpt2", **dict.fromkeys(("embedding_dropout", "attention_dropout"), 0.5)),
+        random_ids(1, 8),
+    )
+    close(logits_of(model, input_ids), logits_of(model, input_ids), atol=0)
+    model.train()
+    assert (logits_of(model, input_ids) - logits_of(model, input_ids)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun"])
+def test_sequence_is_classified_by_its_last_token(flag_set):
+    torch.manual_seed(0)
+    model = GPT2ModernForSequenceClassification(tiny_config(flag_set, num_labels=3, pad_token_id=0)).eval()
+    input_ids = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]])
+    logits = model(input_ids).logits
+    assert logits.shape == (2, 3)
+    close(logits[0], model(input_ids[:1, :3]).logits[0])
+    assert model(input_ids, labels=torch.tensor([0, 2])).loss.isfinite()
+
+
+def test_tokens_are_classified_one_by_one():
+    torch.manual_seed(0)
+    model = GPT2ModernForTokenClassification(tiny_config("modern", num_labels=5)).eval()
+    outputs = model(random_ids(2, 6), labels=torch.zeros(2, 6, dtype=torch.long))
+    assert outputs.logits.shape == (2, 6, 5)
+    close(outputs.loss, F.cross_entropy(outputs.logits.flatten(0, 1), torch.zeros(12, dtype=torch.long)))
+
+
+def test_speedrun_learns():
+    """From its own initialisation, where attention, MLP and head start at zero; three AdamW steps on one batch."""
+    torch.manual_seed(0)
+    residuals = {"num_hidden_layers": 4, "zero_init_projections": True, "initializer_range": 0.02}
+    model, input_ids = GPT2ModernForCausalLM(tiny_config("speedrun", **residuals)).train(), random_ids(2, 12)
+    assert all(getattr(model.config, flag) for flag in SPEEDRUN_RESIDUALS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids, labels=input_ids, skip_logits=True).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(90), abs=1e-4)
+    assert losses[-1] < losses[0] - 0.5
