@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from command_line import UserError
-from prepare_data import Encoder, check_engine, main, packed_rows, standard_library_files
+from prepare_data import Encoder, main, packed_rows, standard_library_files
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["the", "cat", "sat", "on", "a", "mat\nand;", "saw", "1984", "birds", "over\tthere", "<|endoftext|>"]
@@ -281,18 +280,34 @@ def test_encoded_table_is_ids_and_eos_and_utf8_bytes(encoder, tokenizer_dir):
     assert encoded["bytes"] == [0, 5, 17]
 
 
-def test_an_engine_that_differs_is_stopped_with_the_document_named(encoder):
-    class Broken(Encoder):
-        def ids_and_lengths(self, texts):
-            ids, lengths = super().ids_and_lengths(texts)
-            wrong = self.engine == "gigatoken" and "zebra" in texts[0].as_py()
-            return ids + wrong, lengths
+def test_an_engine_that_differs_stops_the_run_with_the_document_named(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    correct = Encoder.ids_and_lengths
 
-    broken = Broken(encoder.tokenizer_json, engine="gigatoken", dtype="uint16", eos_token_id=0)
-    documents = Dataset.from_dict({"text": ["a cat", "a zebra", "a dog"]})
-    with pytest.raises(UserError, match=r"document 1 of the train split differently .*a zebra"):
-        check_engine(broken, documents, "train", seed=0)
-    check_engine(encoder, documents, "train", seed=0)
+    def wrong_about_zebras(self, texts):
+        ids, lengths = correct(self, texts)
+        return ids + (self.engine == "gigatoken" and "zebra" in texts[0].as_py()), lengths
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["a cat", "a zebra", "a dog"])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", ["a bird", "a zebra finch", "a hen"])
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--block_size", 1, "--validation_file")
+    monkeypatch.setattr(Encoder, "ids_and_lengths", wrong_about_zebras)
+    line = refusal(capsys, *flags, corpus, "--output_dir", tmp_path / "data")
+    assert "of the train split differently (it begins 'a zebra'); use --tokenizer_engine tokenizers" in line
+    write_jsonl(corpus, ["a cat", "a dog"])
+    line = refusal(capsys, *flags, held_out, "--output_dir", tmp_path / "data")
+    assert "encode document 1 of the validation split differently (it begins 'a zebra finch')" in line
+    run(tmp_path / "data", *flags, held_out, "--tokenizer_engine", "tokenizers")
+
+
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_tokens_that_a_tokenizer_adds_around_a_text_are_not_in_the_blocks(tmp_path, tokenizer_dir, engine):
+    adding = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    adding.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=adding, eos_token="<|endoftext|>").save_pretrained(tmp_path / "adding")
+    corpus, held_out = (write_jsonl(tmp_path / name, ["a cat", "a dog"]) for name in ("a.jsonl", "b.jsonl"))
+    flags = ("--train_file", corpus, "--validation_file", held_out, "--block_size", 1, "--tokenizer_engine", engine)
+    run(tmp_path / "data", *flags, "--tokenizer_name", tmp_path / "adding")
+    assert targets_of(tmp_path / "data", "validation").count(0) == 2
 
 
 def test_trained_tokenizer_has_the_asked_size_and_one_special_token(tokenizer_dir):
@@ -313,9 +328,13 @@ def trained_tokenizer(tokenizer_dir):
     return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
-def test_spaces_before_punctuation_survive_decoding(trained_tokenizer):
-    text = "it 's  a ( test ) , is n't it ? \n"
-    assert trained_tokenizer.decode(trained_tokenizer(text)["input_ids"]) == text
+def test_trained_tokenizer_says_not_to_clean_up_spaces(tokenizer_dir):
+    assert json.loads((tokenizer_dir / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
+
+
+def test_trained_tokenizer_loads_without_a_word(trained_tokenizer, tokenizer_dir, capfd, recwarn):
+    AutoTokenizer.from_pretrained(tokenizer_dir)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
 
 
 def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
