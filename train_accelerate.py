@@ -146,14 +146,15 @@ def main(argv: list[str] | None = None) -> None:
             loss, grad_norm, learning_rate = train_step(run)
             run.step += 1
             last = run.step == config.max_steps
+            saves = is_due(run.step, config.save_steps) or (last and config.save_steps > 0)
             metrics = {}
-            if is_due(run.step, config.logging_steps) or run.step == 1 or last:
-                metrics |= training_metrics(run, loss, grad_norm, learning_rate)
+            if is_due(run.step, config.logging_steps) or run.step == 1 or last or saves:
+                metrics |= training_metrics(run, loss, grad_norm, learning_rate)  # stops before a broken model is saved
             if is_due(run.step, config.eval_steps) or last:
                 metrics |= evaluate(run)
             if metrics:
                 record(run, bar, metrics)
-            if is_due(run.step, config.save_steps) or (last and config.save_steps):
+            if saves:
                 save(run)
             bar.update()
     finish(run)
@@ -253,6 +254,7 @@ def resume(run: Run) -> None:
     from training.checkpoints import (
         checkpoint_to_resume,
         load_checkpoint,
+        read_trainer_state,
         refuse_changed_settings,
         set_aside_later_checkpoints,
     )
@@ -267,8 +269,9 @@ def resume(run: Run) -> None:
         )
     (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, run.unwrapped_model, run.optimizer.optimizer)
+        state = read_trainer_state(checkpoint)
         refuse_changed_settings(checkpoint, state["settings"], run_settings(run))
+        load_checkpoint(checkpoint, run.unwrapped_model, run.optimizer.optimizer)
         run.step, run.wall_time_s = state["step"], state["wall_time_s"]
         if accelerator.scaler is not None and state["grad_scaler"]:
             accelerator.scaler.load_state_dict(state["grad_scaler"])
@@ -289,7 +292,7 @@ def resume(run: Run) -> None:
         run.log = MetricsLog(run.output_dir / "metrics.jsonl", resumed_step=run.step)
         write_resolved_config(run.output_dir / "resolved_config.yaml", chosen_settings(config))
     accelerator.wait_for_everyone()
-    run.stopwatch = Stopwatch(accelerator.device)
+    run.stopwatch = Stopwatch(accelerator.device, run.step)
 
 
 def chosen_settings(config: TrainConfig) -> dict[str, Any]:
@@ -299,9 +302,8 @@ def chosen_settings(config: TrainConfig) -> dict[str, Any]:
 
 def run_settings(run: Run) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued, as JSON values."""
-    model = run.unwrapped_model.config.to_dict()
-    for key in ("transformers_version", "dtype", "architectures"):  # do not change an update
-        model.pop(key, None)
+    model_config = run.unwrapped_model.config
+    model = {name: getattr(model_config, name) for name in type(model_config).__annotations__}  # not transformers' own
     manifest = json.dumps(run.train_blocks.manifest, sort_keys=True)
     settings = {name: getattr(run.config, name) for name in SETTINGS_OF_EVERY_UPDATE}
     settings |= {
@@ -373,16 +375,13 @@ def training_metrics(run: Run, loss: "torch.Tensor", grad_norm: "torch.Tensor", 
     """One row for metrics.jsonl: the step's loss over all processes, and the speed since the last row."""
     from training.metrics import model_flops_utilization, peak_memory_gib
 
-    steps = run.step - (run.log.rows[-1]["step"] if run.log.rows else 0) if run.log else 0
-    seconds = run.stopwatch.lap()
+    steps, seconds = run.stopwatch.lap(run.step)
     loss = run.accelerator.reduce(loss, reduction="mean").item()
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} at step {run.step}: lower --learning_rate or --max_grad_norm; the checkpoints in "
             f"{run.output_dir / 'checkpoints'} are from before"
         )
-    if not run.accelerator.is_main_process:
-        return {"loss": loss}
     tokens_per_second = steps * run.tokens_per_step / seconds
     return {
         "loss": loss,

@@ -1,7 +1,5 @@
 """A checkpoint is whole or not there; what is resumed is the newest whole one."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +13,7 @@ from training.checkpoints import (
     load_checkpoint,
     load_optimizer_state,
     optimizer_state,
+    read_trainer_state,
     save_checkpoint,
     set_aside_later_checkpoints,
 )
@@ -68,7 +67,8 @@ def test_loading_gives_back_weights_optimizer_and_state_bit_for_bit(checkpoints)
     expected = {name: value.clone() for name, value in (model.state_dict() | optimizer_state(optimizer, model)).items()}
     other = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
-    assert load_checkpoint(checkpoints / "step_0000010", other, other_optimizer) == {"step": 10}
+    load_checkpoint(checkpoints / "step_0000010", other, other_optimizer)
+    assert read_trainer_state(checkpoints / "step_0000010") == {"step": 10}
     found = other.state_dict() | optimizer_state(other_optimizer, other)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -149,4 +149,3 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints):
 def test_what_is_saved_holds_no_pickle(checkpoints):
     files = {path.name for path in (checkpoints / "step_0000010").iterdir()}
     assert files == {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "checksums.json"}
-    assert json.loads((checkpoints / "step_0000010" / "trainer_state.json").read_text()) == {"step": 10}

@@ -60,10 +60,10 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
 def test_paused_time_is_not_training_time(monkeypatch):
     now = iter([0.0, 2.0, 10.0, 11.0])  # start; pause after 2 s; go on at 10 s; look at 11 s
     monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(now))
-    stopwatch = Stopwatch(torch.device("cpu"))
+    stopwatch = Stopwatch(torch.device("cpu"), step=7)
     stopwatch.pause()
     stopwatch.resume()
-    assert stopwatch.lap() == 3.0 and stopwatch.total_s == 3.0
+    assert stopwatch.lap(9) == (2, 3.0) and stopwatch.total_s == 3.0
 
 
 def test_the_curves_are_a_png_also_before_the_first_evaluation(tmp_path):

@@ -38,7 +38,7 @@ def save_checkpoint(
     """Write checkpoint `step` and delete the oldest beyond `save_total_limit`. Call it on one process only.
 
     save_model: writes the Hub-ready model folder into the path it is given.
-    trainer_state: JSON values; what `load_checkpoint` gives back.
+    trainer_state: JSON values; what `read_trainer_state` gives back.
     """
     final = checkpoints_dir / f"step_{step:07d}"
     temporary = checkpoints_dir / f".{final.name}.tmp"
@@ -127,10 +127,15 @@ def set_aside_later_checkpoints(checkpoints_dir: Path, step: int) -> None:
             path.rename(aside / path.name)
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights and optimizer state in place; return the trainer state.
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The `trainer_state` that `save_checkpoint` was given."""
+    return json.loads((checkpoint / STATE_FILE).read_text())
 
-    Raises UserError, naming them, if the checkpoint's tensors are not those of this model.
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights and optimizer state in place.
+
+    Raises UserError, naming one, if the checkpoint's tensors are not those of this model.
     """
     try:
         missing, unexpected = load_model(model, checkpoint / MODEL_FILE, strict=False)
@@ -140,7 +145,6 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         name = sorted([*missing, *unexpected])[0]
         raise UserError(f"{checkpoint / MODEL_FILE} belongs to another model: tensor {name} does not match")
     load_optimizer_state(optimizer, model, load_file(checkpoint / OPTIMIZER_FILE))
-    return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def refuse_changed_settings(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

@@ -75,12 +75,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds spent training; evaluation and saving are taken out with `paused()`."""
+    """Seconds spent training; evaluation and saving are taken out with `pause()` and `resume()`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, step: int):
         self.device = device
         self.total_s = 0.0
-        self.lap_s = 0.0
+        self._lap_s, self._lap_step = 0.0, step
         self._since = time.perf_counter()
 
     def pause(self) -> None:
@@ -88,17 +88,18 @@ class Stopwatch:
             torch.accelerator.synchronize(self.device)  # kernels still queued belong to the time before
         now = time.perf_counter()
         self.total_s += now - self._since
-        self.lap_s += now - self._since
+        self._lap_s += now - self._since
         self._since = now
 
     def resume(self) -> None:
         self._since = time.perf_counter()
 
-    def lap(self) -> float:
-        """Training seconds since the last lap."""
+    def lap(self, step: int) -> tuple[int, float]:
+        """Steps and training seconds since the last lap."""
         self.pause()
-        lap_s, self.lap_s = self.lap_s, 0.0
-        return lap_s
+        lap = step - self._lap_step, self._lap_s
+        self._lap_s, self._lap_step = 0.0, step
+        return lap
 
 
 class MetricsLog:
