@@ -29,6 +29,7 @@ TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
     "classifier_dropout",
+    "custom_pipelines",
     "experts_implementation",
     "is_causal",
     "model_type",
@@ -189,7 +190,8 @@ class GPT2ModernConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        self._refuse_unknown_keys(kwargs)
+        is_loaded = self.transformers_version is not None  # from a config.json
+        self._refuse_unknown_keys(kwargs, is_loaded)
 
         if self.head_dim is None and self.num_attention_heads > 0:
             if self.hidden_size % self.num_attention_heads:
@@ -206,6 +208,9 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
+        # Not among the validations: transformers' own tools set a window on models that have no use for it, and save.
+        if self.sliding_window is not None and "sliding_attention" not in self.layer_types and not is_loaded:
+            raise ValueError(f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention")
 
         self.auto_map = AUTO_MAP | (kwargs.pop("auto_map", None) or {})
         self._choose_parallel_plans()
@@ -227,24 +232,31 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.use_unet_skips or self.use_value_residual or self.use_x0_residual:
             self.base_model_pp_plan = None
 
-    def _refuse_unknown_keys(self, kwargs: dict[str, Any]) -> None:
+    def _refuse_unknown_keys(self, kwargs: dict[str, Any], is_loaded: bool) -> None:
         """A misspelt key would otherwise become an attribute that nothing reads.
 
-        In a config.json (it has `transformers_version`) a key that resembles none of ours is kept, with a warning:
-        other tools leave their marks there, and a checkpoint should still load.
+        In a config.json a key that resembles none of ours is kept, with a warning: other tools leave their marks
+        there, and a checkpoint should still load.
         """
-        known = {field.name for field in dataclasses.fields(self)} | set(self.attribute_map) | TRANSFORMERS_KEYS
-        is_loaded = self.transformers_version is not None
         for key in kwargs:
-            if key in known or key.startswith("_"):
+            if self._is_known(key):
                 continue
-            nearest = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.75)
+            names = [field.name for field in dataclasses.fields(self)]
+            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
             if is_loaded and not nearest:
                 logger.warning(f"configuration key {key!r} is unknown to GPT2ModernConfig and has no effect")
                 continue
             raise ValueError(
                 f"unknown configuration key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
             )
+
+    def _is_known(self, key: str) -> bool:
+        fields = {field.name for field in dataclasses.fields(self)}
+        return key in fields or key in self.attribute_map or key in TRANSFORMERS_KEYS or key.startswith("_")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without attributes that were set on the configuration but are none of its keys."""
+        return {key: value for key, value in super().to_dict().items() if self._is_known(key)}
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
         """transformers' hook that completes `rope_parameters`; learned positions have none."""
@@ -306,8 +318,6 @@ class GPT2ModernConfig(PreTrainedConfig):
         slides = "sliding_attention" in self.layer_types
         if slides and not (self.sliding_window and self.sliding_window > 0):
             raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
-        if self.sliding_window is not None and not slides:
-            raise ValueError(f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention")
         if unsupported := set(self.layer_types) - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layer_types has {sorted(unsupported)}; there are full_attention and sliding_attention")
         if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:

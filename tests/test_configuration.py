@@ -127,6 +127,14 @@ def test_misspelt_key_in_config_json_raises(tmp_path):
         GPT2ModernConfig.from_pretrained(tmp_path)
 
 
+def test_attribute_that_is_no_key_is_not_saved(tmp_path):
+    """Otherwise a configuration that was saved might be refused when it is loaded."""
+    config = GPT2ModernConfig()
+    config.norm_epsilon = 1e-6
+    config.save_pretrained(tmp_path)
+    assert "norm_epsilon" not in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_mark_that_a_tool_left_in_config_json_is_no_obstacle(tmp_path):
     GPT2ModernConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
