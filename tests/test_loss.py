@@ -1,0 +1,449 @@
+"""linear_cross_entropy equals F.cross_entropy, never makes the logits, and survives compile, autocast and DDP."""
+
+import functools
+import importlib.util
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from modeling_gpt2modern.layers_gpt2modern import (
+    _linear_cross_entropy_sum,
+    _summed_loss_and_gradients,
+    linear_cross_entropy,
+)
+
+NUM_TOKENS, HIDDEN_SIZE, ROWS = 37, 16, 56
+TOLERANCES = {torch.float64: {"atol": 1e-13, "rtol": 1e-11}, torch.float32: {"atol": 1e-6, "rtol": 1e-5}}
+
+
+def make_inputs(dtype=torch.float32, vocab_size=ROWS, num_tokens=NUM_TOKENS, with_ignored=True):
+    """Hidden states, weight (both require grad) and labels, every fifth of which is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
+    weight = torch.randn(ROWS, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
+    labels = torch.randint(vocab_size, (num_tokens,), generator=generator)
+    if with_ignored:
+        labels[::5] = -100
+    return hidden_states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def logits_cross_entropy(hidden_states, weight, labels, vocab_size=ROWS, softcap=None, num_items_in_batch=None):
+    """The same loss the direct way, from all logits."""
+    logits = hidden_states @ weight[:vocab_size].t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def loss_and_gradients(loss_function, hidden_states, weight, labels, **options):
+    loss = loss_function(hidden_states, weight, labels, **options)
+    return loss, *torch.autograd.grad(loss, (hidden_states, weight))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, None])
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(11)], ids=["mean", "divided"])
+@pytest.mark.parametrize("with_ignored", [False, True], ids=["all-labels", "some-ignored"])
+@pytest.mark.parametrize("vocab_size", [ROWS, 50])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_loss_and_gradients_equal_cross_entropy(
+    dtype, softcap, vocab_size, with_ignored, num_items_in_batch, chunk_size
+):
+    inputs = make_inputs(dtype, vocab_size, with_ignored=with_ignored)
+    options = {"vocab_size": vocab_size, "softcap": softcap, "num_items_in_batch": num_items_in_batch}
+    expected = loss_and_gradients(logits_cross_entropy, *inputs, **options)
+    actual = loss_and_gradients(linear_cross_entropy, *inputs, **options, chunk_size=chunk_size)
+    torch.testing.assert_close(actual, expected, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_are_the_slope_of_the_loss(softcap):
+    hidden_states, weight, labels = make_inputs(torch.float64, num_tokens=6)
+    loss = functools.partial(linear_cross_entropy, labels=labels, softcap=softcap, chunk_size=4)
+    assert torch.autograd.gradcheck(loss, (hidden_states, weight))
+
+
+def test_weight_of_many_rows_is_summed_over_every_block_of_rows():
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(5, 4, generator=generator, requires_grad=True)
+    weight = torch.randn(20_000, 4, generator=generator, requires_grad=True)
+    labels = torch.tensor([0, 8191, 8192, 16384, 19_999])
+    expected = loss_and_gradients(logits_cross_entropy, hidden_states, weight, labels, vocab_size=None)
+    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels)
+    torch.testing.assert_close(actual, expected, **TOLERANCES[torch.float32])
+
+
+def test_rows_beyond_the_vocabulary_get_an_exactly_zero_gradient():
+    hidden_states, weight, labels = make_inputs(vocab_size=50)
+    _, _, weight_gradient = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels, vocab_size=50)
+    assert torch.equal(weight_gradient[50:], torch.zeros(ROWS - 50, HIDDEN_SIZE))
+    assert weight_gradient[:50].ne(0).all()
+
+
+def test_values_of_rows_beyond_the_vocabulary_do_not_matter():
+    hidden_states, weight, labels = make_inputs(vocab_size=50)
+    poisoned = weight.detach().clone()
+    poisoned[50:] = float("inf")
+    expected = linear_cross_entropy(hidden_states, weight, labels, vocab_size=50)
+    assert torch.equal(linear_cross_entropy(hidden_states, poisoned, labels, vocab_size=50), expected)
+
+
+def test_label_beyond_the_vocabulary_raises():
+    hidden_states, weight, labels = make_inputs()
+    labels[1] = 52
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        linear_cross_entropy(hidden_states, weight, labels, vocab_size=50)
+
+
+def test_ignored_position_gets_no_gradient_and_cannot_poison_the_others():
+    hidden_states, weight, labels = make_inputs()
+    poisoned = hidden_states.detach().clone()
+    poisoned[::5] = float("nan")
+    expected = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels)
+    actual = loss_and_gradients(linear_cross_entropy, poisoned.requires_grad_(), weight, labels)
+    assert torch.equal(actual[1][::5], torch.zeros(8, HIDDEN_SIZE))
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
+def test_another_ignore_index():
+    hidden_states, weight, labels = make_inputs()
+    expected = linear_cross_entropy(hidden_states, weight, labels)
+    assert torch.equal(
+        linear_cross_entropy(hidden_states, weight, labels.masked_fill(labels == -100, -1), ignore_index=-1), expected
+    )
+
+
+def test_mean_over_no_labels_is_nan_with_zero_gradients_as_in_cross_entropy():
+    hidden_states, weight, labels = make_inputs()
+    labels.fill_(-100)
+    expected = loss_and_gradients(logits_cross_entropy, hidden_states, weight, labels)
+    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels)
+    assert expected[0].isnan()
+    torch.testing.assert_close(actual, expected, equal_nan=True, atol=0, rtol=0)
+
+
+def test_sum_over_no_labels_is_zero():
+    hidden_states, weight, labels = make_inputs()
+    loss = linear_cross_entropy(hidden_states, weight, labels.fill_(-100), num_items_in_batch=7)
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_half_precision_inputs_give_an_fp32_loss_and_gradients_in_their_dtype(dtype, softcap):
+    hidden_states, weight, labels = make_inputs(dtype)
+    actual = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels, softcap=softcap, chunk_size=8)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight)]
+    expected = loss_and_gradients(logits_cross_entropy, *exact_inputs, labels, softcap=softcap)
+    assert [tensor.dtype for tensor in actual] == [torch.float32, dtype, dtype]
+    # One rounding of a logit near 8 is 0.4% in bf16; fp32 arithmetic after it leaves an error far below that.
+    torch.testing.assert_close(actual[0].double(), expected[0], rtol=2e-3, atol=0)
+    for gradient, exact in zip(actual[1:], expected[1:], strict=True):
+        assert (gradient - exact).norm() / exact.norm() < 8e-3
+
+
+def test_bf16_weight_gradient_does_not_lose_precision_with_more_chunks():
+    hidden_states, weight, labels = make_inputs(torch.bfloat16, num_tokens=2048)
+    exact_inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden_states, weight)]
+    exact = loss_and_gradients(logits_cross_entropy, *exact_inputs, labels)[2]
+    for chunk_size in (2048, 8):
+        gradient = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels, chunk_size=chunk_size)[2]
+        assert (gradient - exact).norm() / exact.norm() < 4e-3, chunk_size
+
+
+def test_confident_token_keeps_its_gradient_in_bf16():
+    # p = 1 - 6e-5: in bf16 p rounds to 1, and p - 1 to zero.
+    hidden_states = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([[9.75], [0.0]], dtype=torch.bfloat16, requires_grad=True)
+    _, _, weight_gradient = loss_and_gradients(linear_cross_entropy, hidden_states, weight, torch.tensor([0]))
+    expected = 1 / (1 + torch.tensor(9.75).exp())
+    torch.testing.assert_close(
+        weight_gradient.float().squeeze(1), torch.stack((-expected, expected)), rtol=4e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast_multiplies_in_bf16_and_returns_gradients_in_the_dtype_of_each_input(hidden_dtype):
+    hidden_states, weight, labels = make_inputs()
+    hidden_states = hidden_states.detach().bfloat16()
+    half_inputs = (hidden_states.clone().requires_grad_(), weight.detach().bfloat16().requires_grad_())
+    expected = loss_and_gradients(linear_cross_entropy, *half_inputs, labels)
+    hidden_states = hidden_states.to(hidden_dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden_states, weight, labels)
+    gradients = torch.autograd.grad(loss, (hidden_states, weight))
+    assert torch.equal(loss, expected[0])
+    assert [gradient.dtype for gradient in gradients] == [hidden_dtype, torch.float32]
+    for gradient, half in zip(gradients, expected[1:], strict=True):
+        torch.testing.assert_close(gradient.bfloat16(), half)
+
+
+def test_bf16_hidden_states_meet_an_fp32_weight_without_autocast():
+    hidden_states, weight, labels = make_inputs()
+    half = hidden_states.detach().bfloat16()
+    expected = linear_cross_entropy(half, weight.bfloat16(), labels)
+    assert torch.equal(linear_cross_entropy(half, weight, labels), expected)
+
+
+def test_upstream_gradient_scales_the_gradients():
+    hidden_states, weight, labels = make_inputs()
+    expected = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels)
+    (linear_cross_entropy(hidden_states, weight, labels) * 1024).backward()
+    assert torch.equal(hidden_states.grad, expected[1] * 1024)
+    assert torch.equal(weight.grad, expected[2] * 1024)
+
+
+def test_bf16_gradients_are_divided_by_the_exact_number_of_items():
+    # 1/3 rounds to 0.33398 in bf16: every gradient would be 0.2% too large, in the same direction.
+    hidden_states, weight, labels = make_inputs(torch.bfloat16)
+    summed = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels, num_items_in_batch=1)
+    divided = loss_and_gradients(linear_cross_entropy, hidden_states, weight, labels, num_items_in_batch=3)
+    assert torch.equal(divided[1], (summed[1].float() / 3).bfloat16())
+
+
+def test_fp16_gradients_of_unlikely_tokens_survive_with_a_loss_scale():
+    # 1 / (56 tokens in the vocabulary x 65,536 items) is below the smallest fp16 number unless the scale comes first.
+    hidden_states, weight, labels = make_inputs(torch.float16)
+    loss = linear_cross_entropy(hidden_states, weight, labels, num_items_in_batch=65536)
+    (hidden_gradient,) = torch.autograd.grad(loss * 65536, hidden_states)
+    (expected,) = torch.autograd.grad(
+        linear_cross_entropy(hidden_states, weight, labels, num_items_in_batch=1), hidden_states
+    )
+    assert torch.equal(hidden_gradient, expected)
+
+
+def test_backward_can_be_repeated_on_a_retained_graph():
+    hidden_states, weight, labels = make_inputs()
+    loss = linear_cross_entropy(hidden_states, weight, labels)
+    first = torch.autograd.grad(loss, (hidden_states, weight), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, (hidden_states, weight))))
+
+
+def test_differentiating_twice_raises():
+    hidden_states, weight, labels = make_inputs()
+    loss = linear_cross_entropy(hidden_states, weight, labels)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, hidden_states, create_graph=True)
+
+
+class RecordAllocations(TorchDispatchMode):
+    """Largest tensor, in elements, and the matrix products seen by any operator that runs under this mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest_tensor = 0
+        self.num_matmuls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is _linear_cross_entropy_sum._opoverload:
+            with self:  # a mode sees an operator from outside only: step in
+                return _summed_loss_and_gradients(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        sizes = [
+            leaf.untyped_storage().nbytes() // leaf.element_size()
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, torch.Tensor)
+        ]
+        self.largest_tensor = max([self.largest_tensor, *sizes])
+        self.num_matmuls += function._schema.name in ("aten::mm", "aten::matmul")
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_of_the_size_of_the_logits_is_made(dtype):
+    inputs = make_inputs(dtype, num_tokens=512)
+    with RecordAllocations() as direct:
+        loss_and_gradients(logits_cross_entropy, *inputs)
+    with RecordAllocations() as chunked:
+        loss_and_gradients(linear_cross_entropy, *inputs, softcap=30.0, chunk_size=8)
+    assert direct.largest_tensor == 512 * ROWS
+    assert chunked.largest_tensor == 512 * HIDDEN_SIZE  # the hidden states and their gradient
+
+
+@pytest.mark.parametrize(
+    ("hidden_needs_gradient", "weight_needs_gradient", "num_matmuls"),
+    [(False, False, 1), (True, False, 2), (False, True, 2), (True, True, 3)],
+)
+def test_only_the_gradients_that_are_needed_are_formed(hidden_needs_gradient, weight_needs_gradient, num_matmuls):
+    hidden_states, weight, labels = make_inputs()
+    hidden_states.requires_grad_(hidden_needs_gradient)
+    weight.requires_grad_(weight_needs_gradient)
+    with RecordAllocations() as recorded:
+        linear_cross_entropy(hidden_states, weight, labels)
+    assert recorded.num_matmuls == num_matmuls
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_only_the_loss_is_computed(context):
+    inputs = make_inputs()
+    expected = linear_cross_entropy(*inputs)
+    with context(), RecordAllocations() as recorded:
+        loss = linear_cross_entropy(*inputs)
+    assert torch.equal(loss, expected)
+    assert recorded.num_matmuls == 1
+
+
+def test_works_on_the_meta_device():
+    hidden_states, weight, labels = (tensor.detach().to("meta") for tensor in make_inputs())
+    assert linear_cross_entropy(hidden_states, weight.requires_grad_(), labels).shape == ()
+
+
+def test_another_copy_of_the_file_does_not_replace_the_operator(tmp_path):
+    inputs = make_inputs()
+    expected = linear_cross_entropy(*inputs)
+    source = Path(inspect.getfile(linear_cross_entropy)).read_text()
+    copied_file = tmp_path / "copied_layers.py"
+    copied_file.write_text(source.replace("total -= ", "total += "))
+    specification = importlib.util.spec_from_file_location("copied-package.copied_layers", copied_file)
+    copied_module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(copied_module)
+    assert torch.equal(copied_module.linear_cross_entropy(*inputs), -expected)
+    assert torch.equal(linear_cross_entropy(*inputs), expected)
+
+
+class TiedModel(nn.Module):
+    """Embedding, one linear layer, and a head that shares the embedding's weight."""
+
+    def __init__(self, use_reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(ROWS, HIDDEN_SIZE)
+        self.linear = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+        self.use_reentrant = use_reentrant
+
+    def loss(self, hidden_states, labels):
+        return linear_cross_entropy(
+            self.linear(hidden_states), self.embed_tokens.weight, labels, vocab_size=50, softcap=5.0
+        )
+
+    def forward(self, input_ids, labels):
+        hidden_states = self.embed_tokens(input_ids)
+        if self.use_reentrant is None:
+            return self.loss(hidden_states, labels)
+        return checkpoint(self.loss, hidden_states, labels, use_reentrant=self.use_reentrant)
+
+
+def gradients_of(model, input_ids, labels):
+    model.zero_grad()
+    loss = model(input_ids, labels)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+@pytest.fixture
+def token_batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(50, (2, NUM_TOKENS), generator=generator).unbind(0)
+
+
+def test_tied_weight_gets_the_gradient_of_both_its_uses(token_batch):
+    input_ids, labels = token_batch
+    model = TiedModel()
+    actual = gradients_of(model, input_ids, labels)
+    model.loss = lambda hidden_states, labels: logits_cross_entropy(
+        model.linear(hidden_states), model.embed_tokens.weight, labels, vocab_size=50, softcap=5.0
+    )
+    torch.testing.assert_close(actual, gradients_of(model, input_ids, labels))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_around_the_loss(token_batch, use_reentrant):
+    actual = gradients_of(TiedModel(use_reentrant), *token_batch)
+    torch.testing.assert_close(actual, gradients_of(TiedModel(), *token_batch), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("use_autocast", [False, True], ids=["fp32", "autocast"])
+def test_compiles_as_one_graph_with_equal_loss_and_gradients(token_batch, use_autocast):
+    torch._dynamo.reset()
+    model = TiedModel()
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_autocast):
+        expected = gradients_of(model, *token_batch)
+        actual = gradients_of(torch.compile(model, fullgraph=True, backend="aot_eager"), *token_batch)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_graph_holds_no_logits():
+    torch._dynamo.reset()
+    largest = []
+
+    def record_largest(graph_module, example_inputs):
+        values = [node.meta.get("val") for node in graph_module.graph.nodes]
+        largest.append(max(leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)))
+        return make_boxed_func(graph_module.forward)
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record_largest, bw_compiler=record_largest)
+    inputs = make_inputs(num_tokens=512)
+    for loss_function, expected in ((logits_cross_entropy, 512 * ROWS), (linear_cross_entropy, 512 * HIDDEN_SIZE)):
+        largest.clear()
+        torch._dynamo.reset()
+        loss_and_gradients(torch.compile(loss_function, backend=backend, fullgraph=True), *inputs)
+        assert max(largest) == expected, loss_function.__name__
+        assert len(largest) == 2
+
+
+def test_one_compiled_graph_serves_other_token_counts():
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_tokens in (37, 61, 600):
+        inputs = make_inputs(num_tokens=num_tokens)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            actual = loss_and_gradients(compiled, *inputs)
+        torch.testing.assert_close(actual, loss_and_gradients(linear_cross_entropy, *inputs))
+
+
+def test_operator_is_registered_as_torch_demands():
+    hidden_states, weight, labels = make_inputs(vocab_size=50)
+    operator_arguments = (hidden_states, weight, labels, 3.0, 50, -100, 8, torch.float32, True, True)
+    torch.library.opcheck(_linear_cross_entropy_sum, operator_arguments)
+    assert [output.requires_grad for output in _linear_cross_entropy_sum(*operator_arguments)] == [True, False, False]
+
+
+def _ddp_worker(rank, folder, batches):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(TiedModel())
+    gradients = gradients_of(model, *batches[rank])
+    if rank == 0:
+        torch.save(gradients[1:], f"{folder}/gradients.pt")
+    torch.distributed.barrier()
+    # Not an orderly exit: a Reducer that outlives its gloo group joins the group's thread with the GIL held, and hung.
+    os._exit(0)
+
+
+def test_ddp_averages_the_gradients_of_a_tied_weight(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    batches = torch.randint(50, (2, 2, NUM_TOKENS), generator=generator)
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path), batches), nprocs=2)
+    per_rank = [gradients_of(TiedModel(), *batch)[1:] for batch in batches]
+    expected = [(first + second) / 2 for first, second in zip(*per_rank, strict=True)]
+    torch.testing.assert_close(torch.load(tmp_path / "gradients.pt"), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(NUM_TOKENS - 1, dtype=torch.long)}, "labels must be"),
+        ({"weight": torch.zeros(ROWS, HIDDEN_SIZE + 1)}, "hidden_states and weight"),
+        ({"hidden_states": torch.zeros(1, NUM_TOKENS, HIDDEN_SIZE)}, "hidden_states and weight"),
+        ({"vocab_size": ROWS + 1}, "vocab_size must be"),
+        ({"vocab_size": 0}, "vocab_size must be"),
+        ({"softcap": 0.0}, "softcap must be"),
+        ({"chunk_size": 0}, "chunk_size must be"),
+    ],
+    ids=["labels", "hidden-size", "three-dimensions", "vocab-too-large", "vocab-empty", "softcap", "chunk"],
+)
+def test_arguments_that_do_not_fit_raise_value_error(change, message):
+    hidden_states, weight, labels = make_inputs()
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**({"hidden_states": hidden_states, "weight": weight, "labels": labels} | change))
