@@ -35,18 +35,19 @@ moves into the queries; keys and values of grouped heads are repeated, at the pr
 becomes a matrix of its own. Gains are never folded into the next matrix: no flags would gain an architecture by it.
 
 What the table does not list has no counterpart. So it is with U-Net skips, value and x0 residuals; with learned
-positions beside rmsnorm, swiglu, QK-norm, windows, soft-cap or an embedding norm; with soft-cap beside layernorm, QK-norm
-or a non-gated MLP, NanoChat's combination excepted; with windows beside a non-gated MLP and rmsnorm; with QK-norm
-beside MLP biases. Read, but not written back: biases of q, k and v alone (o_proj's become zeros). Refused on reading,
-besides other activations: parallel residuals, layers without RoPE, capped attention scores, clipped queries.
+positions beside rmsnorm, swiglu, QK-norm, windows, soft-cap or an embedding norm; with soft-cap beside layernorm,
+QK-norm or a non-gated MLP, NanoChat's combination excepted; with windows beside a non-gated MLP and rmsnorm; with
+QK-norm beside MLP biases. Refused on reading: other activations, parallel residuals, layers without RoPE, capped
+attention scores, clipped queries. Biases of q, k and v alone are read with zeros for o_proj, and written back.
 """
 
+import contextlib
 import copy
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from command_line import UserError, exit_code_2_on_user_error, parse_arguments
 
@@ -974,8 +976,8 @@ CARD = """\
 
 # {{ name }}
 
-`{{ source }}`, {{ source_class }}, as {{ architecture }}: the same weights in another layout, converted by
-GPT2-Modern.
+`{{ source }}`, {{ source_class }}, as {{ architecture }}: the same model in another layout, converted
+by GPT2-Modern.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -1092,12 +1094,25 @@ def _give_usual_modes(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and warnings of loading: what matters of them is raised here."""
+    verbosity, has_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if has_bars:
+            hf_logging.enable_progress_bar()
+
+
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(ConversionConfig, argv, __doc__)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    facts = convert_folder(Path(config.model), Path(config.output_dir), config.architecture)
+    with _quiet_transformers():
+        facts = convert_folder(Path(config.model), Path(config.output_dir), config.architecture)
     print(f"{facts['source_class']} -> {facts['architecture']}: {config.output_dir}")
     print(f"logits differ by at most {facts['difference']} on {facts['tokens']} tokens (largest: {facts['largest']})")
 
