@@ -36,7 +36,6 @@ TRANSFORMERS_KEYS = {
     "name_or_path",
     "num_labels",
     "output_attentions",
-    "per_layer_config",
     "quantization_config",
     "rope_scaling",
     "rope_theta",
@@ -176,9 +175,9 @@ class GPT2ModernConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
         fields = PRESETS[name] | overrides
-        head_dim, rest = divmod(PRESETS[name]["hidden_size"], PRESETS[name]["num_attention_heads"])
-        assert rest == 0
+        head_dim = PRESETS[name]["hidden_size"] // PRESETS[name]["num_attention_heads"]
         if not {"num_attention_heads", "head_dim"} & set(overrides) and fields["hidden_size"] % head_dim == 0:
             fields["num_attention_heads"] = fields["hidden_size"] // head_dim
         if "vocab_size" in overrides:

@@ -15,7 +15,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -48,7 +52,7 @@ from .layers_gpt2modern import (
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers < 5.17
+except ImportError:  # transformers 5.17 has none
 
     def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         """The positions that need logits: the last `logits_to_keep` (0: all), or those that a 1D tensor lists."""
@@ -293,18 +297,21 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         batch_size, seq_len = inputs_embeds.shape[:2]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = None
-        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
-            position_ids = positions_from_lengths(kwargs["cu_seq_lens_q"], batch_size, seq_len)
+        document_positions = position_ids
+        if kwargs.get("cu_seq_lens_q") is not None:
+            document_positions = positions_from_lengths(kwargs["cu_seq_lens_q"], batch_size, seq_len)
         if position_ids is None:
-            position_ids = (torch.arange(seq_len, device=inputs_embeds.device) + past_length).unsqueeze(0)
-        elif attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
-            documents = PackedDocuments.find(position_ids.expand(batch_size, -1), past_length, attention_mask)
-        attention_arguments = self._attention_arguments(inputs_embeds, attention_mask, past_key_values, documents)
+            positions = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
+            position_ids = positions if document_positions is None else document_positions
+        attention_arguments = self._attention_arguments(
+            inputs_embeds, attention_mask, past_key_values, past_length, document_positions
+        )
 
         position_embeddings = None
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
+            if seq_len > self.embed_positions.num_embeddings:
+                raise ValueError(f"{seq_len} tokens, but max_position_embeddings={self.embed_positions.num_embeddings}")
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -340,16 +347,26 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
         past_key_values: Cache | None,
-        documents: PackedDocuments | None,
+        past_length: int | torch.Tensor,
+        document_positions: torch.Tensor | None,
     ) -> dict[str, dict[str, Any]]:
         """For each type of layer the arguments by which its attention sees what it may: a mask, or for packed
         documents under flash attention, which has no masks, their lengths.
+
+        document_positions: (batch, seq_len), restarting with each document; None where nobody spoke of documents.
+        Attention that makes no masks (of a server, say) keeps documents apart by itself. A traced graph cannot compute
+        lengths: there flash attention has to be given `cu_seq_lens_*`.
         """
         if isinstance(attention_mask, dict):  # generate() prepares the masks itself for a cache of fixed size
             return {attention_type: {"attention_mask": mask} for attention_type, mask in attention_mask.items()}
+        batch_size, seq_len = inputs_embeds.shape[:2]
+        makes_masks = self.config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+        documents = None
+        if document_positions is not None and makes_masks and (attention_mask is None or attention_mask.ndim == 2):
+            documents = PackedDocuments.find(document_positions.expand(batch_size, -1), past_length, attention_mask)
+
         layer_indices = {layer.attention_type: index for index, layer in enumerate(self.layers)}
         if documents is not None and is_flash_attention_requested(self.config) and not is_tracing():
-            seq_len = inputs_embeds.shape[1]
             return {
                 attention_type: documents.flash_arguments(
                     *(past_key_values.get_mask_sizes(seq_len, index) if past_key_values is not None else (seq_len, 0))

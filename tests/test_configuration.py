@@ -216,6 +216,11 @@ def test_names_of_gpt2_are_aliases():
     assert (config.hidden_size, config.num_hidden_layers, config.head_dim, config.n_positions) == (64, 3, 16, 32)
 
 
+def test_names_of_gpt2_override_presets():
+    config = GPT2ModernConfig.from_preset("gpt2", n_embd=128, n_layer=2)
+    assert (config.hidden_size, config.num_attention_heads, config.layer_types) == (128, 2, ["full_attention"] * 2)
+
+
 def test_rope_parameters_of_the_caller_stay_as_they_were():
     given = {"rope_theta": 5e4}
     config = GPT2ModernConfig(rope_parameters=given)

@@ -519,6 +519,11 @@ def test_ids_and_embeddings_exclude_each_other(arguments):
         tiny_model("modern")(**arguments)
 
 
+def test_more_tokens_than_learned_positions_raise():
+    with pytest.raises(ValueError, match="65 tokens, but max_position_embeddings=64"):
+        tiny_model("gpt2")(random_ids(1, 65))
+
+
 # Packed documents
 
 LENGTHS = [[5, 7], [3, 9]]
@@ -562,6 +567,7 @@ CALLS = {
     "lengths": with_lengths,
     "lengths, mask of ones": lambda model, ids: with_lengths(model, ids, attention_mask=ONES),
     "lengths, no cache": lambda model, ids: with_lengths(model, ids, use_cache=False),
+    "lengths and positions": lambda model, ids: with_lengths(model, ids, position_ids=POSITION_IDS),
 }
 
 
@@ -637,6 +643,27 @@ def test_packed_documents_do_not_see_each_other_under_flex_attention():
     expected = documents_alone(model, input_ids)
     model.set_attn_implementation("flex_attention")
     close(CALLS["mask of ones"](model, input_ids), expected)
+
+
+def test_lengths_count_even_where_positions_do_not_restart():
+    """RoPE scores depend on distances only, so that positions that run on change nothing else."""
+    model, input_ids = tiny_model("modern"), random_ids(2, 12)
+    close(with_lengths(model, input_ids, position_ids=torch.arange(12)[None]), documents_alone(model, input_ids))
+
+
+def test_attention_that_makes_no_masks_gets_none():
+    """Servers and paged caches put their own attention in place and tell documents apart by themselves."""
+    model, seen = tiny_model("modern"), []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.append((attention_mask, kwargs["cu_seq_lens_k"]))
+        return query.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("attention_of_a_server", attention)
+    model.config._attn_implementation = "attention_of_a_server"
+    with_lengths(model, random_ids(2, 12), position_ids=POSITION_IDS)
+    del ALL_ATTENTION_FUNCTIONS._global_mapping["attention_of_a_server"]
+    assert [(mask, lengths.tolist()) for mask, lengths in seen] == [(None, [0, 5, 12, 15, 24])] * 2
 
 
 def test_unpacked_calls_keep_the_fast_path_of_sdpa(monkeypatch):
