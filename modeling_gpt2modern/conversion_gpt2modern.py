@@ -538,8 +538,8 @@ LLAMA = (*USUAL, Rotary(), *RMSNORM, *SWIGLU, NO_QK_NORM)
 QKV = ATTENTION_MATRICES[:3]
 # Types that scale cos and sin: a norm after the rotation would undo that.
 UNSCALED = tuple(name for name in ROPE_TYPES if name not in ("yarn", "longrope"))
-# Where a smaller rotation is made for a fraction of the head, the proportional type, which fills the head, has no room.
-FRACTION = Rotary(partial=True, rope_types=tuple(name for name in ROPE_TYPES if name != "proportional"))
+# StableLM rotates the fraction that its configuration names, of which the proportional type makes something else.
+NOT_PROPORTIONAL = tuple(name for name in ROPE_TYPES if name != "proportional")
 
 
 def layernorm(eps: str) -> tuple[Trait, ...]:
@@ -627,17 +627,18 @@ ARCHITECTURES = (
         Renamed({"post_attention_layernorm": "pre_feedforward_layernorm"}),
     ),
     entry(
-        "NemotronForCausalLM", "nemotron", *USUAL, FRACTION, *layernorm("norm_eps"), *RELU2, NO_QK_NORM, Heads(),
-        BIASES, FULL, GainsMinusOne(),
+        "NemotronForCausalLM", "nemotron", *USUAL, Rotary(partial=True), *layernorm("norm_eps"), *RELU2, NO_QK_NORM,
+        Heads(), BIASES, FULL, GainsMinusOne(),
     ),
     entry(
         "Jais2ForCausalLM", "jais2", *USUAL, Rotary(), *layernorm("layer_norm_eps"), *RELU2, NO_QK_NORM,
         Heads(whole=True), BIASES, FULL,
     ),
     entry(
-        "GPTNeoXForCausalLM", "gpt_neox", *USUAL, FRACTION, *layernorm("layer_norm_eps"), Activation(), NO_QK_NORM,
-        Heads(grouped=False, free_size=False), Same("attention_bias", "hidden_dropout"), Ours(mlp_bias=True), FULL,
-        Theirs(use_parallel_residual=False), Fused(QKV, "self_attn.query_key_value", per_head=True),
+        "GPTNeoXForCausalLM", "gpt_neox", *USUAL, Rotary(partial=True), *layernorm("layer_norm_eps"), Activation(),
+        NO_QK_NORM, Heads(grouped=False, free_size=False), Same("attention_bias", "hidden_dropout"),
+        Ours(mlp_bias=True), FULL, Theirs(use_parallel_residual=False),
+        Fused(QKV, "self_attn.query_key_value", per_head=True),
         Renamed({
             "model.embed_tokens": "gpt_neox.embed_in", "model.layers": "gpt_neox.layers",
             "model.norm": "gpt_neox.final_layer_norm",
@@ -656,9 +657,9 @@ ARCHITECTURES = (
         *SWIGLU, NO_QK_NORM, Heads(), *ATTENTION_BIAS, FULL, Theirs(clip_qkv=None),
     ),
     entry(
-        "StableLmForCausalLM", "stablelm", *USUAL, FRACTION, *layernorm("layer_norm_eps"), *SWIGLU,
-        Heads(free_size=False), Same(attention_bias="use_qkv_bias"), Ours(mlp_bias=False), FULL,
-        Theirs(use_parallel_residual=False), WithoutBias("attention_bias", ("self_attn.o_proj",)),
+        "StableLmForCausalLM", "stablelm", *USUAL, Rotary(partial=True, rope_types=NOT_PROPORTIONAL), *SWIGLU,
+        *layernorm("layer_norm_eps"), Heads(free_size=False), Same(attention_bias="use_qkv_bias"), Ours(mlp_bias=False),
+        FULL, Theirs(use_parallel_residual=False), WithoutBias("attention_bias", ("self_attn.o_proj",)),
         WithoutBias("use_qk_norm", QK_NORMS), OwnNormPerHead(),
     ),
 )
@@ -1068,7 +1069,7 @@ def _compare(original: PreTrainedModel, converted: PreTrainedModel) -> dict[str,
     largest = expected.abs().max().item()
     difference = (expected - actual).abs().max().item()
     if not math.isfinite(largest):
-        raise UserError("--model: its logits are not finite numbers, so that there is nothing to compare")
+        raise UserError("--model has logits that are not finite numbers, so that there is nothing to compare")
     # fp32 has 7 digits and a deep model loses some of them; a wrong layout changes the first.
     if not difference <= 1e-4 * max(1.0, largest):
         raise RuntimeError(f"logits of the converted model differ by {difference}, the largest is {largest}")

@@ -44,6 +44,8 @@ NANOCHAT = WEIGHTLESS_QK | {"norm_affine": False, "use_embedding_norm": True, "m
 SOFTCAP = {"final_logit_softcapping": 3.0}
 UNEVEN_HEADS = {"head_dim": 6}  # 4 heads x 6 are not the 32 of hidden_size
 HALF_ROTARY = {"partial_rotary_factor": 0.5}
+PROPORTIONAL = {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}
 
 # architecture -> (flag set, overrides) of models that it has without any rewrite, so that the way back is exact too
 ROWS = {
@@ -56,8 +58,8 @@ ROWS = {
         ("modern", {**GQA, **UNTIED}),
         ("modern", {**ALL_BIASES, **UNEVEN_HEADS, "norm_eps": 1e-3}),
         ("modern", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
-        ("modern", {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}),
-        ("modern", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}}),
+        ("modern", PROPORTIONAL),
+        ("modern", YARN),
     ],
     "MistralForCausalLM": [("modern", {**WINDOW, **GQA, **UNEVEN_HEADS})],
     "MinistralForCausalLM": [("modern", {**MIXED, **GQA, **UNEVEN_HEADS}), ("modern", {})],
@@ -82,11 +84,12 @@ ROWS = {
     "NemotronForCausalLM": [
         ("modern", {**LAYERNORM, "mlp_type": "relu2", **HALF_ROTARY, **GQA}),
         ("modern", {**LAYERNORM, "mlp_type": "relu2", **ALL_BIASES, **UNEVEN_HEADS}),
+        ("modern", {**LAYERNORM, "mlp_type": "relu2", **PROPORTIONAL}),
     ],
     "Jais2ForCausalLM": [("modern", {**LAYERNORM, "mlp_type": "relu2", "attention_bias": True, **GQA})],
     "GPTNeoXForCausalLM": [
         ("modern", {**LAYERNORM, "mlp_type": "gelu", **ALL_BIASES, **HALF_ROTARY}),
-        ("modern", {**LAYERNORM, "mlp_type": "gelu", "mlp_bias": True, **UNTIED}),
+        ("modern", {**LAYERNORM, "mlp_type": "gelu", "mlp_bias": True, **UNTIED, **PROPORTIONAL}),
     ],
     "Starcoder2ForCausalLM": [
         ("modern", {**LAYERNORM, "mlp_type": "gelu_new", **ALL_BIASES, **WINDOW, **GQA}),
@@ -179,6 +182,16 @@ def test_stock_model_with_random_weights_is_imported(architecture, flag_set, ove
     assert_same_logits(from_native(stock), stock)
 
 
+@pytest.mark.parametrize("architecture", ROWS)
+def test_the_stock_class_generates_the_same_from_its_cache(architecture):
+    flag_set, overrides = ROWS[architecture][0]
+    model = fit_for(architecture, ours(flag_set, **overrides))
+    native = to_native(model, architecture)
+    arguments = {"attention_mask": torch.ones_like(INPUT_IDS), "max_new_tokens": 8, "min_new_tokens": 8}
+    arguments |= {"do_sample": False, "pad_token_id": 0}
+    assert torch.equal(native.generate(INPUT_IDS, **arguments), model.generate(INPUT_IDS, **arguments))
+
+
 CHOICES = [
     ("gpt2", {}, "GPT2LMHeadModel"),
     ("gpt2", GQA, "GPT2LMHeadModel"),
@@ -186,6 +199,7 @@ CHOICES = [
     ("modern", {"norm_affine": False}, "LlamaForCausalLM"),
     ("modern", {"use_embedding_norm": True}, "LlamaForCausalLM"),
     ("modern", {"attention_bias": True}, "LlamaForCausalLM"),
+    ("modern", {"num_attention_heads": 3, "head_dim": 8}, "MistralForCausalLM"),  # hidden_size 32 is no multiple of 3
     ("modern", WINDOW, "MistralForCausalLM"),
     ("modern", MIXED, "MinistralForCausalLM"),
     ("modern", {**MIXED, **ALL_BIASES}, "SmolLM3ForCausalLM"),
@@ -199,6 +213,7 @@ CHOICES = [
     ("modern", {**LAYERNORM, "mlp_type": "relu2"}, "NemotronForCausalLM"),
     ("modern", {**LAYERNORM, "mlp_type": "gelu", **ALL_BIASES}, "GPTNeoXForCausalLM"),
     ("modern", {**LAYERNORM, "mlp_type": "gelu", **ALL_BIASES, **GQA}, "Starcoder2ForCausalLM"),
+    ("modern", {**LAYERNORM, "mlp_type": "gelu", "mlp_bias": True, **GQA}, "Starcoder2ForCausalLM"),
     ("modern", {**LAYERNORM, "norm_affine": False}, "OlmoForCausalLM"),
     ("modern", {**LAYERNORM, "norm_affine": False, "norm_eps": 1e-6}, "StableLmForCausalLM"),
     ("modern", LAYERNORM, "StableLmForCausalLM"),
@@ -256,6 +271,11 @@ def test_the_head_stays_tied_or_untied(flag_set, tied):
     assert (native.get_output_embeddings().weight is native.get_input_embeddings().weight) == tied
 
 
+def test_a_norm_in_the_embedding_table_unties_the_head():
+    native = to_native(ours(use_embedding_norm=True))
+    assert not native.config.tie_word_embeddings
+
+
 def test_export_leaves_the_model_alone():
     model = ours(attention_scale=0.7, unpadded_vocab_size=90)
     before, config = copy.deepcopy(model.state_dict()), own_settings(model.config)
@@ -307,6 +327,29 @@ def test_a_refusal_names_what_is_in_the_way(case):
     assert all(name in str(refusal.value) for name in named), refusal.value
 
 
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("StableLmForCausalLM", {**LAYERNORM, **PROPORTIONAL}),
+        ("HunYuanDenseV1ForCausalLM", {**WEIGHTLESS_QK, **YARN}),
+        ("NanoChatForCausalLM", {**NANOCHAT, **YARN}),
+    ],
+)
+def test_a_rope_type_that_means_something_else_there_is_refused(architecture, overrides):
+    with pytest.raises(ValueError, match="in the way: rope_parameters="):
+        to_native(ours(**overrides), architecture)
+
+
+def test_a_rope_type_that_means_something_else_here_is_refused():
+    stock = stock_model("HunYuanDenseV1ForCausalLM", head_dim=8, **YARN)
+    with pytest.raises(ValueError, match="rope_type='yarn' has no counterpart"):
+        from_native(stock)
+
+
+def test_gpt2_has_what_llama_cpps_converter_asks_for():
+    assert to_native(ours("gpt2")).config.n_ctx == 64
+
+
 def test_a_named_architecture_is_refused_for_its_own_reasons():
     with pytest.raises(
         ValueError,
@@ -333,6 +376,14 @@ def test_a_gain_that_does_not_commute_with_the_rotation_is_named():
 def test_only_our_causal_lm_is_exported():
     with pytest.raises(ValueError, match="GPT2ModernModel cannot be exported"):
         to_native(ours().model)
+
+
+def test_weights_beside_the_model_are_refused():
+    """Adapters, say, which no stock class would know."""
+    model = ours()
+    model.model.layers[0].self_attn.q_proj.lora_A = torch.nn.Linear(32, 2, bias=False)
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight has no counterpart; merge adapters"):
+        to_native(model)
 
 
 GPT2_SIZES = {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
@@ -450,6 +501,10 @@ def test_stock_settings_without_a_counterpart_are_named(name, overrides, named):
         ("Qwen2ForCausalLM", {}),
         ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
         ("Qwen3ForCausalLM", {"head_dim": 8}),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | HALF_ROTARY},
+        ),  # not read
         ("MistralForCausalLM", {"sliding_window": None}),
         ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1]}),
         ("StableLmForCausalLM", {"use_qkv_bias": True}),
