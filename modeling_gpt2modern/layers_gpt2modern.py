@@ -27,7 +27,7 @@ class GPT2ModernRMSNorm(nn.Module):
         hidden_states = hidden_states.to(torch.float32)
         variance = hidden_states.pow(2).mean(-1, keepdim=True)
         hidden_states = (hidden_states * torch.rsqrt(variance + self.eps)).to(input_dtype)
-        return hidden_states if self.weight is None else self.weight * hidden_states
+        return hidden_states if self.weight is None else (self.weight * hidden_states).to(input_dtype)
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, elementwise_affine={self.weight is not None}"
@@ -168,12 +168,16 @@ class EmbeddingResidual(ResidualMix):
 
 
 class ValueResidual(ResidualMix):
-    """(1 - w) * v + w * v1, v1 being the values of the first layer (arXiv:2410.17897, with a learned w)."""
+    """(1 - w) * v + w * v1, v1 being the values of the first layer (arXiv:2410.17897, with a learned w).
+
+    Returned in the dtype of v: w is fp32 under autocast, and flash attention wants values in the dtype of the queries.
+    """
 
     initial_weight = (0.5,)
 
     def forward(self, value_states: torch.Tensor, first_value_states: torch.Tensor) -> torch.Tensor:
-        return (1 - self.weight) * value_states + self.weight * first_value_states
+        mixed = (1 - self.weight) * value_states + self.weight * first_value_states
+        return mixed.to(value_states.dtype)
 
 
 def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:

@@ -666,6 +666,21 @@ def test_attention_that_makes_no_masks_gets_none():
     assert [(mask, lengths.tolist()) for mask, lengths in seen] == [(None, [0, 5, 12, 15, 24])] * 2
 
 
+@pytest.mark.parametrize(("flag_set", "flags"), [("gpt2", {}), ("modern", {"use_qk_norm": True}), ("speedrun", {})])
+def test_attention_gets_one_dtype_under_autocast(flag_set, flags, monkeypatch):
+    model, seen = tiny_model(flag_set, **flags), set()
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module, query, key, value, *args, **kwargs):
+        seen.update((query.dtype, key.dtype, value.dtype))
+        return sdpa(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attention)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(random_ids(2, 8))
+    assert seen == {torch.bfloat16}
+
+
 def test_unpacked_calls_keep_the_fast_path_of_sdpa(monkeypatch):
     """No mask is built where rows hold one document, so that sdpa may choose its flash kernel."""
     model, input_ids = tiny_model("modern"), random_ids(2, 12)
