@@ -55,13 +55,20 @@ class TrainConfig:
     )
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
 
-    learning_rate: float = field(default=6e-4, metadata={"help": "peak learning rate"})
+    optimizer: Literal["adamw", "muon"] = field(
+        default="adamw", metadata={"help": "muon: Muon for the matrices inside the layers, AdamW for the rest"}
+    )
+    learning_rate: float = field(default=6e-4, metadata={"help": "peak learning rate of AdamW"})
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "AdamW's for the token embedding; default: learning_rate"}
+    )
+    muon_learning_rate: float = field(default=0.02, metadata={"help": "peak learning rate of Muon"})
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = field(
         default="cosine", metadata={"help": "fall of the learning rate after the warm-up"}
     )
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
     min_lr_ratio: float = field(default=0.1, metadata={"help": "last learning rate, as a share of the peak"})
-    weight_decay: float = field(default=0.1, metadata={"help": "AdamW decay of matrices"})
+    weight_decay: float = field(default=0.1, metadata={"help": "decay of matrices, times the learning rate"})
     adam_beta1: float = field(default=0.9, metadata={"help": "decay of the gradient average"})
     adam_beta2: float = field(default=0.95, metadata={"help": "decay of the squared-gradient average"})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "added to the denominator"})
@@ -89,7 +96,8 @@ class TrainConfig:
         for name, least in {
             "block_size": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 1,
             "warmup_steps": 0, "logging_steps": 1, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0,
-            "save_total_limit": 1, "dataloader_num_workers": 0, "learning_rate": 0, "min_lr_ratio": 0,
+            "save_total_limit": 1, "dataloader_num_workers": 0, "learning_rate": 0, "embedding_learning_rate": 0,
+            "muon_learning_rate": 0, "min_lr_ratio": 0,
             "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
         }.items():  # fmt: skip
             value = getattr(self, name)
@@ -102,7 +110,8 @@ class TrainConfig:
 # Settings that decide which update follows which: a checkpoint is continued only under the same ones. The rest (the
 # micro-batch, the number of processes, what is logged, how long the run lasts) may change at any restart.
 SETTINGS_OF_EVERY_UPDATE = (
-    "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "min_lr_ratio", "weight_decay",
+    "seed", "optimizer", "learning_rate", "embedding_learning_rate", "muon_learning_rate",
+    "lr_scheduler_type", "warmup_steps", "min_lr_ratio", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
 
@@ -116,7 +125,7 @@ class Run:
     accelerator: "Accelerator"
     model: "torch.nn.Module"  # wrapped and maybe compiled: what is trained
     unwrapped_model: "GPT2ModernForCausalLM"  # the same weights: what is evaluated, sampled from and saved
-    optimizer: "torch.optim.Optimizer"
+    optimizers: "list[torch.optim.Optimizer]"
     train_blocks: "PackedBlocks"
     eval_blocks: "PackedBlocks"
     plan: "BatchPlan"
@@ -172,7 +181,7 @@ def build_run(config: TrainConfig) -> Run:
     from training.blocks import PackedBlocks
     from training.metrics import peak_flops
     from training.models import build_model
-    from training.optimizers import build_adamw
+    from training.optimizers import build_optimizers
 
     accelerator = build_accelerator(config)
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
@@ -191,14 +200,17 @@ def build_run(config: TrainConfig) -> Run:
         gradient_checkpointing=config.gradient_checkpointing,
         blocks=train_blocks,
     )
-    optimizer = build_adamw(
+    optimizers = build_optimizers(
         unwrapped_model,
+        optimizer=config.optimizer,
         learning_rate=config.learning_rate,
+        embedding_learning_rate=config.embedding_learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
         epsilon=config.adam_epsilon,
     )
-    model, optimizer = accelerator.prepare(unwrapped_model, optimizer)
+    model, *optimizers = accelerator.prepare(unwrapped_model, *optimizers)
     if config.torch_compile:
         model = torch.compile(model)
     accelerator.print(
@@ -211,7 +223,7 @@ def build_run(config: TrainConfig) -> Run:
         accelerator=accelerator,
         model=model,
         unwrapped_model=unwrapped_model,
-        optimizer=optimizer,
+        optimizers=optimizers,
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
         plan=plan,
@@ -271,7 +283,7 @@ def resume(run: Run) -> None:
     if checkpoint is not None:
         state = read_trainer_state(checkpoint)
         refuse_changed_settings(checkpoint, state["settings"], run_settings(run))
-        load_checkpoint(checkpoint, run.unwrapped_model, run.optimizer.optimizer)
+        load_checkpoint(checkpoint, run.unwrapped_model, run.optimizers)
         run.step, run.wall_time_s = state["step"], state["wall_time_s"]
         if accelerator.scaler is not None and state["grad_scaler"]:
             accelerator.scaler.load_state_dict(state["grad_scaler"])
@@ -325,19 +337,18 @@ def train_step(run: Run) -> tuple["torch.Tensor", "torch.Tensor", float]:
     """
     import torch
 
-    from training.optimizers import set_learning_rate
-    from training.schedules import learning_rate_at
+    from training.optimizers import set_schedule
+    from training.schedules import learning_rate_factor
 
     config, accelerator = run.config, run.accelerator
-    learning_rate = learning_rate_at(
+    factor = learning_rate_factor(
         run.step,
         lr_scheduler_type=config.lr_scheduler_type,
-        learning_rate=config.learning_rate,
         warmup_steps=config.warmup_steps,
         max_steps=config.max_steps,
         min_lr_ratio=config.min_lr_ratio,
     )
-    set_learning_rate(run.optimizer, learning_rate)
+    set_schedule(run.optimizers, step=run.step, learning_rate_factor=factor)
     # Dropout depends on (seed, step, process) alone, so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, run.step, accelerator.process_index))
     # DistributedDataParallel averages gradients over processes; dividing by the tokens per process makes it a sum.
@@ -359,9 +370,10 @@ def train_step(run: Run) -> tuple["torch.Tensor", "torch.Tensor", float]:
             accelerator.backward(outputs.loss)
         loss += outputs.loss.detach()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, learning_rate
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss, grad_norm, config.learning_rate * factor
 
 
 def hash_seed(*numbers: int) -> int:
@@ -468,7 +480,7 @@ def save(run: Run) -> None:
                 tokenizer_path=run.train_blocks.tokenizer_path,
                 eos_token_id=run.train_blocks.eos_token_id,
             ),
-            optimizer_state=optimizer_state(run.optimizer.optimizer, run.unwrapped_model),
+            optimizer_state=optimizer_state(run.optimizers, run.unwrapped_model),
             trainer_state={
                 "step": run.step,
                 "tokens_seen": run.step * run.tokens_per_step,

@@ -38,7 +38,7 @@ def evaluate_loss(
     num_processes: int = 1,
     max_blocks: int | None = None,
 ) -> float:
-    """Mean next-token loss (nats/token) of `model` over the first `max_blocks` of `blocks` (None: all of them).
+    """Mean next-token loss (nats/token) of `model` over `blocks`, or over `max_blocks` of them at equal distances.
 
     The blocks are divided over the processes without padding, each sums in float64, and one reduction ends it; every
     process returns the same number. The model's train/eval mode is put back.
@@ -47,7 +47,8 @@ def evaluate_loss(
     from tqdm import tqdm
 
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
-    mine = range(process_index, count, num_processes)
+    chosen = [index * len(blocks) // count for index in range(count)]
+    mine = chosen[process_index::num_processes]
     device = next(model.parameters()).device
     total_nats = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
@@ -57,7 +58,7 @@ def evaluate_loss(
     )
     with torch.no_grad():
         for start in starts:
-            batch = blocks.__getitems__(list(mine[start : start + batch_size])).to(device)
+            batch = blocks.__getitems__(mine[start : start + batch_size]).to(device)
             outputs = model(
                 input_ids=batch[:, :-1],
                 shift_labels=batch[:, 1:],

@@ -35,7 +35,7 @@ def save(folder, step, model, optimizer, save_total_limit=None):
         folder,
         step,
         save_model=lambda path: save_file(model.state_dict(), path / "model.safetensors"),
-        optimizer_state=optimizer_state(optimizer, model),
+        optimizer_state=optimizer_state([optimizer], model),
         trainer_state={"step": step},
         save_total_limit=save_total_limit,
     )
@@ -64,12 +64,14 @@ def damage(path, how):
 
 def test_loading_gives_back_weights_optimizer_and_state_bit_for_bit(checkpoints):
     model, optimizer = trained_model()
-    expected = {name: value.clone() for name, value in (model.state_dict() | optimizer_state(optimizer, model)).items()}
+    expected = {
+        name: value.clone() for name, value in (model.state_dict() | optimizer_state([optimizer], model)).items()
+    }
     other = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
-    load_checkpoint(checkpoints / "step_0000010", other, other_optimizer)
+    load_checkpoint(checkpoints / "step_0000010", other, [other_optimizer])
     assert read_trainer_state(checkpoints / "step_0000010") == {"step": 10}
-    found = other.state_dict() | optimizer_state(other_optimizer, other)
+    found = other.state_dict() | optimizer_state([other_optimizer], other)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -78,7 +80,7 @@ def test_the_optimizer_goes_on_as_if_it_had_never_stopped():
     model, optimizer = trained_model()
     other, other_optimizer = trained_model()
     other_optimizer.state.clear()
-    load_optimizer_state(other_optimizer, other, optimizer_state(optimizer, model))
+    load_optimizer_state([other_optimizer], other, optimizer_state([optimizer], model))
     for one, its_optimizer in ((model, optimizer), (other, other_optimizer)):
         one(torch.ones(5, 4)).square().sum().backward()
         its_optimizer.step()
@@ -143,7 +145,7 @@ def test_checkpoints_later_than_the_start_are_set_aside_not_deleted(checkpoints)
 def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
     with pytest.raises(UserError, match="belongs to another model"):
-        load_checkpoint(checkpoints / "step_0000010", model, torch.optim.AdamW(model.parameters()))
+        load_checkpoint(checkpoints / "step_0000010", model, [torch.optim.AdamW(model.parameters())])
 
 
 def test_what_is_saved_holds_no_pickle(checkpoints):

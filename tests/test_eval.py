@@ -85,13 +85,13 @@ def test_evaluation_leaves_training_mode_and_random_state_alone(data_dir):
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
-def test_only_the_first_blocks_are_read_when_a_limit_is_given(data_dir, monkeypatch):
+def test_a_limit_takes_blocks_from_the_whole_split(data_dir, monkeypatch):
     blocks = PackedBlocks(data_dir, "validation")
     read = []
     original = PackedBlocks.__getitems__
     monkeypatch.setattr(PackedBlocks, "__getitems__", lambda self, rows: read.extend(rows) or original(self, rows))
     evaluate_loss(UniformModel(blocks.vocab_size), blocks, batch_size=2, max_blocks=5)
-    assert read == [0, 1, 2, 3, 4]
+    assert read == [len(blocks) * index // 5 for index in range(5)]
 
 
 def samples(model_dir, tmp_path, *flags):

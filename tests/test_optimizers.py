@@ -1,20 +1,29 @@
-"""Which parameter is decayed."""
+"""Which parameter gets which update, at which learning rate."""
 
+import pytest
 import torch
 
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
-from training.optimizers import build_adamw, set_learning_rate
+from training.optimizers import build_optimizers, set_schedule
 
 
-def gpt2():
+def tiny_model(preset="gpt2"):
     overrides = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
-    model = GPT2ModernForCausalLM(GPT2ModernConfig.from_preset("gpt2", **overrides, bos_token_id=0, eos_token_id=0))
-    return model, build_adamw(model, learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.95), epsilon=1e-8)
+    return GPT2ModernForCausalLM(GPT2ModernConfig.from_preset(preset, **overrides, bos_token_id=0, eos_token_id=0))
+
+
+def optimizers_of(model, **changes):
+    settings = {
+        "optimizer": "adamw", "learning_rate": 0.1, "embedding_learning_rate": None, "muon_learning_rate": 0.02,
+        "weight_decay": 0.5, "betas": (0.9, 0.95), "epsilon": 1e-8,
+    }  # fmt: skip
+    return build_optimizers(model, **(settings | changes))
 
 
 def test_matrices_are_decayed_and_nothing_else():
     """With zero gradients AdamW's update is the decay alone: factor 1 - 0.1 x 0.5."""
-    model, optimizer = gpt2()
+    model = tiny_model()
+    (optimizer,) = optimizers_of(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -24,13 +33,43 @@ def test_matrices_are_decayed_and_nothing_else():
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
 
 
-def test_every_parameter_is_in_exactly_one_group():
-    model, optimizer = gpt2()
-    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "speedrun"])
+def test_every_parameter_is_in_exactly_one_group(preset, optimizer):
+    model = tiny_model(preset)
+    optimizers = optimizers_of(model, optimizer=optimizer)
+    grouped = [id(p) for each in optimizers for group in each.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_a_set_learning_rate_reaches_every_group():
-    _, optimizer = gpt2()
-    set_learning_rate(optimizer, 0.25)
-    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "speedrun"])
+def test_muon_gets_the_matrices_of_the_layers_and_no_others(preset):
+    model = tiny_model(preset)
+    _, muon = optimizers_of(model, optimizer="muon")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p] for p in muon.param_groups[0]["params"]}
+    assert found == {name for name in names.values() if name.endswith("_proj.weight")}
+
+
+def test_muons_first_step_is_orthogonal():
+    """After one update from zero, a weight is -lr x an (almost) orthogonal matrix: singular values near lr."""
+    model = tiny_model("modern")
+    _, muon = optimizers_of(model, optimizer="muon", muon_learning_rate=0.02, weight_decay=0.0)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    torch.manual_seed(0)
+    weight.grad = torch.randn_like(weight)
+    with torch.no_grad():
+        weight.zero_()
+    muon.step()
+    singular_values = torch.linalg.svdvals(weight.detach()) / 0.02
+    assert singular_values.min() > 0.5 and singular_values.max() < 1.5  # five Newton-Schulz steps come that near
+
+
+def test_the_schedule_scales_each_groups_own_peak_and_warms_muons_momentum_up():
+    optimizers = optimizers_of(tiny_model("speedrun"), optimizer="muon", embedding_learning_rate=0.4)
+    set_schedule(optimizers, step=150, learning_rate_factor=0.5)
+    adamw, muon = optimizers
+    assert [group["lr"] for group in adamw.param_groups] == [0.2, 0.05, 0.05]
+    assert muon.param_groups[0]["lr"] == 0.01 and muon.param_groups[0]["momentum"] == pytest.approx(0.90)
+    set_schedule(optimizers, step=1000, learning_rate_factor=0.5)
+    assert muon.param_groups[0]["momentum"] == pytest.approx(0.95)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from training.schedules import SCHEDULES, learning_rate_at
+from training.schedules import SCHEDULES, learning_rate_factor
 
 
 def rate(step, schedule="cosine", **changes):
-    settings = {"learning_rate": 1.0, "warmup_steps": 10, "max_steps": 110, "min_lr_ratio": 0.1} | changes
-    return learning_rate_at(step, lr_scheduler_type=schedule, **settings)
+    settings = {"warmup_steps": 10, "max_steps": 110, "min_lr_ratio": 0.1} | changes
+    return learning_rate_factor(step, lr_scheduler_type=schedule, **settings)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Load weights and optimizer state in place.
 
     Raises UserError, naming one, if the checkpoint's tensors are not those of this model.
@@ -144,7 +144,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     if missing or unexpected:
         name = sorted([*missing, *unexpected])[0]
         raise UserError(f"{checkpoint / MODEL_FILE} belongs to another model: tensor {name} does not match")
-    load_optimizer_state(optimizer, model, load_file(checkpoint / OPTIMIZER_FILE))
+    load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
 
 
 def refuse_changed_settings(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -163,29 +163,32 @@ def refuse_changed_settings(checkpoint: Path, saved: dict[str, Any], current: di
         )
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors, keyed `parameter name/state name`: independent of group order and free of pickle."""
+def optimizer_state(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The optimizers' tensors, keyed `parameter name/state name`: independent of group order and free of pickle."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, state in _named_state(optimizer, model)
+        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer_state(
+    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, torch.Tensor]
+) -> None:
     """Put back what `optimizer_state` returned, on each parameter's device (AdamW's step counters included)."""
-    by_name = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    owner = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for key, value in tensors.items():
         name, state_name = key.rsplit("/", 1)
-        parameter = by_name[name]
-        # `step` is a scalar that fused AdamW keeps in fp32 beside the parameter.
-        optimizer.state[parameter][state_name] = value.to(parameter.device, copy=True)
-
-
-def _named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        yield names[parameter], state
+        parameter = parameters[name]
+        owner[parameter].state[parameter][state_name] = value.to(parameter.device, copy=True)
 
 
 def _sha256(path: Path) -> str:
