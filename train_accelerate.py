@@ -538,6 +538,8 @@ def finish(run: Run) -> None:
         )
         print(f"finished: validation loss {eval_loss:.4f} nats/token, model in {output_dir}")
     run.accelerator.wait_for_everyone()
+    run.model = None  # DistributedDataParallel must be gone before the process group it reduces over
+    run.accelerator.free_memory()
     run.accelerator.end_training()
 
 

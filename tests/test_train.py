@@ -120,6 +120,15 @@ def test_a_run_resumed_anywhere_ends_bit_identical(finished, data_dir, tmp_path,
     assert losses(resumed) == losses(finished)[step:]
 
 
+def test_muon_resumes_bit_identical_too(data_dir, tmp_path):
+    settings = {"model_preset": "speedrun", "optimizer": "muon", "embedding_learning_rate": 0.1}
+    whole = train(data_dir, tmp_path / "whole", **settings)
+    checkpoint = whole / "checkpoints" / "step_0000003"
+    resumed = train(data_dir, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **settings)
+    assert_same_weights(whole, resumed)
+    assert losses(resumed) == losses(whole)[3:]
+
+
 def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_path):
     whole = train(data_dir, tmp_path / "whole", max_steps=40)
     killed = tmp_path / "killed"
