@@ -218,7 +218,10 @@ class GPT2ModernConfig(PreTrainedConfig):
             self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
 
     def _choose_parallel_plans(self) -> None:
-        """Name only modules that exist, and no pipeline where the residual stream jumps from stage to stage."""
+        """Name only modules that exist, and no pipeline where a stage needs more than the output of the one before.
+
+        Learned positions and the embedding norm count: a later stage gets that output as `inputs_embeds`.
+        """
         absent = {
             "gate_proj": self.mlp_type not in GATED_MLP_TYPES,
             "q_norm": not (self.use_qk_norm and self.qk_norm_affine),
@@ -228,7 +231,8 @@ class GPT2ModernConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: style for name, style in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
-        if self.use_unet_skips or self.use_value_residual or self.use_x0_residual:
+        residuals = self.use_unet_skips or self.use_value_residual or self.use_x0_residual
+        if residuals or self.use_embedding_norm or self.position_embedding_type == "learned":
             self.base_model_pp_plan = None
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any], is_loaded: bool) -> None:

@@ -166,7 +166,6 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
         super().__init__()
-        self.attention_type = config.layer_types[layer_idx]
         self.is_value_source = config.use_value_residual and layer_idx == 0
         reads_skip = config.use_unet_skips and layer_idx >= config.num_hidden_layers - config.num_hidden_layers // 2
         self.unet_skip = UNetSkip() if reads_skip else FirstArgument()
@@ -225,6 +224,19 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         # Saving copies the file of `self.__module__`; FSDP2 replaces the class by one that torch's own module defines.
         self.__module__ = type(self).__module__
 
+    @classmethod
+    def maybe_distribute_model(cls, model: "GPT2ModernPreTrainedModel", distributed_config, *args) -> nn.Module:
+        """As in transformers, which cuts any model into pipeline stages, without a look at its plan.
+
+        Raises ValueError where that would give wrong logits.
+        """
+        if getattr(distributed_config, "pp_size", None) not in (None, 1) and model.config.base_model_pp_plan is None:
+            raise ValueError(
+                f"pp_size={distributed_config.pp_size}, but a stage of a pipeline knows the output of the last one "
+                "and no more: no learned positions, embedding norm, U-Net skips, value or x0 residuals"
+            )
+        return super().maybe_distribute_model(model, distributed_config, *args)
+
     def _init_weights(self, module: nn.Module) -> None:
         """As in transformers, with the exceptions that GPT-2 and the speedrun make.
 
@@ -269,6 +281,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(GPT2ModernDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+        self.layer_types = tuple(config.layer_types)
         self.unet_depth = config.num_hidden_layers // 2 if config.use_unet_skips else 0
         self.gradient_checkpointing = False
         self.post_init()
@@ -330,7 +343,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                **(kwargs | attention_arguments[layer.attention_type]),
+                **(kwargs | attention_arguments[self.layer_types[index]]),
             )
             if isinstance(hidden_states, tuple):
                 hidden_states, first_value_states = hidden_states
@@ -365,7 +378,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         if document_positions is not None and makes_masks and (attention_mask is None or attention_mask.ndim == 2):
             documents = PackedDocuments.find(document_positions.expand(batch_size, -1), past_length, attention_mask)
 
-        layer_indices = {layer.attention_type: index for index, layer in enumerate(self.layers)}
+        layer_indices = {attention_type: index for index, attention_type in enumerate(self.layer_types)}
         if documents is not None and is_flash_attention_requested(self.config) and not is_tracing():
             return {
                 attention_type: documents.flash_arguments(
@@ -475,8 +488,10 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         )
 
     def _head_is_a_matrix(self) -> bool:
-        """False where LoRA, a quantiser or tensor parallelism has replaced the head by more than one full matrix."""
-        return type(self.lm_head) is nn.Linear and self.lm_head.weight.shape[0] == self.config.vocab_size
+        """False where LoRA, a quantiser or tensor parallelism has replaced the head, or only its weight, by something
+        other than one full matrix."""
+        weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
+        return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape[0] == self.config.vocab_size
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads the signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
