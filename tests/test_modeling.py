@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FLAG_SETS, SPEEDRUN_RESIDUALS, TINY, random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import CompileConfig, DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -390,26 +390,6 @@ def test_padded_vocabulary_changes_nothing(skip_logits):
         close(outputs.logits, expected.logits)
 
 
-@pytest.mark.parametrize("settings", [{"do_sample": True, "temperature": 100.0}, {"num_beams": 3}, {}])
-def test_padded_rows_are_never_generated(settings):
-    model, input_ids = tiny_model("padded_vocabulary", tie_word_embeddings=False), random_ids(4, 4)
-    with torch.no_grad():
-        model.lm_head.weight[90:] = 100 * model.lm_head.weight[:90].mean(0)
-    torch.manual_seed(0)
-    mask = torch.ones_like(input_ids)
-    assert model.generate(input_ids, attention_mask=mask, max_new_tokens=20, pad_token_id=0, **settings).max() < 90
-
-
-def test_transition_scores_of_a_padded_vocabulary_are_log_probabilities():
-    """transformers reshapes the scores by config.vocab_size, which is the number of rows."""
-    model, input_ids = tiny_model("padded_vocabulary"), random_ids(2, 4)
-    settings = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5, "pad_token_id": 0}
-    generated = model.generate(input_ids, output_scores=True, return_dict_in_generate=True, **settings)
-    scores = model.compute_transition_scores(generated.sequences, generated.scores, normalize_logits=True)
-    logits = logits_of(model, generated.sequences[:, :-1])[:, 3:].log_softmax(-1)
-    close(scores, logits.gather(2, generated.sequences[:, 4:, None])[..., 0])
-
-
 @pytest.mark.parametrize("flag_set", ["padded_vocabulary", "gpt2", "speedrun"])
 def test_added_tokens_become_real_ids(flag_set):
     model = tiny_model(flag_set)
@@ -422,95 +402,7 @@ def test_added_tokens_become_real_ids(flag_set):
     assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (80, None)
 
 
-# Caches and generation
-
-
-@EVERY_FLAG_SET
-def test_cached_logits_are_those_of_the_full_forward(flag_set):
-    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
-    cache = DynamicCache(config=model.config)
-    pieces = [logits_of(model, piece, past_key_values=cache) for piece in input_ids.split([5, 1, 1, 3, 2], dim=1)]
-    close(torch.cat(pieces, dim=1), logits_of(model, input_ids))
-
-
-GENERATION = {
-    "dynamic cache": {},
-    "static cache": {"cache_implementation": "static"},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
-}
-
-
-@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
-@EVERY_FLAG_SET
-def test_generation_is_the_same_with_and_without_a_cache(flag_set, settings):
-    model, input_ids = tiny_model(flag_set), random_ids(1, 10)
-    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(input_ids, use_cache=False, **common)
-    assert torch.equal(model.generate(input_ids, **common, **settings), expected)
-
-
-@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun", "sliding_mixed"])
-def test_beam_search_is_the_same_with_and_without_a_cache(flag_set):
-    model, input_ids = tiny_model(flag_set), random_ids(2, 10)
-    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 6, "num_beams": 3, "pad_token_id": 0}
-    assert torch.equal(model.generate(input_ids, **common), model.generate(input_ids, use_cache=False, **common))
-
-
-@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun", "padded_vocabulary"])
-def test_assisted_decoding_is_greedy_decoding(flag_set):
-    model, assistant, input_ids = tiny_model(flag_set), tiny_model(flag_set), random_ids(1, 10)
-    with torch.no_grad():
-        for weight in assistant.parameters():
-            weight.add_(0.02 * torch.randn_like(weight))
-    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(
-        model.generate(input_ids, assistant_model=assistant, **common), model.generate(input_ids, **common)
-    )
-
-
-@EVERY_FLAG_SET
-def test_padding_on_the_left_changes_nothing(flag_set):
-    model, input_ids = tiny_model(flag_set), random_ids(2, 8)
-    padded = F.pad(input_ids, (3, 0))
-    mask = F.pad(torch.ones_like(input_ids), (3, 0))
-    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = logits_of(model, padded, attention_mask=mask, position_ids=position_ids)[:, 3:]
-    close(logits, logits_of(model, input_ids))
-    common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(input_ids, attention_mask=mask[:, 3:], **common)
-    assert torch.equal(model.generate(padded, attention_mask=mask, **common)[:, 3:], expected)
-
-
-def test_second_turn_sees_the_first_one_across_the_padding_between_them():
-    """Restarting positions would be another document; positions that go on after padding are not."""
-    model, input_ids = tiny_model("modern"), random_ids(1, 9)
-    padded = torch.cat((input_ids[:, :5], torch.zeros(1, 2, dtype=torch.long), input_ids[:, 5:]), dim=1)
-    mask = torch.tensor([[1] * 5 + [0] * 2 + [1] * 4])
-    position_ids = mask.cumsum(-1) - 1
-    expected = logits_of(model, input_ids)[:, 5:]
-    close(logits_of(model, padded, attention_mask=mask, position_ids=position_ids)[:, 7:], expected)
-    cache = DynamicCache(config=model.config)
-    logits_of(model, padded[:, :6], attention_mask=mask[:, :6], position_ids=position_ids[:, :6], past_key_values=cache)
-    turn = {"attention_mask": mask, "position_ids": position_ids[:, 6:], "past_key_values": cache}
-    close(logits_of(model, padded[:, 6:], **turn)[:, 1:], expected)
-
-
-@pytest.mark.parametrize("kept", [3, torch.tensor([0, 5]), 1])
-def test_logits_to_keep_are_those_of_the_full_forward(kept):
-    model, input_ids = tiny_model("speedrun"), random_ids(2, 8)
-    full = logits_of(model, input_ids)
-    expected = full[:, -kept:] if isinstance(kept, int) else full[:, kept]
-    close(logits_of(model, input_ids, logits_to_keep=kept), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("flag_set", ["gpt2", "speedrun"])
-def test_embeddings_may_take_the_place_of_ids(flag_set):
-    model, input_ids = tiny_model(flag_set), random_ids(2, 8)
-    inputs_embeds = model.get_input_embeddings()(input_ids)
-    close(logits_of(model, None, inputs_embeds=inputs_embeds), logits_of(model, input_ids))
-    common = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5, "pad_token_id": 0}
-    generated = model.generate(inputs_embeds=inputs_embeds, **common)
-    assert torch.equal(generated, model.generate(input_ids, **common)[:, 8:])
+# Inputs that make no sense
 
 
 @pytest.mark.parametrize("arguments", [{}, {"input_ids": random_ids(1, 2), "inputs_embeds": torch.zeros(1, 2, 32)}])
@@ -712,21 +604,6 @@ def test_training_step_compiles_without_graph_breaks(flag_set, packed):
     expected = model(input_ids, **kwargs).loss
     actual = torch.compile(model, fullgraph=True, backend="eager")(input_ids, **kwargs).loss
     close(actual, expected)
-
-
-@pytest.mark.parametrize(("flag_set", "graphs"), [("gpt2", 1), ("speedrun", 1), ("sliding_mixed", 2)])
-def test_compiled_decoding_with_a_static_cache_does_not_recompile(flag_set, graphs):
-    """Seven steps, one graph; the sliding layers of a StaticCache count in Python, which costs a second one."""
-    torch.compiler.reset()
-    model, input_ids = tiny_model(flag_set), random_ids(2, 6)
-    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    compile_config._compile_all_devices = True  # generate() compiles on accelerators only
-    common = {"attention_mask": torch.ones_like(input_ids), "do_sample": False, "pad_token_id": 0, "max_new_tokens": 8}
-    expected = model.generate(input_ids, **common)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    settings = {"cache_implementation": "static", "compile_config": compile_config}
-    assert torch.equal(model.generate(input_ids, **common, **settings), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + graphs
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
