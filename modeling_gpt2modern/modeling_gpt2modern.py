@@ -225,7 +225,9 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         self.__module__ = type(self).__module__
 
     @classmethod
-    def maybe_distribute_model(cls, model: "GPT2ModernPreTrainedModel", distributed_config, *args) -> nn.Module:
+    def maybe_distribute_model(
+        cls, model: "GPT2ModernPreTrainedModel", distributed_config, *args, **kwargs
+    ) -> nn.Module:
         """As in transformers, which cuts any model into pipeline stages, without a look at its plan.
 
         Raises ValueError where that would give wrong logits.
@@ -235,7 +237,7 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
                 f"pp_size={distributed_config.pp_size}, but a stage of a pipeline knows the output of the last one "
                 "and no more: no learned positions, embedding norm, U-Net skips, value or x0 residuals"
             )
-        return super().maybe_distribute_model(model, distributed_config, *args)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """As in transformers, with the exceptions that GPT-2 and the speedrun make.

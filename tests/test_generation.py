@@ -5,7 +5,14 @@ import torch
 from tiny_models import FLAG_SETS, random_ids, tiny_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import CompileConfig, ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    cache_utils,
+)
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
@@ -67,6 +74,7 @@ def test_layer_with_a_window_keeps_no_more_than_it_sees():
     assert [layer.keys.shape[2] for layer in cache.layers] == [3, 12]
 
 
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
 @pytest.mark.parametrize("flag_set", [name for name in FLAG_SETS if "sliding" not in name])
 def test_quantised_cache_costs_no_more_than_its_rounding(flag_set):
     """fp8, which needs no package; transformers refuses quantised caches for layers with a window."""
