@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,16 @@ def exit_code_2_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
+    """Raise ValueError unless `value` is None or a finite number in [least, most]."""
+    if value is None:
+        return
+    if not (value >= least and math.isfinite(value)):
+        raise ValueError(f"{name} {value} must be at least {least}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} {value} must be at most {most}")
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show defaults, keep the line breaks of the description."""
 
@@ -53,6 +64,9 @@ class _Parser(HfArgumentParser):
     def add_argument(self, *flags, **kwargs):
         # HfArgumentParser adds a hyphenated twin to every flag, which doubles each line of --help and of an error.
         return super().add_argument(*(flag for flag in flags if "-" not in flag[2:]), **kwargs)
+
+    def takes_a_list(self, flag: str) -> bool:
+        return self._option_string_actions[flag].nargs == "+"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists every flag)")
@@ -96,8 +110,18 @@ def parse_arguments(
 def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
     import yaml
 
+    class UniqueKeys(yaml.SafeLoader):
+        """A second value for a key is a slip of the pen; YAML loaders silently take the last."""
+
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key) for key, _ in node.value]
+            repeated = [key for position, key in enumerate(keys) if key in keys[:position]]
+            if repeated:
+                raise UserError(f"--config {path}: {repeated[0]!r} is given twice; keep one")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -110,7 +134,8 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
     for key, value in values.items():
         if key not in known:
             raise UserError(f"--config {path}: unknown key {key!r}{nearest(str(key), known)}")
-        if value is None or isinstance(value, dict):
+        is_list = parser.takes_a_list(f"--{key}")
+        if value is None or isinstance(value, dict) or (isinstance(value, list) and not (is_list and value)):
             raise UserError(f"--config {path}: {key}: expected a value, found {value!r}")
         # `flag=value` keeps a negative number or a leading dash from being read as a flag.
         flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]

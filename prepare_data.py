@@ -364,6 +364,8 @@ def _read_files_of_one_kind(loader: str, names: list[str], config: PrepareConfig
     elif loader == "json":
         options = {"parse_agent_traces": False}
         for name in names:
+            if not Path(name).stat().st_size:
+                raise UserError(f"{name}: is empty; leave it out")
             _refuse_undecodable(name)  # Arrow's parser does not look
     elif loader == "parquet":
         for name in names:

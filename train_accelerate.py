@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -93,16 +93,16 @@ class TrainConfig:
     def __post_init__(self):
         if self.data_dir is None or self.output_dir is None:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
-        for name, least in {
-            "block_size": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 1,
-            "warmup_steps": 0, "logging_steps": 1, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0,
-            "save_total_limit": 1, "dataloader_num_workers": 0, "learning_rate": 0, "embedding_learning_rate": 0,
-            "muon_learning_rate": 0, "min_lr_ratio": 0,
-            "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
+        for name, (least, most) in {
+            "block_size": (1, None), "per_device_train_batch_size": (1, None), "per_device_eval_batch_size": (1, None),
+            "max_steps": (1, None), "warmup_steps": (0, None), "logging_steps": (1, None), "eval_steps": (0, None),
+            "eval_blocks": (1, None), "save_steps": (0, None), "save_total_limit": (1, None),
+            "dataloader_num_workers": (0, None), "learning_rate": (0, None), "embedding_learning_rate": (0, None),
+            "muon_learning_rate": (0, None), "min_lr_ratio": (0, 1), "weight_decay": (0, None),
+            "adam_beta1": (0, 0.99999), "adam_beta2": (0, 0.99999), "adam_epsilon": (0, None),
+            "max_grad_norm": (0, None), "seed": (0, 2**63 - 1),
         }.items():  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"--{name} {value} must be at least {least}")
+            check_range(f"--{name}", getattr(self, name), least, most)
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
 
@@ -240,16 +240,20 @@ def build_accelerator(config: TrainConfig) -> "Accelerator":
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if not launched.isdigit():
+        raise UserError(f"the environment has WORLD_SIZE={launched!r}, which is no number: unset it, or use a launcher")
     try:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise UserError(f"cannot set up {launched} process(es), precision {config.mixed_precision}: {error}") from None
-    if launched != accelerator.num_processes:
+    if int(launched) != accelerator.num_processes:
         raise UserError(
             f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
             f"{accelerator.num_processes}: each would train alone; use a file of accelerate_configs/ for this machine"
         )
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"the launcher asks for precision {accelerator.mixed_precision!r}; there are no, fp16 and bf16")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"the Accelerate configuration sets gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
@@ -299,7 +303,10 @@ def resume(run: Run) -> None:
         pin_memory=accelerator.device.type == "cuda",
     )
     if accelerator.is_main_process:
-        run.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {run.output_dir}: cannot be created ({error.strerror})") from None
         set_aside_later_checkpoints(run.output_dir / "checkpoints", run.step)
         run.log = MetricsLog(run.output_dir / "metrics.jsonl", resumed_step=run.step)
         write_resolved_config(run.output_dir / "resolved_config.yaml", chosen_settings(config))
@@ -389,11 +396,7 @@ def training_metrics(run: Run, loss: "torch.Tensor", grad_norm: "torch.Tensor", 
 
     steps, seconds = run.stopwatch.lap(run.step)
     loss = run.accelerator.reduce(loss, reduction="mean").item()
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {run.step}: lower --learning_rate or --max_grad_norm; the checkpoints in "
-            f"{run.output_dir / 'checkpoints'} are from before"
-        )
+    stop_if_not_finite(run, "loss", loss)
     tokens_per_second = steps * run.tokens_per_step / seconds
     return {
         "loss": loss,
@@ -424,7 +427,16 @@ def evaluate(run: Run) -> dict[str, Any]:
         max_blocks=run.config.eval_blocks,
     )
     run.stopwatch.resume()
+    stop_if_not_finite(run, "validation loss", loss)
     return {"eval_loss": loss}
+
+
+def stop_if_not_finite(run: Run, name: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the {name} is {loss} at step {run.step}: lower the learning rate or --max_grad_norm, and go on from an "
+            f"earlier checkpoint of {run.output_dir / 'checkpoints'}"
+        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,12 +25,12 @@ class GenerateConfig:
     output: str | None = field(default=None, metadata={"help": "also write prompts and texts to this JSON file"})
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max_new_tokens {self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} must be 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"--top_k {self.top_k} must be 0 or more")
+        check_range("--max_new_tokens", self.max_new_tokens, 1)
+        check_range("--temperature", self.temperature, 0)
+        if 0 < self.temperature < 0.01:  # logits divided by less overflow
+            raise ValueError(f"--temperature {self.temperature} must be 0 or at least 0.01")
+        check_range("--top_k", self.top_k, 0)
+        check_range("--seed", self.seed, 0, 2**63 - 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1")
 
@@ -48,13 +48,22 @@ def generate_text(
 ) -> str:
     """The continuation of `prompt` (without it), sampled with `seed`; stops early at the end-of-text token.
 
-    An empty prompt starts from the end-of-text token, which is what precedes a document in training.
+    An empty prompt starts from the end-of-text token, which is what precedes a document in training. Raises UserError
+    for more tokens than a model with learned positions has.
     """
     import torch
+
+    from eval.loading import longest_sequence
 
     input_ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt else None
     if input_ids is None or input_ids.shape[1] == 0:
         input_ids = torch.tensor([[tokenizer.eos_token_id]])
+    longest = longest_sequence(model)
+    if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
+        raise UserError(
+            f"the prompt's {input_ids.shape[1]} tokens and --max_new_tokens {max_new_tokens} are more than the "
+            f"{longest} positions that the model has learned; shorten one of them"
+        )
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     torch.manual_seed(seed)
     output_ids = model.generate(

@@ -12,14 +12,18 @@ if TYPE_CHECKING:
 def load_model(name: str) -> "PreTrainedModel":
     """The causal language model `name` in fp32 and eval mode. Code from the folder is not run: this package is used."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     import modeling_gpt2modern  # noqa: F401  registers the architecture with the Auto classes
 
     _check_model_folder(name)
+    transformers_logging.set_verbosity_error()  # a broken file is one line of ours
+    transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {name} cannot be loaded: {_first_line(error)}") from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
@@ -34,6 +38,13 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name} has no tokenizer that can be loaded: {_first_line(error)}") from None
+
+
+def longest_sequence(model: "PreTrainedModel") -> int | None:
+    """Tokens that a model with learned positions takes at most; None where positions have no end."""
+    config = model.config
+    learned = getattr(config, "position_embedding_type", None) == "learned" or config.model_type == "gpt2"
+    return config.max_position_embeddings if learned else None
 
 
 def _check_model_folder(name: str) -> None:

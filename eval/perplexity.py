@@ -3,13 +3,14 @@
 python -m eval.perplexity --model DIR --data DATA [--output FILE.json]
 """
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +28,10 @@ class PerplexityConfig:
     block_size: int | None = field(default=None, metadata={"help": "tokens of context; default: that of the data"})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "blocks per forward pass"})
     output: str | None = field(default=None, metadata={"help": "also write the result to this JSON file"})
+
+    def __post_init__(self):
+        check_range("--block_size", self.block_size, 1)
+        check_range("--per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
 
 
 def evaluate_loss(
@@ -73,20 +78,37 @@ def evaluate_loss(
     return total_nats.item() / (count * blocks.block_size)
 
 
+def refuse_other_tokenizer(model: str, blocks: "PackedBlocks") -> None:
+    """Raise UserError if the model folder has another tokenizer.json than the data was encoded with."""
+    path = Path(model) / "tokenizer.json"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != blocks.manifest["tokenizer"]["sha256"]:
+        raise UserError(
+            f"{blocks.data_dir} was prepared with another tokenizer than {path}; "
+            f"prepare it with --tokenizer_name {model}"
+        )
+
+
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(PerplexityConfig, argv, __doc__)
 
-    from eval.loading import load_model
+    from eval.loading import load_model, longest_sequence
     from training.blocks import PackedBlocks
     from training.metrics import bits_per_byte, write_json
 
     blocks = PackedBlocks(config.data, config.split, config.block_size)
     model = load_model(config.model)
+    refuse_other_tokenizer(config.model, blocks)
     if blocks.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{config.data} has {blocks.vocab_size} token ids but {config.model} only {model.config.vocab_size}: "
             f"prepare the data with the model's tokenizer"
+        )
+    longest = longest_sequence(model)
+    if longest is not None and blocks.block_size > longest:
+        raise UserError(
+            f"--block_size {blocks.block_size} is longer than the {longest} positions that {config.model} has learned; "
+            f"use --block_size {longest}"
         )
     loss = evaluate_loss(model, blocks, batch_size=config.per_device_eval_batch_size)
     result = {

@@ -176,6 +176,9 @@ class GPT2ModernConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
+        for key in ("hidden_size", "vocab_size"):  # what is derived below is computed with them
+            if not isinstance(overrides.get(key, 0), int):
+                raise ValueError(f"{key}={overrides[key]!r} must be a whole number")
         fields = PRESETS[name] | overrides
         head_dim = PRESETS[name]["hidden_size"] // PRESETS[name]["num_attention_heads"]
         if not {"num_attention_heads", "head_dim"} & set(overrides) and fields["hidden_size"] % head_dim == 0:

@@ -158,6 +158,25 @@ def test_another_format_version_is_refused(altered, version):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.parametrize("key", ["splits", "tokenizer", "vocab_size"])
+def test_a_manifest_without_what_is_needed_is_refused(altered, key):
+    change_manifest(altered, lambda manifest: manifest.pop(key))
+    with pytest.raises(UserError, match=rf"manifest\.json: has no {key}"):
+        PackedBlocks(altered, "train")
+
+
+def test_a_missing_tokenizer_is_refused(altered):
+    (altered / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
+        PackedBlocks(altered, "train")
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(altered):
+    change_manifest(altered, lambda manifest: manifest.update(vocab_size=10))
+    with pytest.raises(UserError, match=r"token id \d+, but the manifest says vocab_size 10"):
+        PackedBlocks(altered, "train")[0]
+
+
 def test_a_split_that_is_not_there_is_refused(prepared):
     with pytest.raises(UserError, match="no split 'test'; there is train, validation"):
         PackedBlocks(prepared, "test")

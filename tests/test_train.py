@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,39 @@ def test_processes_that_would_train_apart_are_refused(data_dir, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("world_size", ["two", "-1"])
+def test_a_world_size_that_is_no_number_is_refused(data_dir, tmp_path, monkeypatch, capsys, world_size):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit) as caught:
+        train(data_dir, tmp_path / "run")
+    assert caught.value.code == 2 and f"WORLD_SIZE='{world_size}'" in capsys.readouterr().err
+
+
+def test_an_output_dir_that_cannot_be_made_is_refused(data_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        train(data_dir, tmp_path / "file" / "run")
+    assert caught.value.code == 2 and "cannot be created (Not a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 4}, {"max_steps": 2, "logging_steps": 100}])
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_exported(data_dir, tmp_path, capsys, changes):
+    """A huge first step makes the next loss nan, or the evaluation's where there is no next one."""
+    with pytest.raises(SystemExit) as caught:
+        train(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0, save_steps=0, **changes)
+    assert caught.value.code == 2 and re.search(r"loss is (nan|inf) at step \d", capsys.readouterr().err)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for(data_dir, tmp_path):
+    """With a large epsilon AdamW's step grows with the gradient, so one that is clipped to nothing learns nothing."""
+    settings = {"adam_epsilon": 1.0, "learning_rate": 1.0, "weight_decay": 0.0, "save_steps": 0, "max_steps": 4}
+    free = train(data_dir, tmp_path / "free", max_grad_norm=0, **settings)
+    clipped = train(data_dir, tmp_path / "clipped", max_grad_norm=1e-9, **settings)
+    moved = [abs(row["eval_loss"] - losses(run)[0]) for run in (free, clipped) for row in metrics(run)[-1:]]
+    assert moved[0] > 0.05 and moved[1] < 0.05
+
+
 def test_bf16_trains_and_saves_fp32_weights(data_dir, tmp_path):
     run = train(data_dir, tmp_path, mixed_precision="bf16")
     assert {tensor.dtype for tensor in load_file(run / "model.safetensors").values()} == {torch.float32}
@@ -296,6 +330,12 @@ sys.meta_path.insert(0, Absent())
         ({"attn_implementation": "fast"}, "--attn_implementation fast"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
         ({"mixed_precision": "int4"}, "--mixed_precision: invalid choice: 'int4'"),
+        ({"adam_beta1": 1.5}, "--adam_beta1 1.5 must be at most"),
+        ({"adam_epsilon": -1}, "--adam_epsilon -1.0 must be at least 0"),
+        ({"learning_rate": "nan"}, "--learning_rate nan"),
+        ({"learning_rate": "inf"}, "--learning_rate inf"),
+        ({"seed": 2**64}, f"--seed {2**64} must be at most"),
+        ({"config_overrides": "hidden_size=abc"}, "hidden_size='abc' must be a whole number"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(data_dir, tmp_path, capsys, changes, expected):

@@ -72,6 +72,11 @@ class PackedBlocks(torch.utils.data.Dataset):
         if blocks.size and not (blocks.min() >= 0 and blocks.max() < len(self)):
             raise IndexError(f"block index out of range: {self.split} has {len(self)} blocks")
         tokens = self._rows(blocks) if self.block_size == self.row_size else self._recut(blocks)
+        if tokens.size and tokens.max() >= self.vocab_size:  # an embedding would read beyond its table
+            raise UserError(
+                f"{self.data_dir / self.split}: has token id {tokens.max()}, but the manifest says vocab_size "
+                f"{self.vocab_size}; prepare the data again"
+            )
         return torch.from_numpy(tokens)
 
     def __reduce__(self):
@@ -131,6 +136,8 @@ class PackedBlocks(torch.utils.data.Dataset):
         ]
 
     def _check_sizes(self) -> None:
+        if not (self.tokenizer_path / "tokenizer.json").is_file():
+            raise UserError(f"{self.tokenizer_path / 'tokenizer.json'}: missing; prepare the data again")
         for path, recorded in self._files():
             if not path.is_file():
                 raise UserError(f"{path}: missing; prepare the data again")
@@ -174,4 +181,7 @@ def read_manifest(data_dir: str | Path) -> dict:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again")
+    required = {"block_size", "dtype", "vocab_size", "eos_token_id", "tokenizer", "source", "splits"}
+    if missing := required - manifest.keys():
+        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; prepare the data again")
     return manifest

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from command_line import UserError
+
 # Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets; the first key found in the name counts.
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -131,9 +133,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write `values` to a file that appears whole or not at all; raises UserError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
