@@ -68,6 +68,9 @@ class _Parser(HfArgumentParser):
     def takes_a_list(self, flag: str) -> bool:
         return self._option_string_actions[flag].nargs == "+"
 
+    def has_choice(self, flag: str, choice: str) -> bool:
+        return choice in (self._option_string_actions[flag].choices or ())
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists every flag)")
 
@@ -134,6 +137,8 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
     for key, value in values.items():
         if key not in known:
             raise UserError(f"--config {path}: unknown key {key!r}{nearest(str(key), known)}")
+        if value is False and parser.has_choice(f"--{key}", "no"):
+            value = "no"  # YAML 1.1 reads a bare no as false
         is_list = parser.takes_a_list(f"--{key}")
         if value is None or isinstance(value, dict) or (isinstance(value, list) and not (is_list and value)):
             raise UserError(f"--config {path}: {key}: expected a value, found {value!r}")

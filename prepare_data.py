@@ -790,7 +790,7 @@ def print_summary(output_dir: Path, manifest: dict, seconds: dict[str, float], t
         )
     print(f"validation: {manifest['validation_rule']}")
     print(f"{total:.1f} s: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
-    print(f"next: accelerate launch train_accelerate.py --data_dir {output_dir} --output_dir out/run")
+    print(f"next: python train_accelerate.py --config recipes/NAME.yaml --data_dir {output_dir} --output_dir out/NAME")
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class TrainConfig:
     eval_steps: int = field(default=100, metadata={"help": "steps between evaluations; 0: only at the end"})
     eval_blocks: int | None = field(default=None, metadata={"help": "validation sequences used; default: all of them"})
     save_steps: int = field(default=100, metadata={"help": "steps between checkpoints; 0: none"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    save_total_limit: int = field(default=2, metadata={"help": "checkpoints kept; 0: all"})
     resume_from_checkpoint: str = field(
         default="auto", metadata={"help": "auto (the newest whole one in output_dir), none, or a checkpoint folder"}
     )
@@ -93,16 +93,20 @@ class TrainConfig:
     def __post_init__(self):
         if self.data_dir is None or self.output_dir is None:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
-        for name, (least, most) in {
-            "block_size": (1, None), "per_device_train_batch_size": (1, None), "per_device_eval_batch_size": (1, None),
-            "max_steps": (1, None), "warmup_steps": (0, None), "logging_steps": (1, None), "eval_steps": (0, None),
-            "eval_blocks": (1, None), "save_steps": (0, None), "save_total_limit": (1, None),
-            "dataloader_num_workers": (0, None), "learning_rate": (0, None), "embedding_learning_rate": (0, None),
-            "muon_learning_rate": (0, None), "min_lr_ratio": (0, 1), "weight_decay": (0, None),
-            "adam_beta1": (0, 0.99999), "adam_beta2": (0, 0.99999), "adam_epsilon": (0, None),
-            "max_grad_norm": (0, None), "seed": (0, 2**63 - 1),
-        }.items():  # fmt: skip
-            check_range(f"--{name}", getattr(self, name), least, most)
+        for name in (
+            "block_size", "per_device_train_batch_size", "per_device_eval_batch_size", "total_batch_size", "max_steps",
+            "logging_steps", "eval_blocks",
+        ):  # fmt: skip
+            check_range(f"--{name}", getattr(self, name), 1)
+        for name in (
+            "warmup_steps", "eval_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "learning_rate",
+            "embedding_learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+        ):  # fmt: skip
+            check_range(f"--{name}", getattr(self, name), 0)
+        for name, most in {"min_lr_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999, "seed": 2**63 - 1}.items():
+            check_range(f"--{name}", getattr(self, name), 0, most)
+        if Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
+            raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
 
@@ -150,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(TrainConfig, argv, __doc__)
     run = build_run(config)
     resume(run)
+    metrics = {}
     with progress_bar(run) as bar:
         while run.step < config.max_steps:
             loss, grad_norm, learning_rate = train_step(run)
@@ -157,8 +162,8 @@ def main(argv: list[str] | None = None) -> None:
             last = run.step == config.max_steps
             saves = is_due(run.step, config.save_steps) or (last and config.save_steps > 0)
             metrics = {}
-            if is_due(run.step, config.logging_steps) or run.step == 1 or last or saves:
-                metrics |= training_metrics(run, loss, grad_norm, learning_rate)  # stops before a broken model is saved
+            if is_due(run.step, config.logging_steps) or run.step == 1 or last:
+                metrics |= training_metrics(run, loss, grad_norm, learning_rate)
             if is_due(run.step, config.eval_steps) or last:
                 metrics |= evaluate(run)
             if metrics:
@@ -166,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             if saves:
                 save(run)
             bar.update()
-    finish(run)
+    finish(run, metrics.get("eval_loss"))
 
 
 def is_due(step: int, every: int) -> bool:
@@ -254,6 +259,8 @@ def build_accelerator(config: TrainConfig) -> "Accelerator":
         )
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         raise UserError(f"the launcher asks for precision {accelerator.mixed_precision!r}; there are no, fp16 and bf16")
+    if accelerator.mixed_precision == "fp16" and config.optimizer == "muon":
+        raise UserError("--optimizer muon does not go with fp16: the loss scale serves one optimizer; use bf16 or no")
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"the Accelerate configuration sets gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
@@ -304,14 +311,40 @@ def resume(run: Run) -> None:
     )
     if accelerator.is_main_process:
         try:
-            run.output_dir.mkdir(parents=True, exist_ok=True)
+            (run.output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {run.output_dir}: cannot be created ({error.strerror})") from None
         set_aside_later_checkpoints(run.output_dir / "checkpoints", run.step)
         run.log = MetricsLog(run.output_dir / "metrics.jsonl", resumed_step=run.step)
         write_resolved_config(run.output_dir / "resolved_config.yaml", chosen_settings(config))
+    settle_gradient_buckets(run)
     accelerator.wait_for_everyone()
     run.stopwatch = Stopwatch(accelerator.device, run.step)
+
+
+def settle_gradient_buckets(run: Run) -> None:
+    """One backward pass whose gradients are thrown away, where there are several processes.
+
+    DistributedDataParallel regroups what it sums together after its first backward pass. Without this a resumed run's
+    first sum would be grouped, and so rounded, in another way than that of a run that was not stopped.
+    """
+    if run.accelerator.num_processes > 1:
+        run.model.train()
+        batch = run.train_blocks.__getitems__([0] * run.plan.micro_batch_size).to(run.accelerator.device)
+        run.accelerator.backward(summed_loss(run.model, batch, num_items=batch.numel()))
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def summed_loss(model: "torch.nn.Module", batch: "torch.Tensor", num_items: float) -> "torch.Tensor":
+    """Summed next-token loss of `batch` (sequences, block_size + 1) over `num_items`: a scalar in nats."""
+    return model(
+        input_ids=batch[:, :-1],
+        shift_labels=batch[:, 1:],
+        num_items_in_batch=num_items,
+        use_cache=False,
+        skip_logits=True,
+    ).loss
 
 
 def chosen_settings(config: TrainConfig) -> dict[str, Any]:
@@ -367,15 +400,9 @@ def train_step(run: Run) -> tuple["torch.Tensor", "torch.Tensor", float]:
         batch = next(run.batches).to(accelerator.device, non_blocking=True)
         last = micro_step == run.plan.grad_accum_steps - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            outputs = run.model(
-                input_ids=batch[:, :-1],
-                shift_labels=batch[:, 1:],
-                num_items_in_batch=tokens_per_process,
-                use_cache=False,
-                skip_logits=True,
-            )
-            accelerator.backward(outputs.loss)
-        loss += outputs.loss.detach()
+            micro_loss = summed_loss(run.model, batch, num_items=tokens_per_process)
+            accelerator.backward(micro_loss)
+        loss += micro_loss.detach()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
     for optimizer in run.optimizers:
         optimizer.step()
@@ -397,6 +424,8 @@ def training_metrics(run: Run, loss: "torch.Tensor", grad_norm: "torch.Tensor", 
     steps, seconds = run.stopwatch.lap(run.step)
     loss = run.accelerator.reduce(loss, reduction="mean").item()
     stop_if_not_finite(run, "loss", loss)
+    if run.accelerator.scaler is None:  # with a loss scale, an overflow is a skipped step
+        stop_if_not_finite(run, "gradient norm", float(grad_norm))
     tokens_per_second = steps * run.tokens_per_step / seconds
     return {
         "loss": loss,
@@ -477,10 +506,14 @@ def record(run: Run, bar: "tqdm", metrics: dict[str, Any]) -> None:
 
 def save(run: Run) -> None:
     """Write a checkpoint; the other processes wait, so that none goes on with a half-written one."""
+    import torch
+
     from training.checkpoints import optimizer_state, save_checkpoint
     from training.export import save_model_folder
 
     run.stopwatch.pause()
+    norms = torch.stack([parameter.detach().float().norm() for parameter in run.unwrapped_model.parameters()])
+    stop_if_not_finite(run, "norm of the weights", norms.norm().item())
     if run.accelerator.is_main_process:
         scaler = run.accelerator.scaler
         save_checkpoint(
@@ -506,28 +539,32 @@ def save(run: Run) -> None:
     run.stopwatch.resume()
 
 
-def finish(run: Run) -> None:
-    """Export the Hub-ready folder with its card and summary, and say where it is."""
+def finish(run: Run, eval_loss: float | None) -> None:
+    """Export the Hub-ready folder with its card and summary, and say where it is.
+
+    eval_loss: of the last evaluation, at the last step; None if this process has trained no step.
+    """
     from training.export import export_model
     from training.metrics import bits_per_byte, plot_training_curves, write_json
     from training.model_card import write_model_card
 
     run.stopwatch.pause()
+    if eval_loss is None:  # nothing was left to train
+        eval_loss = evaluate(run)["eval_loss"]
     if run.accelerator.is_main_process:
         rows, output_dir = run.log.rows, run.output_dir
-        trained = [row for row in rows if "loss" in row]
-        eval_loss = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
+        last = {key: value for row in rows for key, value in row.items()}  # the newest value of each measure
         wall_time_s = run.wall_time_s + run.stopwatch.total_s
         summary = {
             "params": run.unwrapped_model.num_parameters(),
             "steps": run.step,
             "tokens_seen": run.step * run.tokens_per_step,
-            "train_loss": trained[-1]["loss"],
+            "train_loss": last.get("loss"),
             "eval_loss": eval_loss,
             "bits_per_byte": bits_per_byte(eval_loss, run.eval_blocks.bytes_per_token),
             "tokens_per_second": run.step * run.tokens_per_step / wall_time_s,
             "wall_time_s": wall_time_s,
-            "peak_memory_gib": max(row["peak_memory_gib"] for row in trained),
+            "peak_memory_gib": max([row.get("peak_memory_gib", 0.0) for row in rows], default=None),
         }
         export_model(
             run.unwrapped_model,
@@ -540,6 +577,8 @@ def finish(run: Run) -> None:
         settings = chosen_settings(run.config)
         for local in ("data_dir", "output_dir", "resume_from_checkpoint"):  # mean nothing to a reader
             settings.pop(local)
+        if run.config.optimizer == "adamw":
+            settings.pop("muon_learning_rate")
         write_model_card(
             output_dir / "README.md",
             name=output_dir.resolve().name,

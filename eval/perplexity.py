@@ -55,7 +55,7 @@ def evaluate_loss(
     chosen = [index * len(blocks) // count for index in range(count)]
     mine = chosen[process_index::num_processes]
     device = next(model.parameters()).device
-    total_nats = torch.zeros((), dtype=torch.float64, device=device)
+    losses = []
     was_training = model.training
     model.eval()
     starts = tqdm(
@@ -71,11 +71,13 @@ def evaluate_loss(
                 use_cache=False,
                 skip_logits=True,
             )
-            total_nats += outputs.loss.double()
+            losses.append(outputs.loss)
     model.train(was_training)
+    nats = torch.tensor(sum(torch.stack(losses).tolist()) if losses else 0.0, dtype=torch.float64)
     if num_processes > 1:
-        torch.distributed.all_reduce(total_nats)
-    return total_nats.item() / (count * blocks.block_size)
+        nats = nats.to(device)
+        torch.distributed.all_reduce(nats)
+    return nats.item() / (count * blocks.block_size)
 
 
 def refuse_other_tokenizer(model: str, blocks: "PackedBlocks") -> None:

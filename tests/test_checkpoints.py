@@ -30,7 +30,7 @@ def trained_model():
     return model, optimizer
 
 
-def save(folder, step, model, optimizer, save_total_limit=None):
+def save(folder, step, model, optimizer, save_total_limit=0):
     return save_checkpoint(
         folder,
         step,
@@ -100,6 +100,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, name, how):
     reports = []
     assert checkpoint_to_resume("auto", checkpoints, report=reports.append).name == "step_0000002"
     assert len(reports) == 1 and name in reports[0]
+
+
+@pytest.mark.parametrize("checksums", ["[]", "{}", "half"])
+def test_checksums_that_do_not_list_the_files_are_a_damage(checkpoints, checksums):
+    (checkpoints / "step_0000010" / "checksums.json").write_text(checksums)
+    assert "checksums.json" in find_problem(checkpoints / "step_0000010")
 
 
 def test_if_none_is_whole_the_run_stops_instead_of_starting_over(checkpoints):

@@ -14,6 +14,7 @@ class Example:
     steps: int = field(default=10, metadata={"help": "steps"})
     learning_rate: float = 0.1
     schedule: Literal["cosine", "linear"] = "cosine"
+    precision: Literal["no", "bf16"] = "bf16"
     files: list[str] = field(default_factory=list)
     compile: bool = False
 
@@ -36,6 +37,10 @@ def test_command_line_wins_over_yaml_and_yaml_over_defaults(tmp_path):
 def test_yaml_lists_and_booleans_arrive_typed(tmp_path):
     parsed = parse(tmp_path, "files: [a.txt, b.txt]\ncompile: true\n")
     assert parsed.files == ["a.txt", "b.txt"] and parsed.compile is True
+
+
+def test_a_bare_no_is_the_choice_and_not_false(tmp_path):
+    assert parse(tmp_path, "precision: no\n").precision == "no"
 
 
 @pytest.mark.parametrize(

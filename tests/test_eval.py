@@ -78,6 +78,13 @@ def test_perplexity_agrees_with_logits_computed_one_block_at_a_time(data_dir, mo
     assert json.loads(capsys.readouterr().out) == result
 
 
+def test_dropout_is_off_during_evaluation(data_dir):
+    blocks = PackedBlocks(data_dir, "validation")
+    model = UniformModel(blocks.vocab_size)
+    model.register_forward_pre_hook(lambda module, arguments: pytest.fail("training mode") if module.training else None)
+    evaluate_loss(model.train(), blocks, batch_size=4)
+
+
 def test_evaluation_leaves_training_mode_and_random_state_alone(data_dir):
     blocks = PackedBlocks(data_dir, "validation")
     model = UniformModel(blocks.vocab_size).train()

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from command_line import UserError
 from training.metrics import (
     MetricsLog,
     Stopwatch,
@@ -13,6 +14,7 @@ from training.metrics import (
     flops_per_token,
     model_flops_utilization,
     peak_flops,
+    peak_flops_of,
     plot_training_curves,
     read_metrics,
 )
@@ -35,6 +37,24 @@ def test_utilization_is_the_share_of_the_peak():
 
 def test_the_peak_of_a_cpu_is_not_invented():
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L4", 121.0), ("NVIDIA L40", 181.0), ("Tesla T4", 65.0), ("NVIDIA T400", None),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_device_named_not_of_a_name_within_it(name, tflops):
+    assert peak_flops_of(name) == (tflops and tflops * 1e12)
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1]"])
+def test_a_file_that_is_no_log_is_refused(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content + "\n")
+    with pytest.raises(UserError, match="is not a log of metrics"):
+        MetricsLog(tmp_path / "metrics.jsonl", resumed_step=0)
 
 
 def test_one_bit_per_byte_is_ln_2_nats_over_one_byte_tokens():

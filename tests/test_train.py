@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,57 @@ def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_pat
     assert losses(killed) == losses(whole)
 
 
+@pytest.mark.slow
+def test_four_processes_resume_bit_identical(data_dir, tmp_path):
+    """With more than two, the order in which gradients are summed shows in the last bit."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = {"per_device_train_batch_size": 2, "config_overrides": TINY.replace("32", "64", 1)}
+    for run, start in ((whole, "none"), (resumed, whole / "checkpoints" / "step_0000006")):
+        arguments = command(data_dir, run, *launcher, resume_from_checkpoint=start, **settings)
+        subprocess.run(arguments, env=ENVIRONMENT, check=True, capture_output=True, timeout=200)
+    assert_same_weights(whole, resumed)
+
+
+def test_other_data_is_refused_at_resume(finished, data_dir, tmp_path, capsys):
+    other = shutil.copytree(data_dir, tmp_path / "data")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"seed": 123}))
+    with pytest.raises(SystemExit):
+        train(other, finished, config_overrides=TINY + ",hidden_dropout=0.1")
+    assert "data was" in capsys.readouterr().err
+
+
+def test_the_seed_decides_the_first_weights(data_dir, tmp_path):
+    first = [losses(train(data_dir, tmp_path / str(seed), seed=seed, max_steps=2, save_steps=0))[0] for seed in (1, 2)]
+    assert first[0] != first[1]
+
+
+def test_muon_keeps_a_momentum_for_the_matrices_of_the_layers_only(data_dir, tmp_path):
+    run = train(data_dir, tmp_path, optimizer="muon", max_steps=2)
+    state = load_file(run / "checkpoints" / "step_0000002" / "optimizer.safetensors")
+    matrices = {name.split("/")[0] for name in state if name.endswith("/momentum_buffer")}
+    assert matrices and all(".layers." in name and name.endswith("_proj.weight") for name in matrices)
+
+
+def test_a_launchers_own_accumulation_is_refused(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit):
+        train(data_dir, tmp_path / "run")
+    assert "gradient_accumulation_steps=4" in capsys.readouterr().err
+
+
+def test_training_time_adds_up_over_restarts(finished, data_dir, tmp_path):
+    checkpoint = finished / "checkpoints" / "step_0000008"
+    resumed = train(
+        data_dir, tmp_path, config_overrides=TINY + ",hidden_dropout=0.1", resume_from_checkpoint=checkpoint
+    )
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["wall_time_s"]
+    summary = json.loads((resumed / "summary.json").read_text())
+    assert saved <= summary["wall_time_s"] < saved + 5
+    assert summary["eval_loss"] == json.loads((finished / "summary.json").read_text())["eval_loss"]
+
+
 def test_a_finished_run_is_not_trained_further(finished, data_dir):
     before = (finished / "model.safetensors").read_bytes()
     train(data_dir, finished, config_overrides=TINY + ",hidden_dropout=0.1")
@@ -218,13 +270,20 @@ def test_an_output_dir_that_cannot_be_made_is_refused(data_dir, tmp_path, capsys
     assert caught.value.code == 2 and "cannot be created (Not a directory)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("changes", [{"max_steps": 4}, {"max_steps": 2, "logging_steps": 100}])
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_exported(data_dir, tmp_path, capsys, changes):
-    """A huge first step makes the next loss nan, or the evaluation's where there is no next one."""
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_steps": 8, "eval_steps": 0}, r"(loss|gradient norm) is (nan|inf) at step [2-8]"),
+        ({"max_steps": 2, "logging_steps": 100}, r"is (nan|inf) at step 2"),
+        ({"max_steps": 8, "logging_steps": 100, "save_steps": 1}, r"norm of the weights is (nan|inf) at step 1"),
+    ],
+)
+def test_a_broken_model_is_neither_saved_nor_exported(data_dir, tmp_path, capsys, changes, expected):
+    """A huge first step breaks the weights; what is due next (a logged loss, an evaluation, a save) sees it."""
     with pytest.raises(SystemExit) as caught:
-        train(data_dir, tmp_path, learning_rate=1e30, warmup_steps=0, save_steps=0, **changes)
-    assert caught.value.code == 2 and re.search(r"loss is (nan|inf) at step \d", capsys.readouterr().err)
-    assert not (tmp_path / "model.safetensors").exists()
+        train(data_dir, tmp_path, **({"learning_rate": 1e30, "warmup_steps": 0, "save_steps": 0} | changes))
+    assert caught.value.code == 2 and re.search(expected, capsys.readouterr().err)
+    assert not (tmp_path / "model.safetensors").exists() and not list(tmp_path.glob("checkpoints/step_*"))
 
 
 def test_the_gradient_is_clipped_to_the_norm_asked_for(data_dir, tmp_path):
@@ -334,6 +393,9 @@ sys.meta_path.insert(0, Absent())
         ({"adam_epsilon": -1}, "--adam_epsilon -1.0 must be at least 0"),
         ({"learning_rate": "nan"}, "--learning_rate nan"),
         ({"learning_rate": "inf"}, "--learning_rate inf"),
+        ({"optimizer": "muon", "mixed_precision": "fp16"}, "--optimizer muon does not go with fp16"),
+        ({"total_batch_size": -64}, "--total_batch_size -64 must be at least 1"),
+        ({"config_overrides": TINY + ",initializer_range=-1"}, "error: "),
         ({"seed": 2**64}, f"--seed {2**64} must be at most"),
         ({"config_overrides": "hidden_size=abc"}, "hidden_size='abc' must be a whole number"),
     ],

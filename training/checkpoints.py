@@ -33,9 +33,9 @@ def save_checkpoint(
     save_model: Callable[[Path], None],
     optimizer_state: dict[str, torch.Tensor],
     trainer_state: dict[str, Any],
-    save_total_limit: int | None,
+    save_total_limit: int,
 ) -> Path:
-    """Write checkpoint `step` and delete the oldest beyond `save_total_limit`. Call it on one process only.
+    """Write checkpoint `step` and delete the oldest beyond `save_total_limit` (0: none). Call it on one process only.
 
     save_model: writes the Hub-ready model folder into the path it is given.
     trainer_state: JSON values; what `read_trainer_state` gives back.
@@ -58,7 +58,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if save_total_limit is not None:
+    if save_total_limit > 0:
         for old in list_checkpoints(checkpoints_dir)[save_total_limit:]:
             shutil.rmtree(old)
     return final
@@ -76,6 +76,9 @@ def find_problem(checkpoint: Path) -> str | None:
         checksums = json.loads((checkpoint / CHECKSUM_FILE).read_text())
     except (OSError, ValueError):
         return f"{checkpoint / CHECKSUM_FILE} is missing or unreadable"
+    needed = {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE}
+    if not isinstance(checksums, dict) or not needed <= checksums.keys():
+        return f"{checkpoint / CHECKSUM_FILE} does not list {', '.join(sorted(needed))}"
     for name, expected in checksums.items():
         path = checkpoint / name
         if not path.is_file():

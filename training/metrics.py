@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 
 from command_line import UserError
 
-# Dense bf16 peak in TFLOP/s without sparsity, from the vendors' data sheets; the first key found in the name counts.
+# Dense bf16 peak in TFLOP/s, from the vendors' data sheets (fp16 where there is no bf16). The first key that stands in
+# the device's name as a word counts.
 PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
@@ -23,6 +25,7 @@ PEAK_TFLOPS = {
     "A100": 312.0,
     "A10G": 70.0,
     "L40S": 362.0,
+    "L40": 181.0,
     "L4": 121.0,
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
@@ -44,8 +47,11 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's bf16 peak in FLOP/s, or None where it is not known (CPUs, uncommon GPUs)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(name: str) -> float | None:
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def model_flops_utilization(
@@ -109,10 +115,13 @@ class MetricsLog:
 
     def __init__(self, path: Path, *, resumed_step: int):
         self.path = path
-        self.rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        temporary.replace(path)
+        try:
+            self.rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            temporary.replace(path)
+        except (OSError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is not a log of metrics ({error!r}); move it away") from None
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -20,6 +20,7 @@ A {{ parameters }}-parameter GPT-2-class language model (preset `{{ preset }}`),
 ```python
 from transformers import pipeline
 
+# the path of this folder, or its name on the Hub
 generate = pipeline("text-generation", model="{{ name }}", trust_remote_code=True)
 print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
 ```
@@ -65,14 +66,14 @@ def write_model_card(
         ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=["gpt2-modern", "text-generation", "custom_code"],
+            tags=["gpt2-modern", "custom_code"],
         ),
         template_str=TEMPLATE,
         name=name,
         preset=preset,
         parameters=f"{summary['params']:,}",
         corpus="the source code of Python's standard library" if is_stdlib else f"`{source_name}`",
-        prompt=repr("def " if is_stdlib else "The "),
+        prompt=repr("def " if is_stdlib else "The"),
         results=[
             ("validation loss (nats/token)", _rounded(summary["eval_loss"])),
             ("validation bits per byte", _rounded(summary["bits_per_byte"])),

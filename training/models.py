@@ -46,8 +46,9 @@ def build_model(
         )
     try:
         model = GPT2ModernForCausalLM._from_config(model_config, attn_implementation=attn_implementation)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"--attn_implementation {attn_implementation}: {error}") from None
+    except (ValueError, ImportError, RuntimeError, AttributeError) as error:
+        flags = f"--attn_implementation {attn_implementation} / --config_overrides"
+        raise UserError(f"{flags}: the model cannot be built: {str(error).splitlines()[0]}") from None
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
