@@ -10,6 +10,7 @@ import yaml
 
 from command_line import parse_arguments
 from eval.generate import GenerateConfig
+from eval.loss_benchmark import LossBenchmarkConfig
 from eval.perplexity import PerplexityConfig
 from modeling_gpt2modern.conversion_gpt2modern import ConversionConfig
 from prepare_data import PrepareConfig
@@ -22,6 +23,7 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
+    "eval.loss_benchmark": LossBenchmarkConfig,
     "modeling_gpt2modern.conversion_gpt2modern": ConversionConfig,
 }
 # A file may import what stands above it in this list, and nothing of the project that stands below.
@@ -45,7 +47,7 @@ def test_the_readmes_commands_have_flags_that_exist(line, tmp_path, monkeypatch)
     position = next(index for index, word in enumerate(words) if word in ARGUMENTS)
     for name in re.findall(r"--train_file (\S+)", line):  # stands for the reader's own file
         (tmp_path / name).write_text("text")
-    for name in re.findall(r"--model (\S+)", line):
+    for name in re.findall(r"--model (\S+)", line):  # a folder that an earlier command has made
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
     configurations = [word for word in words if word.startswith(("recipes/", "accelerate_configs/"))]
