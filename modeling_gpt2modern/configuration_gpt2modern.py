@@ -189,9 +189,17 @@ class GPT2ModernConfig(PreTrainedConfig):
         return cls(**fields)
 
     def __post_init__(self, **kwargs):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
-                setattr(self, name, kwargs.pop(alias))
+                value = kwargs.pop(alias)
+                if getattr(self, name) not in (defaults[name], value):
+                    raise ValueError(f"{alias}={value} contradicts {name}={getattr(self, name)}; give one of them")
+                setattr(self, name, value)
+        for key in ("rope_theta", "rope_scaling"):  # the older spelling of what rope_parameters holds
+            value = kwargs.get(key)
+            if value is not None and self.rope_parameters and self.rope_parameters.get(key) != value:
+                raise ValueError(f"{key}={value} contradicts rope_parameters={self.rope_parameters}; give one of them")
         is_loaded = self.transformers_version is not None  # from a config.json
         self._refuse_unknown_keys(kwargs, is_loaded)
 
@@ -328,6 +336,11 @@ class GPT2ModernConfig(PreTrainedConfig):
             raise ValueError(f"layer_types has {sorted(unsupported)}; there are full_attention and sliding_attention")
         if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
             raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be positive, or None")
+        for name in ("norm_eps", "initializer_range", "embedding_initializer_range"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.attention_scale is not None and self.attention_scale <= 0:
+            raise ValueError(f"attention_scale={self.attention_scale} must be positive, or None for 1 / sqrt(head_dim)")
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")

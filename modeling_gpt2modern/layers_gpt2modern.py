@@ -203,9 +203,9 @@ def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: 
 class PackedDocuments(NamedTuple):
     """Which of the tokens before it each token may see when rows hold several documents.
 
-    Tokens are counted without padding, from the first one in the cache: a token's `rank`. Within a document rank and
-    position grow together, so that a new document begins where their difference changes, and a document that began
-    in the cache began `position` ranks ago.
+    Tokens are counted without padding, from the first one in the cache: a token's `rank`. A new document begins where
+    the position does not grow from one token to the next; a gap in the positions, as a hole in the mask leaves it, is
+    none. A document that began in the cache began `position` ranks ago, or at the first token where there are fewer.
 
     starts: (batch, seq_len), rank of the first token of the document of each token.
     ranks: (batch, past_length + seq_len), rank of each token, past ones included.
@@ -236,9 +236,13 @@ class PackedDocuments(NamedTuple):
         # Padding takes over from the token before it, or in front of the first token from that one.
         source = torch.where(is_token, index, -1).cummax(-1).values
         source = torch.where(source < 0, is_token.int().argmax(-1, keepdim=True), source)
-        difference = (query_ranks - position_ids).gather(1, source)
-        begins = difference[:, 1:] != difference[:, :-1]
-        starts = torch.cat((difference[:, :1].clamp(min=0), torch.where(begins, query_ranks[:, 1:], 0)), dim=-1)
+        positions, ranks_of_tokens = (
+            position_ids.expand(batch_size, -1).gather(1, source),
+            query_ranks.gather(1, source),
+        )
+        begins = (positions[:, 1:] <= positions[:, :-1]) & (source[:, 1:] != source[:, :-1])
+        first_start = (ranks_of_tokens - positions)[:, :1].clamp(min=0)
+        starts = torch.cat((first_start, torch.where(begins, ranks_of_tokens[:, 1:], 0)), dim=-1)
         starts = starts.cummax(-1).values
         if is_tracing(starts) or ((starts > 0) & is_token).any():
             return cls(starts, ranks, past_length)

@@ -259,6 +259,15 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         elif getattr(module, "writes_residual", False):
             init.normal_(module.weight, std=config.initializer_range / math.sqrt(2 * config.num_hidden_layers))
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; rows beyond `new_num_tokens`, which `pad_to_multiple_of` adds, are no ids."""
+        real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
+        return embeddings
+
 
 class GPT2ModernModel(GPT2ModernPreTrainedModel):
     """Token ids to hidden states: embeddings, decoder layers, final norm."""
@@ -498,15 +507,6 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads the signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Embedding:
-        """As in transformers; rows beyond `new_num_tokens`, which `pad_to_multiple_of` adds, are no ids."""
-        real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
-        return embeddings
 
 
 # Trainer's label smoothing shifts the labels of the classes in this list only.

@@ -85,6 +85,15 @@ MISTAKES = {
     "incomplete rope": ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
     "misspelt rope key": ({"rope_parameters": {"rope_thta": 1e4}}, "rope_thta"),
     "soft cap of zero": ({"final_logit_softcapping": 0}, "final_logit_softcapping=0"),
+    "two names, two values": ({"n_embd": 64, "hidden_size": 32}, "n_embd=64 contradicts hidden_size=32"),
+    "two thetas": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta=5.0 contradicts"),
+    "two scalings": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e4}},
+        "rope_scaling=.* contradicts",
+    ),
+    "negative eps": ({"norm_eps": -1.0}, "norm_eps=-1.0"),
+    "negative deviation": ({"initializer_range": -1.0}, "initializer_range=-1.0"),
+    "scale of zero": ({"attention_scale": 0}, "attention_scale=0"),
     "dropout of everything": ({"attention_dropout": 1.0}, "attention_dropout=1.0"),
 }
 

@@ -27,7 +27,12 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig, SFTTrainer
 
-from modeling_gpt2modern import GPT2ModernForCausalLM, GPT2ModernForSequenceClassification
+from modeling_gpt2modern import (
+    GPT2ModernForCausalLM,
+    GPT2ModernForSequenceClassification,
+    GPT2ModernForTokenClassification,
+    GPT2ModernModel,
+)
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
 PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
@@ -131,6 +136,18 @@ def test_resizing_keeps_what_the_model_knew(flag_set, new_num_tokens, pad_to_mul
     last = torch.full((2, 8), real - 1)
     loaded(last, labels=last, skip_logits=True).loss.backward()
     assert loaded.lm_head.weight.grad[real - 1].any() and not loaded.lm_head.weight.grad[real:].any()
+
+
+@pytest.mark.parametrize("new_num_tokens", [80, 92])
+@pytest.mark.parametrize(
+    "model_class", [GPT2ModernModel, GPT2ModernForSequenceClassification, GPT2ModernForTokenClassification]
+)
+def test_resizing_without_a_language_head_keeps_count_of_the_real_ids(model_class, new_num_tokens, tmp_path):
+    model = model_class(tiny_config("padded_vocabulary", pad_token_id=0))
+    model.resize_token_embeddings(new_num_tokens)
+    model.save_pretrained(tmp_path)
+    language_model = GPT2ModernForCausalLM.from_pretrained(tmp_path)
+    assert logits_of(language_model, random_ids(1, 4) % 80).shape[-1] == new_num_tokens
 
 
 def test_logits_of_a_padded_vocabulary_are_those_of_its_ids():

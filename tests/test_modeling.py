@@ -416,6 +416,33 @@ def test_more_tokens_than_learned_positions_raise():
         tiny_model("gpt2")(random_ids(1, 65))
 
 
+# Positions with gaps are one document
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("gap", ["hole in the mask", "positions skipped"])
+def test_a_gap_in_the_positions_begins_no_document(gap, implementation):
+    """The tokens after it see those before it: together, in two pieces, and one by one from a cache."""
+    model = tiny_model("modern")
+    input_ids, positions, mask = random_ids(1, 20), torch.arange(20)[None], torch.ones(1, 20, dtype=torch.long)
+    if gap == "hole in the mask":
+        mask[0, 5:7] = 0
+    else:
+        positions = positions + 5 * (positions >= 10)
+    expected = logits_of(model, input_ids, position_ids=positions, attention_mask=mask[:, None, None].bool() & CAUSAL)
+    kept = mask[0].bool()
+    model.set_attn_implementation(implementation)
+    for sizes in ([20], [10, 10], [1] * 20):
+        cache, pieces, end = DynamicCache(config=model.config), [], 0
+        for size in sizes:
+            start, end = end, end + size
+            arguments = {"position_ids": positions[:, start:end], "attention_mask": mask[:, :end]}
+            pieces.append(logits_of(model, input_ids[:, start:end], past_key_values=cache, **arguments))
+        close(torch.cat(pieces, dim=1)[:, kept], expected[:, kept])
+
+
+CAUSAL = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+
 # Packed documents
 
 LENGTHS = [[5, 7], [3, 9]]
