@@ -93,6 +93,17 @@ def test_user_errors_become_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: first second\n"
 
 
+def test_an_interruption_is_one_line_and_exit_code_130(capsys):
+    @exit_code_2_on_user_error
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_defects_of_the_program_keep_their_traceback():
     @exit_code_2_on_user_error
     def main():
