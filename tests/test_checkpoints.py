@@ -1,5 +1,7 @@
 """A checkpoint is whole or not there; what is resumed is the newest whole one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -135,6 +137,15 @@ def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints
         save_checkpoint(checkpoints, 11, save_model=fail, optimizer_state={}, trainer_state={}, save_total_limit=1)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_0000002", "step_0000010"]
     assert find_problem(checkpoints / "step_0000010") is None
+
+
+def test_every_file_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    """Four files and their folder are flushed, then renamed, then the folder that holds the name is flushed."""
+    events, rename = [], Path.rename
+    monkeypatch.setattr("training.checkpoints.os.fsync", lambda descriptor: events.append("flush"))
+    monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
+    save(tmp_path, 1, *trained_model())
+    assert events == ["flush"] * 5 + ["rename", "flush"]
 
 
 def test_rotation_keeps_the_newest(checkpoints):
