@@ -244,11 +244,11 @@ def build_accelerator(config: TrainConfig) -> "Accelerator":
 
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
     launched = os.environ.get("WORLD_SIZE", "1")
     if not launched.isdigit():
         raise UserError(f"the environment has WORLD_SIZE={launched!r}, which is no number: unset it, or use a launcher")
     try:
+        # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision)
     except ValueError as error:
         raise UserError(f"cannot set up {launched} process(es), precision {config.mixed_precision}: {error}") from None
@@ -328,23 +328,14 @@ def settle_gradient_buckets(run: Run) -> None:
     DistributedDataParallel regroups what it sums together after its first backward pass. Without this a resumed run's
     first sum would be grouped, and so rounded, in another way than that of a run that was not stopped.
     """
+    from training.models import summed_loss
+
     if run.accelerator.num_processes > 1:
         run.model.train()
         batch = run.train_blocks.__getitems__([0] * run.plan.micro_batch_size).to(run.accelerator.device)
         run.accelerator.backward(summed_loss(run.model, batch, num_items=batch.numel()))
         for optimizer in run.optimizers:
             optimizer.zero_grad(set_to_none=True)
-
-
-def summed_loss(model: "torch.nn.Module", batch: "torch.Tensor", num_items: float) -> "torch.Tensor":
-    """Summed next-token loss of `batch` (sequences, block_size + 1) over `num_items`: a scalar in nats."""
-    return model(
-        input_ids=batch[:, :-1],
-        shift_labels=batch[:, 1:],
-        num_items_in_batch=num_items,
-        use_cache=False,
-        skip_logits=True,
-    ).loss
 
 
 def chosen_settings(config: TrainConfig) -> dict[str, Any]:
@@ -377,6 +368,7 @@ def train_step(run: Run) -> tuple["torch.Tensor", "torch.Tensor", float]:
     """
     import torch
 
+    from training.models import summed_loss
     from training.optimizers import set_schedule
     from training.schedules import learning_rate_factor
 
@@ -444,6 +436,7 @@ def training_metrics(run: Run, loss: "torch.Tensor", grad_norm: "torch.Tensor", 
 
 
 def evaluate(run: Run) -> dict[str, Any]:
+    """Validation loss (nats/token) as a part of a row for metrics.jsonl; its time is not training time."""
     from eval.perplexity import evaluate_loss
 
     run.stopwatch.pause()
@@ -460,10 +453,11 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {"eval_loss": loss}
 
 
-def stop_if_not_finite(run: Run, name: str, loss: float) -> None:
-    if not math.isfinite(loss):
+def stop_if_not_finite(run: Run, name: str, value: float) -> None:
+    """Raise UserError, on every process alike, before a broken model is saved or exported."""
+    if not math.isfinite(value):
         raise UserError(
-            f"the {name} is {loss} at step {run.step}: lower the learning rate or --max_grad_norm, and go on from an "
+            f"the {name} is {value} at step {run.step}: lower the learning rate or --max_grad_norm, and go on from an "
             f"earlier checkpoint of {run.output_dir / 'checkpoints'}"
         )
 

@@ -51,6 +51,8 @@ def evaluate_loss(
     import torch
     from tqdm import tqdm
 
+    from training.models import summed_loss
+
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
     chosen = [index * len(blocks) // count for index in range(count)]
     mine = chosen[process_index::num_processes]
@@ -64,14 +66,7 @@ def evaluate_loss(
     with torch.no_grad():
         for start in starts:
             batch = blocks.__getitems__(mine[start : start + batch_size]).to(device)
-            outputs = model(
-                input_ids=batch[:, :-1],
-                shift_labels=batch[:, 1:],
-                num_items_in_batch=1,  # the sum of the losses, not their mean
-                use_cache=False,
-                skip_logits=True,
-            )
-            losses.append(outputs.loss)
+            losses.append(summed_loss(model, batch))
     model.train(was_training)
     nats = torch.tensor(sum(torch.stack(losses).tolist()) if losses else 0.0, dtype=torch.float64)
     if num_processes > 1:
@@ -99,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     from training.metrics import bits_per_byte, write_json
 
     blocks = PackedBlocks(config.data, config.split, config.block_size)
-    model = load_model(config.model)
     refuse_other_tokenizer(config.model, blocks)
+    model = load_model(config.model)
     if blocks.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{config.data} has {blocks.vocab_size} token ids but {config.model} only {model.config.vocab_size}: "

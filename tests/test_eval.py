@@ -28,8 +28,7 @@ class UniformModel(nn.Module):
         return SimpleNamespace(loss=loss / num_items_in_batch)
 
 
-@pytest.fixture(scope="module")
-def model_dir(data_dir, tmp_path_factory):
+def export_fresh_model(data_dir, folder, model_preset):
     """A freshly initialised model folder as a training run leaves it."""
     from training.export import export_model
     from training.models import build_model
@@ -37,15 +36,19 @@ def model_dir(data_dir, tmp_path_factory):
     blocks = PackedBlocks(data_dir, "train")
     torch.manual_seed(0)
     model = build_model(
-        model_preset="modern",
+        model_preset=model_preset,
         config_overrides="hidden_size=32,num_hidden_layers=2,num_attention_heads=2",
         attn_implementation="sdpa",
         gradient_checkpointing=False,
         blocks=blocks,
     )
-    folder = tmp_path_factory.mktemp("model")
     export_model(model, folder, tokenizer_path=blocks.tokenizer_path, eos_token_id=blocks.eos_token_id)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model_dir(data_dir, tmp_path_factory):
+    return export_fresh_model(data_dir, tmp_path_factory.mktemp("model"), "modern")
 
 
 def run(main, *argv):
@@ -169,18 +172,7 @@ def test_a_mistake_is_one_line(data_dir, model_dir, tmp_path, capsys, main, flag
 
 
 def test_learned_positions_have_an_end_that_is_named(data_dir, tmp_path, capsys):
-    from training.export import export_model
-    from training.models import build_model
-
-    blocks = PackedBlocks(data_dir, "train")
-    model = build_model(
-        model_preset="gpt2",
-        config_overrides="hidden_size=32,num_hidden_layers=1,num_attention_heads=2",
-        attn_implementation="sdpa",
-        gradient_checkpointing=False,
-        blocks=blocks,
-    )
-    export_model(model, tmp_path, tokenizer_path=blocks.tokenizer_path, eos_token_id=blocks.eos_token_id)
+    export_fresh_model(data_dir, tmp_path, "gpt2")
     for main, flags, expected in [
         (generate.main, ["--prompt", "x", "--max_new_tokens", "99"], "more than the 32 positions"),
         (perplexity.main, ["--data", str(data_dir), "--block_size", "64"], "use --block_size 32"),

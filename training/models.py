@@ -1,9 +1,11 @@
-"""Build the model that a run trains: a preset, fitted to the data, with the user's overrides on top."""
+"""The model of a run: a preset, fitted to the data, with the user's overrides on top; and how its loss is asked for."""
 
 import re
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
 from command_line import UserError
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
@@ -66,3 +68,17 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"--config_overrides: cannot read the value of {key.strip()!r}: {value!r}") from None
     return overrides
+
+
+def summed_loss(model: nn.Module, batch: torch.Tensor, *, num_items: float = 1) -> torch.Tensor:
+    """Summed next-token loss of `batch` over `num_items`: a scalar in nats, in fp32; no logits are kept.
+
+    batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only.
+    """
+    return model(
+        input_ids=batch[:, :-1],
+        shift_labels=batch[:, 1:],
+        num_items_in_batch=num_items,
+        use_cache=False,
+        skip_logits=True,
+    ).loss
