@@ -1,0 +1,129 @@
+"""What a run shows and records while it trains, and what it leaves behind at the end."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from training.export import export_model
+from training.metrics import (
+    bits_per_byte,
+    model_flops_utilization,
+    peak_memory_gib,
+    plot_training_curves,
+    write_json,
+)
+from training.model_card import write_model_card
+from training.run import Run, chosen_settings, stop_if_not_finite
+
+
+@contextlib.contextmanager
+def progress_bar(run: Run) -> Iterator[tqdm]:
+    with tqdm(
+        total=run.config.max_steps,
+        initial=run.step,
+        desc="training",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not run.accelerator.is_main_process,
+    ) as bar:
+        yield bar
+
+
+def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> dict[str, Any]:
+    """One row for metrics.jsonl: the step's loss over all processes, and the speed since the last row."""
+    steps, seconds = run.stopwatch.lap(run.step)
+    loss = run.accelerator.reduce(loss, reduction="mean").item()
+    stop_if_not_finite(run, "loss", loss)
+    if run.accelerator.scaler is None:  # with a loss scale, an overflow is a skipped step
+        stop_if_not_finite(run, "gradient norm", float(grad_norm))
+    tokens_per_second = steps * run.tokens_per_step / seconds
+    return {
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": float(grad_norm),
+        "tokens_per_second": tokens_per_second,
+        "mfu": model_flops_utilization(
+            run.unwrapped_model,
+            seq_len=run.train_blocks.block_size,
+            tokens_per_second=tokens_per_second / run.accelerator.num_processes,
+            peak_flops=run.device_flops,
+        ),
+        "step_time_s": seconds / steps,
+        "peak_memory_gib": peak_memory_gib(run.accelerator.device),
+    }
+
+
+def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
+    """Append to metrics.jsonl, redraw the curves after an evaluation, and show the numbers beside the bar."""
+    if not run.accelerator.is_main_process:
+        return
+    run.log.append({"step": run.step, "tokens_seen": run.tokens_seen} | metrics)
+    if "eval_loss" in metrics:
+        plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
+        bar.write(f"step {run.step}: validation loss {metrics['eval_loss']:.4f}")
+    if "loss" in metrics:
+        bar.set_postfix(
+            {
+                "loss": f"{metrics['loss']:.3f}",
+                "lr": f"{metrics['learning_rate']:.1e}",
+                "tok/s": f"{metrics['tokens_per_second']:,.0f}",
+            },
+            refresh=False,
+        )
+
+
+def finish(run: Run, eval_loss: float) -> None:
+    """Export the Hub-ready folder with its card and summary, and say where it is.
+
+    eval_loss: of an evaluation at the last step (nats/token).
+    """
+    run.stopwatch.pause()
+    if run.accelerator.is_main_process:
+        rows, output_dir = run.log.rows, run.output_dir
+        summary = summarize(run, eval_loss)
+        export_model(
+            run.unwrapped_model,
+            output_dir,
+            tokenizer_path=run.train_blocks.tokenizer_path,
+            eos_token_id=run.train_blocks.eos_token_id,
+        )
+        write_json(output_dir / "summary.json", summary)
+        plot_training_curves(rows, output_dir / "training_curves.png")
+        settings = chosen_settings(run.config)
+        for local in ("data_dir", "output_dir", "resume_from_checkpoint"):  # mean nothing to a reader
+            settings.pop(local)
+        if run.config.optimizer == "adamw":
+            settings.pop("muon_learning_rate")
+        write_model_card(
+            output_dir / "README.md",
+            name=output_dir.resolve().name,
+            preset=run.config.model_preset,
+            manifest=run.train_blocks.manifest,
+            summary=summary,
+            settings=settings,
+        )
+        print(f"finished: validation loss {eval_loss:.4f} nats/token, model in {output_dir}")
+    run.accelerator.wait_for_everyone()
+    run.model = None  # DistributedDataParallel must be gone before the process group it reduces over
+    run.accelerator.free_memory()
+    run.accelerator.end_training()
+
+
+def summarize(run: Run, eval_loss: float) -> dict[str, Any]:
+    """The contents of summary.json."""
+    last = {key: value for row in run.log.rows for key, value in row.items()}  # the newest value of each measure
+    wall_time_s = run.wall_time_s + run.stopwatch.total_s
+    return {
+        "params": run.unwrapped_model.num_parameters(),
+        "steps": run.step,
+        "tokens_seen": run.tokens_seen,
+        "train_loss": last.get("loss"),
+        "eval_loss": eval_loss,
+        "bits_per_byte": bits_per_byte(eval_loss, run.eval_blocks.bytes_per_token),
+        "tokens_per_second": run.tokens_seen / wall_time_s,
+        "wall_time_s": wall_time_s,
+        "peak_memory_gib": max([row.get("peak_memory_gib", 0.0) for row in run.log.rows], default=None),
+    }

@@ -1,0 +1,132 @@
+"""Saving a run's position, and going on from it as if the run had never stopped."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from command_line import UserError
+from training.batches import training_batches
+from training.checkpoints import (
+    checkpoint_to_resume,
+    load_checkpoint,
+    optimizer_state,
+    read_trainer_state,
+    refuse_changed_settings,
+    save_checkpoint,
+    set_aside_later_checkpoints,
+)
+from training.export import save_model_folder, write_resolved_config
+from training.metrics import MetricsLog, Stopwatch
+from training.models import summed_loss
+from training.run import Run, chosen_settings, stop_if_not_finite
+
+
+def resume(run: Run) -> None:
+    """Load the checkpoint asked for, if there is one, and open what depends on the position: batches and the log."""
+    config, accelerator = run.config, run.accelerator
+    checkpoint = None
+    if accelerator.is_main_process:
+        checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, run.checkpoints_dir, report=accelerator.print)
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    if checkpoint is not None:
+        restore(run, checkpoint)
+    run.batches = training_batches(
+        run.train_blocks,
+        run.plan,
+        seed=config.seed,
+        consumed_samples=run.step * run.plan.samples_per_step,
+        process_index=accelerator.process_index,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    if accelerator.is_main_process:
+        open_output_dir(run)
+    settle_gradient_buckets(run)
+    accelerator.wait_for_everyone()
+    run.stopwatch = Stopwatch(accelerator.device, run.step)
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Weights, optimizer state, loss scale and step of a checkpoint that was made under this run's settings."""
+    state = read_trainer_state(checkpoint)
+    refuse_changed_settings(checkpoint, state["settings"], settings_of_every_update(run))
+    load_checkpoint(checkpoint, run.unwrapped_model, run.optimizers)
+    run.step, run.wall_time_s = state["step"], state["wall_time_s"]
+    if run.accelerator.scaler is not None and state["grad_scaler"]:
+        run.accelerator.scaler.load_state_dict(state["grad_scaler"])
+    run.accelerator.print(f"resumed from {checkpoint} at step {run.step}")
+
+
+def settings_of_every_update(run: Run) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued, as JSON values."""
+    model_config = run.unwrapped_model.config
+    model = {name: getattr(model_config, name) for name in type(model_config).__annotations__}  # not transformers' own
+    manifest = json.dumps(run.train_blocks.manifest, sort_keys=True)
+    settings = {name: getattr(run.config, name) for name in run.config.SETTINGS_OF_EVERY_UPDATE}
+    settings |= {
+        "mixed_precision": run.accelerator.mixed_precision,
+        "tokens_per_step": run.tokens_per_step,
+        "block_size": run.train_blocks.block_size,
+        "data": hashlib.sha256(manifest.encode()).hexdigest(),
+        "model": model,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def open_output_dir(run: Run) -> None:
+    """Make the folder, and let it hold nothing that lies beyond the position where this run begins."""
+    try:
+        run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {run.output_dir}: cannot be created ({error.strerror})") from None
+    set_aside_later_checkpoints(run.checkpoints_dir, run.step)
+    run.log = MetricsLog(run.output_dir / "metrics.jsonl", resumed_step=run.step)
+    write_resolved_config(run.output_dir / "resolved_config.yaml", chosen_settings(run.config))
+
+
+def settle_gradient_buckets(run: Run) -> None:
+    """One backward pass whose gradients are thrown away, where there are several processes.
+
+    DistributedDataParallel regroups what it sums together after its first backward pass. Without this a resumed run's
+    first sum would be grouped, and so rounded, in another way than that of a run that was not stopped.
+    """
+    if run.accelerator.num_processes > 1:
+        run.model.train()
+        batch = run.train_blocks.__getitems__([0] * run.plan.micro_batch_size).to(run.accelerator.device)
+        run.accelerator.backward(summed_loss(run.model, batch, num_items=batch.numel()))
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint; the other processes wait, so that none goes on with a half-written one."""
+    run.stopwatch.pause()
+    norms = torch.stack([parameter.detach().float().norm() for parameter in run.unwrapped_model.parameters()])
+    stop_if_not_finite(run, "norm of the weights", norms.norm().item())
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler
+        save_checkpoint(
+            run.checkpoints_dir,
+            run.step,
+            save_model=lambda folder: save_model_folder(
+                run.unwrapped_model,
+                folder,
+                tokenizer_path=run.train_blocks.tokenizer_path,
+                eos_token_id=run.train_blocks.eos_token_id,
+            ),
+            optimizer_state=optimizer_state(run.optimizers, run.unwrapped_model),
+            trainer_state={
+                "step": run.step,
+                "tokens_seen": run.tokens_seen,
+                "wall_time_s": run.wall_time_s + run.stopwatch.total_s,
+                "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                "settings": settings_of_every_update(run),
+            },
+            save_total_limit=run.config.save_total_limit,
+        )
+    run.accelerator.wait_for_everyone()
+    run.stopwatch.resume()

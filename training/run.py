@@ -1,0 +1,67 @@
+"""What a run holds while it trains: the parts that train_accelerate.py builds, and the position that is saved."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from command_line import UserError
+from modeling_gpt2modern import GPT2ModernForCausalLM
+from training.batches import BatchPlan
+from training.blocks import PackedBlocks
+from training.metrics import MetricsLog, Stopwatch
+
+
+@dataclass
+class Run:
+    """Everything the loop holds. `step` and `wall_time_s` are saved; what else a run's position needs follows from
+    the step: data order, learning rate and dropout are functions of (seed, step)."""
+
+    config: Any  # TrainConfig of train_accelerate.py
+    accelerator: Accelerator
+    model: torch.nn.Module  # wrapped and maybe compiled: what is trained
+    unwrapped_model: GPT2ModernForCausalLM  # the same weights: what is evaluated, sampled from and saved
+    optimizers: list[torch.optim.Optimizer]
+    train_blocks: PackedBlocks
+    eval_blocks: PackedBlocks
+    plan: BatchPlan
+    device_flops: float | None  # peak FLOP/s of one device, where it is known
+    step: int = 0
+    wall_time_s: float = 0.0  # of earlier processes of this run
+    batches: Iterator[torch.Tensor] = None
+    log: MetricsLog = None  # on the main process
+    stopwatch: Stopwatch = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.plan.samples_per_step * self.train_blocks.block_size
+
+    @property
+    def tokens_seen(self) -> int:
+        return self.step * self.tokens_per_step
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+
+def chosen_settings(config: Any) -> dict[str, Any]:
+    """The settings of a TrainConfig that have a value, as a recipe would give them."""
+    return {name: value for name, value in asdict(config).items() if value is not None and name != "config"}
+
+
+def stop_if_not_finite(run: Run, name: str, value: float) -> None:
+    """Raise UserError, on every process alike, before a broken model is saved or exported."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"the {name} is {value} at step {run.step}: lower the learning rate or --max_grad_norm, and go on from an "
+            f"earlier checkpoint of {run.checkpoints_dir}"
+        )
