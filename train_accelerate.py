@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from training.run import Run
+    from training.schedules import Schedule
 
 
 @dataclass
@@ -26,9 +27,9 @@ class TrainConfig:
     # Settings that decide which update follows which: a checkpoint is continued only under the same ones. The rest (the
     # micro-batch, the number of processes, what is logged, how long the run lasts) may change at any restart.
     SETTINGS_OF_EVERY_UPDATE: ClassVar[tuple[str, ...]] = (
-        "seed", "optimizer", "learning_rate", "embedding_learning_rate", "muon_learning_rate",
-        "lr_scheduler_type", "warmup_steps", "min_lr_ratio", "weight_decay",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+        "seed", "optimizer", "learning_rate", "embedding_learning_rate", "scalar_learning_rate", "muon_learning_rate",
+        "muon_momentum_warmup_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_steps", "decay_ratio",
+        "decay_type", "min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     )  # fmt: skip
 
     config: str | None = field(default=None, metadata={"help": "YAML recipe: the same keys as these flags"})
@@ -61,11 +62,25 @@ class TrainConfig:
     embedding_learning_rate: float | None = field(
         default=None, metadata={"help": "AdamW's for the token embedding; default: learning_rate"}
     )
+    scalar_learning_rate: float | None = field(
+        default=None, metadata={"help": "AdamW's for gains, biases and scalars; default: learning_rate"}
+    )
     muon_learning_rate: float = field(default=0.02, metadata={"help": "peak learning rate of Muon"})
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = field(
+    muon_momentum_warmup_steps: int = field(
+        default=300, metadata={"help": "steps over which Muon's momentum goes from 0.85 to 0.95"}
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = field(
         default="cosine", metadata={"help": "fall of the learning rate after the warm-up"}
     )
-    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
+    warmup_steps: int | None = field(default=None, metadata={"help": "steps of linear warm-up; default: none"})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "the same as a share of max_steps"})
+    decay_steps: int | None = field(
+        default=None, metadata={"help": "last steps, in which warmup_stable_decay falls; default: a fifth of max_steps"}
+    )
+    decay_ratio: float | None = field(default=None, metadata={"help": "the same as a share of max_steps"})
+    decay_type: Literal["1-sqrt", "linear", "cosine"] = field(
+        default="1-sqrt", metadata={"help": "shape of warmup_stable_decay's fall"}
+    )
     min_lr_ratio: float = field(default=0.1, metadata={"help": "last learning rate, as a share of the peak"})
     weight_decay: float = field(default=0.1, metadata={"help": "decay of matrices, times the learning rate"})
     adam_beta1: float = field(default=0.9, metadata={"help": "decay of the gradient average"})
@@ -98,16 +113,33 @@ class TrainConfig:
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 1)
         for name in (
-            "warmup_steps", "eval_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "learning_rate",
-            "embedding_learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+            "warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "eval_steps", "save_steps", "save_total_limit",
+            "dataloader_num_workers", "learning_rate", "embedding_learning_rate", "scalar_learning_rate",
+            "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 0)
-        for name, most in {"min_lr_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999, "seed": 2**63 - 1}.items():
+        most_of = {"min_lr_ratio": 1, "warmup_ratio": 1, "decay_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999}
+        for name, most in (most_of | {"seed": 2**63 - 1}).items():
             check_range(f"--{name}", getattr(self, name), 0, most)
         if Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+        self.schedule()
+
+    def schedule(self) -> "Schedule":
+        """The learning rate's course; raises ValueError for parts that contradict each other."""
+        from training.schedules import Schedule, steps_from
+
+        decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
+        if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
+            decay_steps = steps_from("decay", None, 0.2, self.max_steps)
+        return Schedule(
+            lr_scheduler_type=self.lr_scheduler_type,
+            max_steps=self.max_steps,
+            warmup_steps=steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0,
+            decay_steps=decay_steps,
+            decay_type=self.decay_type,
+            min_lr_ratio=self.min_lr_ratio,
+        )
 
 
 @exit_code_2_on_user_error
@@ -178,6 +210,7 @@ def build_run(config: TrainConfig) -> "Run":
         optimizer=config.optimizer,
         learning_rate=config.learning_rate,
         embedding_learning_rate=config.embedding_learning_rate,
+        scalar_learning_rate=config.scalar_learning_rate,
         muon_learning_rate=config.muon_learning_rate,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
@@ -200,6 +233,7 @@ def build_run(config: TrainConfig) -> "Run":
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
         plan=plan,
+        schedule=config.schedule(),
         device_flops=peak_flops(accelerator.device),
     )
 
@@ -215,17 +249,15 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
 
     from training.models import summed_loss
     from training.optimizers import set_schedule
-    from training.schedules import learning_rate_factor
 
     config, accelerator = run.config, run.accelerator
-    factor = learning_rate_factor(
-        run.step,
-        lr_scheduler_type=config.lr_scheduler_type,
-        warmup_steps=config.warmup_steps,
-        max_steps=config.max_steps,
-        min_lr_ratio=config.min_lr_ratio,
+    factor = run.schedule.factor(run.step)
+    set_schedule(
+        run.optimizers,
+        step=run.step,
+        learning_rate_factor=factor,
+        muon_momentum_warmup_steps=config.muon_momentum_warmup_steps,
     )
-    set_schedule(run.optimizers, step=run.step, learning_rate_factor=factor)
     # Dropout depends on (seed, step, process) alone, so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, run.step, accelerator.process_index))
     # DistributedDataParallel averages gradients over processes; dividing by the tokens per process makes it a sum.

@@ -14,8 +14,8 @@ def tiny_model(preset="gpt2"):
 
 def optimizers_of(model, **changes):
     settings = {
-        "optimizer": "adamw", "learning_rate": 0.1, "embedding_learning_rate": None, "muon_learning_rate": 0.02,
-        "weight_decay": 0.5, "betas": (0.9, 0.95), "epsilon": 1e-8,
+        "optimizer": "adamw", "learning_rate": 0.1, "embedding_learning_rate": None, "scalar_learning_rate": None,
+        "muon_learning_rate": 0.02, "weight_decay": 0.5, "betas": (0.9, 0.95), "epsilon": 1e-8,
     }  # fmt: skip
     return build_optimizers(model, **(settings | changes))
 
@@ -66,10 +66,11 @@ def test_muons_first_step_is_orthogonal():
 
 
 def test_the_schedule_scales_each_groups_own_peak_and_warms_muons_momentum_up():
-    optimizers = optimizers_of(tiny_model("speedrun"), optimizer="muon", embedding_learning_rate=0.4)
-    set_schedule(optimizers, step=150, learning_rate_factor=0.5)
+    rates = {"embedding_learning_rate": 0.4, "scalar_learning_rate": 0.0}
+    optimizers = optimizers_of(tiny_model("speedrun"), optimizer="muon", **rates)
+    set_schedule(optimizers, step=150, learning_rate_factor=0.5, muon_momentum_warmup_steps=300)
     adamw, muon = optimizers
-    assert [group["lr"] for group in adamw.param_groups] == [0.2, 0.05, 0.05]
+    assert [group["lr"] for group in adamw.param_groups] == [0.2, 0.05, 0.0]
     assert muon.param_groups[0]["lr"] == 0.01 and muon.param_groups[0]["momentum"] == pytest.approx(0.90)
-    set_schedule(optimizers, step=1000, learning_rate_factor=0.5)
+    set_schedule(optimizers, step=1000, learning_rate_factor=0.5, muon_momentum_warmup_steps=300)
     assert muon.param_groups[0]["momentum"] == pytest.approx(0.95)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from training.schedules import SCHEDULES, learning_rate_factor
+from training.schedules import DECAYS, SCHEDULES, Schedule, steps_from
 
 
 def rate(step, schedule="cosine", **changes):
     settings = {"warmup_steps": 10, "max_steps": 110, "min_lr_ratio": 0.1} | changes
-    return learning_rate_factor(step, lr_scheduler_type=schedule, **settings)
+    return Schedule(schedule, **settings).factor(step)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,54 @@ def test_constant_stays_at_the_peak_after_the_warmup():
     assert {rate(step, "constant") for step in (10, 50, 110)} == {1.0}
 
 
+@pytest.mark.parametrize(
+    ("decay_type", "expected"),
+    [
+        # at 85 a quarter of the decay's 20 steps has passed, at 90 a half, at 100 all
+        ("linear", {4: 0.5, 10: 1.0, 80: 1.0, 85: 0.775, 90: 0.55, 100: 0.1}),
+        ("1-sqrt", {4: 0.5, 10: 1.0, 80: 1.0, 85: 0.55, 90: 0.3636038969321073, 100: 0.1}),
+        ("cosine", {4: 0.5, 10: 1.0, 80: 1.0, 85: 0.8681980515339464, 90: 0.55, 100: 0.1}),
+    ],
+)
+def test_warmup_stable_decay_values_at_chosen_steps(decay_type, expected):
+    found = {
+        step: rate(step, "warmup_stable_decay", max_steps=100, decay_steps=20, decay_type=decay_type)
+        for step in expected
+    }
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_speedruns_learning_rate_is_that_of_its_log():
+    """3,000 steps, the last 900 of them a line to zero: (3000 - step) / 900."""
+    settings = {"warmup_steps": 0, "max_steps": 3000, "decay_steps": 900, "decay_type": "linear", "min_lr_ratio": 0.0}
+    assert [rate(step, "warmup_stable_decay", **settings) for step in (0, 2100, 2101, 2999)] == [
+        1.0, 1.0, pytest.approx(899 / 900), pytest.approx(1 / 900),
+    ]  # fmt: skip
+
+
+def test_the_stable_part_does_not_depend_on_the_length_of_the_run():
+    rates = [
+        [rate(step, "warmup_stable_decay", max_steps=most, decay_steps=20) for step in range(80)] for most in (100, 900)
+    ]
+    assert rates[0] == rates[1]
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_warmup_starts_at_the_peak(schedule):
     assert rate(0, schedule, warmup_steps=0) == 1.0
+
+
+@pytest.mark.parametrize("decay", DECAYS.values())
+def test_every_decay_goes_from_one_to_zero(decay):
+    assert (decay(0.0), decay(1.0)) == (1.0, 0.0)
+
+
+def test_steps_may_be_given_as_a_share_of_the_run():
+    assert [steps_from("warmup", *given, 1000) for given in ((None, None), (7, None), (None, 0.03))] == [None, 7, 30]
+    with pytest.raises(ValueError, match=r"--warmup_steps 7 and --warmup_ratio 0.1"):
+        steps_from("warmup", 7, 0.1, 1000)
+
+
+def test_parts_longer_than_the_run_are_refused():
+    with pytest.raises(ValueError, match="30 steps of warm-up and 80 of decay are more than --max_steps 100"):
+        Schedule("warmup_stable_decay", max_steps=100, warmup_steps=30, decay_steps=80)

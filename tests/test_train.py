@@ -131,6 +131,13 @@ def test_muon_resumes_bit_identical_too(data_dir, tmp_path):
     assert losses(resumed) == losses(whole)[3:]
 
 
+def test_the_learning_rate_of_every_step_is_the_schedules(data_dir, tmp_path):
+    flags = {"lr_scheduler_type": "warmup_stable_decay", "decay_ratio": 0.5, "decay_type": "linear", "min_lr_ratio": 0}
+    run = train(data_dir, tmp_path, **flags)
+    expected = [0.005, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025]
+    assert [row["learning_rate"] for row in metrics(run)] == pytest.approx(expected)
+
+
 def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_path):
     whole = train(data_dir, tmp_path / "whole", max_steps=40)
     killed = tmp_path / "killed"
@@ -375,6 +382,9 @@ sys.meta_path.insert(0, Absent())
         ({"config": "nowhere.yaml"}, "--config nowhere.yaml: No such file"),
         ({"max_steps": "many"}, "--max_steps: invalid int value: 'many'"),
         ({"warmup_steps": 9}, "--warmup_steps 9 is more than --max_steps 8"),
+        ({"warmup_ratio": 0.5}, "--warmup_steps 2 and --warmup_ratio 0.5 say the same thing twice"),
+        ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5 must be at most 1"),
+        ({"decay_steps": 2}, "belong to --lr_scheduler_type warmup_stable_decay"),
         ({"max_steps": 0}, "--max_steps 0 must be at least 1"),
         ({"total_batch_size": 100}, "--total_batch_size 100 is not a multiple of"),
         ({"total_batch_size": 32 * 4 * 1000}, "blocks but one step takes 4000"),

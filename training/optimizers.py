@@ -12,6 +12,7 @@ def build_optimizers(
     optimizer: str,
     learning_rate: float,
     embedding_learning_rate: float | None,
+    scalar_learning_rate: float | None,
     muon_learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float],
@@ -22,8 +23,8 @@ def build_optimizers(
     AdamW (arXiv:1711.05101) decays matrices only: gains, biases and scalars are not pulled towards zero. Its fused
     kernel does the whole update in one launch per dtype. Muon (arXiv:2502.16982, github.com/KellerJordan/Muon)
     orthogonalises the momentum of a matrix, whose step is then sqrt(max(1, rows / columns)) times its learning rate.
-    embedding_learning_rate: for the token embedding; None: as the rest. A tied embedding is also the head, and counts
-    as an embedding. Every group carries its peak as `peak_lr`.
+    embedding_learning_rate: for the token embedding; scalar_learning_rate: for gains, biases and scalars; None: as
+    the rest. A tied embedding is also the head, and counts as an embedding. Every group carries its peak as `peak_lr`.
     """
     embedding = model.get_input_embeddings().weight
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -31,14 +32,18 @@ def build_optimizers(
     taken = {id(parameter) for parameter in [embedding, *by_muon]}
     rest = [parameter for _, parameter in trained if id(parameter) not in taken]
     groups = [
-        _group([embedding], embedding_learning_rate or learning_rate, weight_decay),
+        _group([embedding], _given(embedding_learning_rate, learning_rate), weight_decay),
         _group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
-        _group([p for p in rest if p.ndim < 2], learning_rate, 0.0),
+        _group([p for p in rest if p.ndim < 2], _given(scalar_learning_rate, learning_rate), 0.0),
     ]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=epsilon, fused=True)
     if not by_muon:
         return [adamw]
     return [adamw, torch.optim.Muon([_group(by_muon, muon_learning_rate, weight_decay)], nesterov=True)]
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict:
@@ -47,12 +52,18 @@ def _group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) 
 
 # Muon starts with a shorter memory, as its first gradients point elsewhere: worth 0.013 nats in modded-nanogpt's log of
 # 2024-11-06.
-MUON_MOMENTUM, MUON_FIRST_MOMENTUM, MUON_MOMENTUM_WARMUP_STEPS = 0.95, 0.85, 300
+MUON_MOMENTUM, MUON_FIRST_MOMENTUM = 0.95, 0.85
 
 
-def set_schedule(optimizers: Sequence[torch.optim.Optimizer], *, step: int, learning_rate_factor: float) -> None:
+def set_schedule(
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    step: int,
+    learning_rate_factor: float,
+    muon_momentum_warmup_steps: int,
+) -> None:
     """Give every group the learning rate, and Muon the momentum, of update `step`."""
-    share = min(1.0, step / MUON_MOMENTUM_WARMUP_STEPS)
+    share = min(1.0, step / muon_momentum_warmup_steps) if muon_momentum_warmup_steps else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor

@@ -14,6 +14,7 @@ from modeling_gpt2modern import GPT2ModernForCausalLM
 from training.batches import BatchPlan
 from training.blocks import PackedBlocks
 from training.metrics import MetricsLog, Stopwatch
+from training.schedules import Schedule
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Run:
     train_blocks: PackedBlocks
     eval_blocks: PackedBlocks
     plan: BatchPlan
+    schedule: Schedule
     device_flops: float | None  # peak FLOP/s of one device, where it is known
     step: int = 0
     wall_time_s: float = 0.0  # of earlier processes of this run

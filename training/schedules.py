@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 
 def _cosine(progress: float) -> float:
@@ -12,22 +13,68 @@ def _linear(progress: float) -> float:
     return 1.0 - progress
 
 
+def _one_minus_sqrt(progress: float) -> float:
+    return 1.0 - math.sqrt(progress)
+
+
 def _constant(progress: float) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "constant": _constant}
+# Falls from 1 at progress 0 to 0 at progress 1. The names are those of transformers' schedules and decay types.
+DECAYS: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "1-sqrt": _one_minus_sqrt}
+SCHEDULES = {"cosine": _cosine, "linear": _linear, "constant": _constant, "warmup_stable_decay": None}
 
 
-def learning_rate_factor(
-    step: int, *, lr_scheduler_type: str, warmup_steps: int, max_steps: int, min_lr_ratio: float
-) -> float:
-    """Share of the peak learning rate at update number `step` (the first update is step 0).
+@dataclass(frozen=True)
+class Schedule:
+    """The share of its peak that the learning rate has at each update.
 
-    Linear warm-up over `warmup_steps` updates, so that update `warmup_steps - 1` already has the peak; then the
-    schedule's fall from 1 at `warmup_steps` to `min_lr_ratio` at `max_steps`.
+    cosine, linear: fall over all updates after the warm-up; constant: no fall; warmup_stable_decay (WSD,
+    arXiv:2404.06395): the peak until the last `decay_steps` updates, then a fall of `decay_type`; "1-sqrt" did best in
+    arXiv:2405.18392, "linear" is the GPT-2 speedrun's. The stable part does not depend on `max_steps`, so that a
+    checkpoint of it can be continued to any length.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return min_lr_ratio + (1.0 - min_lr_ratio) * SCHEDULES[lr_scheduler_type](progress)
+
+    lr_scheduler_type: str
+    max_steps: int
+    warmup_steps: int = 0
+    decay_steps: int | None = None  # of warmup_stable_decay alone
+    decay_type: str = "1-sqrt"
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self):
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+        if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":
+            raise ValueError(
+                f"--decay_steps and --decay_ratio belong to --lr_scheduler_type warmup_stable_decay; "
+                f"{self.lr_scheduler_type} has no stable part"
+            )
+        if self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
+            raise ValueError(
+                f"{self.warmup_steps} steps of warm-up and {self.decay_steps} of decay are more than --max_steps "
+                f"{self.max_steps}"
+            )
+
+    def factor(self, step: int) -> float:
+        """Share of the peak learning rate at update number `step` (the first update is step 0).
+
+        Linear warm-up over `warmup_steps` updates, so that update `warmup_steps - 1` already has the peak; the fall
+        would reach `min_lr_ratio` at update `max_steps`, one after the last.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.lr_scheduler_type == "warmup_stable_decay":
+            length, shape = self.decay_steps or 0, DECAYS[self.decay_type]
+        else:
+            length, shape = self.max_steps - self.warmup_steps, SCHEDULES[self.lr_scheduler_type]
+        progress = (step - (self.max_steps - length)) / max(1, length)
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * shape(min(1.0, max(0.0, progress)))
+
+
+def steps_from(name: str, steps: int | None, ratio: float | None, max_steps: int) -> int | None:
+    """Steps given as a number or as a share of `max_steps`; None if neither is. ValueError if both are."""
+    if steps is not None and ratio is not None:
+        raise ValueError(f"--{name}_steps {steps} and --{name}_ratio {ratio} say the same thing twice; give one")
+    return round(ratio * max_steps) if ratio is not None else steps
