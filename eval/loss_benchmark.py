@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+from eval.measuring import process_status_kib
 
 if TYPE_CHECKING:
     import torch
@@ -122,17 +123,11 @@ def measure_peak_memory(case: Case, variant: str, config: LossBenchmarkConfig) -
         torch.cuda.reset_peak_memory_stats()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-    before = _process_status_kib("VmRSS")
+    before = process_status_kib("VmRSS")
     if case.compiled:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which the compilation has moved
     step()
-    return (_process_status_kib("VmHWM") - before) / 2**20
-
-
-def _process_status_kib(field_name: str) -> int:
-    """Not ru_maxrss, which begins with the size of the process that started this one."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(field_name))
+    return (process_status_kib("VmHWM") - before) / 2**20
 
 
 def measure_seconds(case: Case, config: LossBenchmarkConfig) -> dict[str, list[float]]:

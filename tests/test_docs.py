@@ -107,7 +107,13 @@ def test_imports_point_one_way(layer):
         assert not upward, f"{path.name} imports {upward}"
 
 
-@pytest.mark.parametrize("script", ["prepare_data.py", "train_accelerate.py", "eval/perplexity.py", "eval/generate.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "prepare_data.py", "train_accelerate.py", "eval/perplexity.py", "eval/generate.py", "eval/throughput.py",
+        "eval/precision_check.py", "eval/measuring.py",
+    ],
+)  # fmt: skip
 def test_nothing_heavy_is_imported_before_it_is_needed(script):
     """`--help` has to answer at once: torch alone takes a second."""
     heavy = {"torch", "datasets", "accelerate", "numpy", "pyarrow", "gigatoken", "tokenizers", "matplotlib"}

@@ -54,24 +54,25 @@ def peak_flops_of(name: str) -> float | None:
     return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
+def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
+    """`flops_per_token` of `model` on sequences of `seq_len` tokens."""
+    config = model.config
+    looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    return flops_per_token(
+        model.num_parameters() - looked_up,
+        config.num_hidden_layers,
+        config.num_attention_heads * config.head_dim,
+        seq_len,
+    )
+
+
 def model_flops_utilization(
     model: PreTrainedModel, *, seq_len: int, tokens_per_second: float, peak_flops: float | None
 ) -> float | None:
     """Share of one device's peak that the model's own arithmetic amounts to; None where the peak is not known."""
     if peak_flops is None:
         return None
-    config = model.config
-    looked_up = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    return (
-        tokens_per_second
-        / peak_flops
-        * flops_per_token(
-            model.num_parameters() - looked_up,
-            config.num_hidden_layers,
-            config.num_attention_heads * config.head_dim,
-            seq_len,
-        )
-    )
+    return tokens_per_second * model_flops_per_token(model, seq_len) / peak_flops
 
 
 def peak_memory_gib(device: torch.device) -> float:
