@@ -27,7 +27,8 @@ class TrainConfig:
     # Settings that decide which update follows which: a checkpoint is continued only under the same ones. The rest (the
     # micro-batch, the number of processes, what is logged, how long the run lasts) may change at any restart.
     SETTINGS_OF_EVERY_UPDATE: ClassVar[tuple[str, ...]] = (
-        "seed", "optimizer", "learning_rate", "embedding_learning_rate", "scalar_learning_rate", "muon_learning_rate",
+        "seed", "document_masking", "batch_size_warmup_steps", "optimizer",
+        "learning_rate", "embedding_learning_rate", "scalar_learning_rate", "muon_learning_rate",
         "muon_momentum_warmup_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_steps", "decay_ratio",
         "decay_type", "min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     )  # fmt: skip
@@ -52,6 +53,16 @@ class TrainConfig:
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "sequences per evaluation pass and process"})
     total_batch_size: int | None = field(
         default=None, metadata={"help": "tokens per optimizer step over all processes; default: one forward pass each"}
+    )
+    batch_size_warmup_steps: int = field(
+        default=0, metadata={"help": "steps over which the tokens per step grow to total_batch_size"}
+    )
+    initial_total_batch_size: int | None = field(
+        default=None, metadata={"help": "tokens of that warm-up's first step; default: an eighth of total_batch_size"}
+    )
+    document_masking: bool = field(
+        default=False,
+        metadata={"help": "a token sees its own document only, not those before it in the block (validation: all)"},
     )
     max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
 
@@ -108,14 +119,14 @@ class TrainConfig:
         if self.data_dir is None or self.output_dir is None:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
         for name in (
-            "block_size", "per_device_train_batch_size", "per_device_eval_batch_size", "total_batch_size", "max_steps",
-            "logging_steps", "eval_blocks",
+            "block_size", "per_device_train_batch_size", "per_device_eval_batch_size", "total_batch_size",
+            "initial_total_batch_size", "max_steps", "logging_steps", "eval_blocks",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 1)
         for name in (
-            "warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "eval_steps", "save_steps", "save_total_limit",
-            "dataloader_num_workers", "learning_rate", "embedding_learning_rate", "scalar_learning_rate",
-            "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+            "batch_size_warmup_steps", "warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "eval_steps",
+            "save_steps", "save_total_limit", "dataloader_num_workers", "learning_rate", "embedding_learning_rate",
+            "scalar_learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 0)
         most_of = {"min_lr_ratio": 1, "warmup_ratio": 1, "decay_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999}
@@ -123,6 +134,8 @@ class TrainConfig:
             check_range(f"--{name}", getattr(self, name), 0, most)
         if Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
+        if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
+            raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
         self.schedule()
 
     def schedule(self) -> "Schedule":
@@ -196,6 +209,8 @@ def build_run(config: TrainConfig) -> "Run":
         block_size=train_blocks.block_size,
         per_device_train_batch_size=config.per_device_train_batch_size,
         num_processes=accelerator.num_processes,
+        batch_size_warmup_steps=config.batch_size_warmup_steps,
+        initial_total_batch_size=config.initial_total_batch_size,
     )
     torch.manual_seed(config.seed)
     unwrapped_model = build_model(
@@ -222,7 +237,7 @@ def build_run(config: TrainConfig) -> "Run":
     accelerator.print(
         f"{config.model_preset}: {unwrapped_model.num_parameters():,} parameters on {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}; {plan.samples_per_step} x "
-        f"{train_blocks.block_size} tokens per step, {plan.grad_accum_steps} forward passes each"
+        f"{train_blocks.block_size} tokens per step, {plan.grad_accum_steps(config.max_steps)} forward passes each"
     )
     return Run(
         config=config,
@@ -261,15 +276,17 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     # Dropout depends on (seed, step, process) alone, so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, run.step, accelerator.process_index))
     # DistributedDataParallel averages gradients over processes; dividing by the tokens per process makes it a sum.
-    tokens_per_process = run.tokens_per_step / accelerator.num_processes
+    tokens_per_process = run.plan.samples_at(run.step) * run.train_blocks.block_size / accelerator.num_processes
+    separator = run.train_blocks.eos_token_id if config.document_masking else None
+    grad_accum_steps = run.plan.grad_accum_steps(run.step)
 
     run.model.train()
     loss = torch.zeros((), device=accelerator.device)
-    for micro_step in range(run.plan.grad_accum_steps):
+    for micro_step in range(grad_accum_steps):
         batch = next(run.batches).to(accelerator.device, non_blocking=True)
-        last = micro_step == run.plan.grad_accum_steps - 1
+        last = micro_step == grad_accum_steps - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            micro_loss = summed_loss(run.model, batch, num_items=tokens_per_process)
+            micro_loss = summed_loss(run.model, batch, num_items=tokens_per_process, separator=separator)
             accelerator.backward(micro_loss)
         loss += micro_loss.detach()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)

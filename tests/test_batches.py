@@ -17,7 +17,7 @@ def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
     ]
     result = []
     for _ in range(count):
-        passes = [[next(sampler) for sampler in samplers] for _ in range(plan.grad_accum_steps)]
+        passes = [[next(sampler) for sampler in samplers] for _ in range(plan.grad_accum_steps(plan.warmup_steps))]
         result.append(list(itertools.chain.from_iterable(itertools.chain.from_iterable(passes))))
     return result
 
@@ -50,12 +50,12 @@ def test_another_seed_gives_another_order():
 
 def test_accumulation_follows_from_tokens_per_step():
     plan = plan_batches(total_batch_size=4096, block_size=64, per_device_train_batch_size=8, num_processes=2)
-    assert (plan.samples_per_step, plan.grad_accum_steps) == (64, 4)
+    assert (plan.samples_per_step, plan.grad_accum_steps(0)) == (64, 4)
 
 
 def test_without_a_total_there_is_no_accumulation():
     plan = plan_batches(total_batch_size=None, block_size=64, per_device_train_batch_size=8, num_processes=2)
-    assert (plan.samples_per_step, plan.grad_accum_steps) == (16, 1)
+    assert (plan.samples_per_step, plan.grad_accum_steps(0)) == (16, 1)
 
 
 @pytest.mark.parametrize(("total", "choices"), [(1500, "use 1024 or 2048"), (100, "use 1024"), (0, "use 1024")])
@@ -67,3 +67,38 @@ def test_a_total_that_does_not_divide_is_refused_with_the_nearest_ones(total, ch
 def test_fewer_blocks_than_one_step_takes_are_refused():
     with pytest.raises(UserError, match="has 7 blocks but one step takes 8"):
         MicroBatchSampler(7, BatchPlan(8, 8, 1), seed=1, consumed_samples=0, process_index=0)
+
+
+# Batch-size warm-up
+
+
+def warm_plan(micro_batch_size=2, num_processes=1):
+    return plan_batches(
+        total_batch_size=1024,
+        block_size=64,
+        per_device_train_batch_size=micro_batch_size,
+        num_processes=num_processes,
+        batch_size_warmup_steps=6,
+        initial_total_batch_size=256,
+    )
+
+
+def test_the_batch_grows_in_multiples_of_the_first_one_and_stays_at_the_total():
+    plan = warm_plan()
+    assert [plan.samples_at(step) for step in range(9)] == [4, 4, 8, 8, 12, 12, 16, 16, 16]
+    assert [plan.grad_accum_steps(step) for step in range(9)] == [2, 2, 4, 4, 6, 6, 8, 8, 8]
+
+
+def test_the_position_is_the_sum_of_all_steps_before():
+    plan = warm_plan()
+    assert all(plan.consumed_samples(step) == sum(map(plan.samples_at, range(step))) for step in range(12))
+
+
+def test_the_growth_does_not_depend_on_processes_or_micro_batches():
+    courses = [[plan.samples_at(step) for step in range(9)] for plan in (warm_plan(), warm_plan(1, 2), warm_plan(1, 4))]
+    assert courses[0] == courses[1] == courses[2]
+
+
+def test_a_first_batch_that_does_not_divide_is_refused_with_those_that_do():
+    with pytest.raises(UserError, match=r"from 256 tokens .* multiple of 512.* 1024; use 512"):
+        warm_plan(micro_batch_size=8)

@@ -138,6 +138,38 @@ def test_the_learning_rate_of_every_step_is_the_schedules(data_dir, tmp_path):
     assert [row["learning_rate"] for row in metrics(run)] == pytest.approx(expected)
 
 
+WARM_UP = {"batch_size_warmup_steps": 5, "initial_total_batch_size": 128, "total_batch_size": 512}
+
+
+def test_a_batch_size_warm_up_counts_its_tokens_and_resumes_bit_identical_from_its_middle(data_dir, tmp_path):
+    """Steps take 128, 128, 256, 256, 384 and then 512 tokens."""
+    whole = train(data_dir, tmp_path / "whole", **WARM_UP)
+    assert [row["tokens_seen"] for row in metrics(whole)] == [128, 256, 512, 768, 1152, 1664, 2176, 2688]
+    resumed = train(
+        data_dir, tmp_path / "resumed", resume_from_checkpoint=whole / "checkpoints" / "step_0000003", **WARM_UP
+    )
+    assert_same_weights(whole, resumed)
+    assert losses(resumed) == losses(whole)[3:]
+    assert json.loads((resumed / "summary.json").read_text())["tokens_seen"] == 2688
+
+    checkpoint = whole / "checkpoints" / "step_0000003"
+    other = {"per_device_train_batch_size": 2, "resume_from_checkpoint": checkpoint}
+    assert losses(train(data_dir, tmp_path / "other", **WARM_UP, **other)) == pytest.approx(losses(whole)[3:], abs=1e-5)
+
+
+def test_document_masking_reaches_the_loss(data_dir, tmp_path):
+    """The test data is one document, so its most frequent token is declared to end documents."""
+    from training.blocks import PackedBlocks
+
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    tokens = torch.cat(list(PackedBlocks(data, "train")))
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"eos_token_id": tokens.mode().values.item()}))
+    flags = {"max_steps": 2, "save_steps": 0, "config_overrides": TINY + ",initializer_range=0.5"}
+    runs = [train(data, tmp_path / str(mask), document_masking=mask, **flags) for mask in (False, True)]
+    assert abs(losses(runs[0])[0] - losses(runs[1])[0]) > 1e-3
+
+
 def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_path):
     whole = train(data_dir, tmp_path / "whole", max_steps=40)
     killed = tmp_path / "killed"
@@ -387,6 +419,8 @@ sys.meta_path.insert(0, Absent())
         ({"decay_steps": 2}, "belong to --lr_scheduler_type warmup_stable_decay"),
         ({"max_steps": 0}, "--max_steps 0 must be at least 1"),
         ({"total_batch_size": 100}, "--total_batch_size 100 is not a multiple of"),
+        ({"batch_size_warmup_steps": 3}, "a batch-size warm-up from 32 tokens"),
+        ({"initial_total_batch_size": 128}, "--initial_total_batch_size needs --batch_size_warmup_steps"),
         ({"total_batch_size": 32 * 4 * 1000}, "blocks but one step takes 4000"),
         ({"block_size": 10**6}, "--block_size 1000000"),
         ({"model_preset": "gpt5"}, "gpt5"),

@@ -4,8 +4,10 @@ The order is a pure function of (seed, epoch, consumed samples). A run that resu
 processes or another micro-batch, therefore sees exactly the blocks it would have seen: the position is one integer.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,22 +19,51 @@ from training.blocks import PackedBlocks
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimizer step's samples (blocks) are divided over micro-batches and processes."""
+    """How many samples (blocks) each optimizer step takes, divided over micro-batches and processes.
+
+    With a warm-up (arXiv:2005.14165, appendix B) step 0 takes `first_samples`, and steps take ever larger multiples of
+    them in a straight line, until `samples_per_step` are reached at step `warmup_steps`.
+    """
 
     samples_per_step: int
     micro_batch_size: int  # samples per process and forward pass
     num_processes: int
+    warmup_steps: int = 0
+    first_samples: int | None = None  # None: there is no warm-up
 
-    @property
-    def grad_accum_steps(self) -> int:
-        return self.samples_per_step // (self.micro_batch_size * self.num_processes)
+    def samples_at(self, step: int) -> int:
+        """Samples of update number `step` (the first is 0), over all processes."""
+        if step >= self.warmup_steps:
+            return self.samples_per_step
+        growth = self.samples_per_step // self.first_samples - 1
+        return self.first_samples * (1 + growth * step // self.warmup_steps)
+
+    def consumed_samples(self, step: int) -> int:
+        """Samples of all updates before `step`: the position in the order of the data."""
+        return self._consumed_in_warmup[min(step, self.warmup_steps)] + (
+            max(0, step - self.warmup_steps) * self.samples_per_step
+        )
+
+    @cached_property
+    def _consumed_in_warmup(self) -> list[int]:
+        return list(itertools.accumulate(map(self.samples_at, range(self.warmup_steps)), initial=0))
+
+    def grad_accum_steps(self, step: int) -> int:
+        return self.samples_at(step) // (self.micro_batch_size * self.num_processes)
 
 
 def plan_batches(
-    *, total_batch_size: int | None, block_size: int, per_device_train_batch_size: int, num_processes: int
+    *,
+    total_batch_size: int | None,
+    block_size: int,
+    per_device_train_batch_size: int,
+    num_processes: int,
+    batch_size_warmup_steps: int = 0,
+    initial_total_batch_size: int | None = None,
 ) -> BatchPlan:
     """Derive the accumulation count from `total_batch_size` (tokens per optimizer step; None: no accumulation).
 
+    initial_total_batch_size: tokens of step 0 of a warm-up; None: an eighth of the total.
     Raises UserError if the tokens are not a whole number of micro-batches on every process.
     """
     tokens_per_pass = per_device_train_batch_size * block_size * num_processes
@@ -45,14 +76,27 @@ def plan_batches(
             f"{per_device_train_batch_size} x --block_size {block_size} x {num_processes} processes = "
             f"{tokens_per_pass} tokens; use {choices}"
         )
-    return BatchPlan(total_batch_size // block_size, per_device_train_batch_size, num_processes)
+    plan = BatchPlan(total_batch_size // block_size, per_device_train_batch_size, num_processes)
+    if not batch_size_warmup_steps:
+        return plan
+    first = total_batch_size // 8 if initial_total_batch_size is None else initial_total_batch_size
+    if first <= 0 or first % tokens_per_pass or total_batch_size % first:
+        passes = total_batch_size // tokens_per_pass
+        choices = [str(tokens_per_pass * n) for n in range(1, passes) if passes % n == 0]
+        raise UserError(
+            f"a batch-size warm-up from {first} tokens (--initial_total_batch_size) must go from a multiple of "
+            f"{tokens_per_pass}, one forward pass of all processes, to a multiple of itself, --total_batch_size "
+            f"{total_batch_size}; "
+            + (f"use {' or '.join(choices[-4:])}" if choices else "lower --per_device_train_batch_size")
+        )
+    return replace(plan, warmup_steps=batch_size_warmup_steps, first_samples=first // block_size)
 
 
 class MicroBatchSampler(Sampler[list[int]]):
     """Endless index lists, one per micro-batch of this process, from `consumed_samples` on.
 
     Every epoch is a fresh permutation of the blocks, cut to a multiple of the global batch: the cut must not depend on
-    the number of processes, and a step must not mix two epochs.
+    the number of processes, and a step must not mix two epochs (after a batch-size warm-up it may).
     """
 
     def __init__(self, num_blocks: int, plan: BatchPlan, *, seed: int, consumed_samples: int, process_index: int):

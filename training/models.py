@@ -70,15 +70,28 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
-def summed_loss(model: nn.Module, batch: torch.Tensor, *, num_items: float = 1) -> torch.Tensor:
+def summed_loss(
+    model: nn.Module, batch: torch.Tensor, *, num_items: float = 1, separator: int | None = None
+) -> torch.Tensor:
     """Summed next-token loss of `batch` over `num_items`: a scalar in nats, in fp32; no logits are kept.
 
     batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only.
+    separator: the token that ends a document; tokens then see none of the documents before their own in the block.
+        The separator itself still predicts what follows it. None: every token sees all that stands before it.
     """
+    input_ids = batch[:, :-1]
     return model(
-        input_ids=batch[:, :-1],
+        input_ids=input_ids,
+        position_ids=None if separator is None else document_positions(input_ids, separator),
         shift_labels=batch[:, 1:],
         num_items_in_batch=num_items,
         use_cache=False,
         skip_logits=True,
     ).loss
+
+
+def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
+    """(batch, seq_len) token ids -> positions that begin at 0 in each row and again after each `separator`."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    begins = torch.nn.functional.pad(input_ids[:, :-1] == separator, (1, 0))
+    return positions - torch.where(begins, positions, 0).cummax(dim=1).values

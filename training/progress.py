@@ -39,7 +39,7 @@ def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, lear
     stop_if_not_finite(run, "loss", loss)
     if run.accelerator.scaler is None:  # with a loss scale, an overflow is a skipped step
         stop_if_not_finite(run, "gradient norm", float(grad_norm))
-    tokens_per_second = steps * run.tokens_per_step / seconds
+    tokens_per_second = (run.tokens_seen - run.tokens_before(run.step - steps)) / seconds
     return {
         "loss": loss,
         "learning_rate": learning_rate,

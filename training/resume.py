@@ -38,7 +38,7 @@ def resume(run: Run) -> None:
         run.train_blocks,
         run.plan,
         seed=config.seed,
-        consumed_samples=run.step * run.plan.samples_per_step,
+        consumed_samples=run.plan.consumed_samples(run.step),
         process_index=accelerator.process_index,
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -69,7 +69,8 @@ def settings_of_every_update(run: Run) -> dict[str, Any]:
     settings = {name: getattr(run.config, name) for name in run.config.SETTINGS_OF_EVERY_UPDATE}
     settings |= {
         "mixed_precision": run.accelerator.mixed_precision,
-        "tokens_per_step": run.tokens_per_step,
+        "tokens_per_step": run.plan.samples_per_step * run.train_blocks.block_size,
+        "tokens_of_first_step": run.plan.samples_at(0) * run.train_blocks.block_size,
         "block_size": run.train_blocks.block_size,
         "data": hashlib.sha256(manifest.encode()).hexdigest(),
         "model": model,

@@ -39,12 +39,12 @@ class Run:
     stopwatch: Stopwatch = None
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.plan.samples_per_step * self.train_blocks.block_size
-
-    @property
     def tokens_seen(self) -> int:
-        return self.step * self.tokens_per_step
+        return self.tokens_before(self.step)
+
+    def tokens_before(self, step: int) -> int:
+        """Target tokens of all updates before `step`, over all processes."""
+        return self.plan.consumed_samples(step) * self.train_blocks.block_size
 
     @property
     def output_dir(self) -> Path:

@@ -1,0 +1,41 @@
+"""--document_masking: what a block's documents cost is what they cost alone."""
+
+import pytest
+import torch
+from tiny_models import random_ids, tiny_model
+
+from training.models import document_positions, summed_loss
+
+SEPARATOR = 95
+
+
+def packed_rows():
+    """Two blocks of 24 tokens and a target more, each of which holds documents that end with the separator."""
+    batch = random_ids(2, 25)
+    batch[0, [6, 13, 14]] = SEPARATOR
+    batch[1, [3, 23]] = SEPARATOR
+    return batch
+
+
+def documents_of(row):
+    """The inputs and targets of each document of a row; the separator's own target is the next document's first."""
+    ends = [i + 1 for i, token in enumerate(row[:-1].tolist()) if token == SEPARATOR]
+    starts, ends = [0, *ends], [*ends, len(row) - 1]
+    return [row[start : end + 1][None] for start, end in zip(starts, ends, strict=True) if end > start]
+
+
+def test_positions_begin_again_after_a_separator():
+    row = torch.tensor([[5, 95, 7, 8, 95, 95, 9], [1, 2, 3, 4, 5, 6, 95]])
+    assert document_positions(row, SEPARATOR).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+def test_the_loss_is_that_of_the_documents_alone(flag_set):
+    model = tiny_model(flag_set, unpadded_vocab_size=None)
+    batch = packed_rows()
+    with torch.no_grad():
+        alone = sum(summed_loss(model, document) for row in batch for document in documents_of(row))
+        masked = summed_loss(model, batch, separator=SEPARATOR)
+        plain = summed_loss(model, batch)
+    assert masked.item() == pytest.approx(alone.item(), rel=1e-6)
+    assert abs(plain.item() - alone.item()) > 1e-3 * alone.item()
