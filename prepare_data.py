@@ -10,7 +10,7 @@ What is written, and what training reads (`training.blocks.PackedBlocks`):
 
     manifest.json                          settings, counts, sha256 of every file
     tokenizer/                             a transformers tokenizer
-    train/shard-00000-of-00001/            `datasets` folder; column input_ids, block_size + 1 tokens a row
+    train/shard-00000-of-00001/            `datasets` folder; columns input_ids (block_size + 1 tokens) and num_tokens
     validation/shard-00000-of-00001/
 
 Documents and splits. Empty documents are counted and left out. Validation is held out by document: a document belongs
@@ -24,7 +24,8 @@ Tokens. The ids are those of `tokenizers` with `add_special_tokens=False`, which
 inference: text that spells a special token becomes that token, with either engine. Each document ends with EOS, and
 each shard begins with one more, as if a document came before. The stream is cut into rows of block_size + 1 tokens
 whose last token is the next row's first: every token of every document is a target exactly once, and a stream can be
-cut again to any other block size. What is left at the end of a shard, less than a block, is dropped and counted.
+cut again to any other block size. The last row of a shard is filled up with EOS; `num_tokens` says how many of a row's
+block_size targets are real.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+from preparation.manifest import FORMAT_VERSION
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 1
 END_OF_TEXT = "<|endoftext|>"
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Below this many expected validation documents their number, and with it the split, is mostly chance.
@@ -189,7 +190,8 @@ def _build(config: PrepareConfig, settings: dict, build: Path, seconds: dict[str
         num_shards = config.num_shards if split == "train" else 1
         if num_shards > len(documents):
             raise UserError(f"--num_shards {num_shards}: the training split has only {len(documents)} documents")
-        counts = {"documents": len(documents), "bytes": 0, "tokens": 0, "dropped_tokens": 0, "rows": 0, "shards": []}
+        counts = {"documents": len(documents)}
+        counts |= dict.fromkeys(("bytes", "tokens", "rows", "padding", "cut_documents"), 0) | {"shards": []}
         for index in range(num_shards):
             path = build / split / f"shard-{index:05d}-of-{num_shards:05d}"
             label = split if num_shards == 1 else f"{split} shard {index}"
@@ -198,9 +200,9 @@ def _build(config: PrepareConfig, settings: dict, build: Path, seconds: dict[str
                 encoded = encode(shard, encoder, config.num_proc, cache, label)
             with _timed(seconds, "write"):
                 shard_counts = write_shard(encoded, path, config.block_size, encoder, cache, label)
-                counts["shards"].append(
-                    {"path": path.relative_to(build).as_posix(), "rows": shard_counts["rows"], "files": _files(path)}
-                )
+                entry = {"path": path.relative_to(build).as_posix()}
+                entry |= {name: shard_counts[name] for name in ("rows", "tokens")} | {"files": _files(path)}
+                counts["shards"].append(entry)
             for name, value in shard_counts.items():
                 counts[name] += value
         written[split] = counts
@@ -267,6 +269,11 @@ def finished_manifest(output_dir: Path, settings: dict) -> dict | None:
         found = manifest["settings"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a manifest of a prepared dataset; choose another --output_dir") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {manifest.get('format_version')!r}, this code writes {FORMAT_VERSION}; remove "
+            f"{output_dir} and prepare the data again"
+        )
     names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
     if names:
         differences = ", ".join(f"{name} is {found.get(name)} there, {settings.get(name)} here" for name in names)
@@ -701,9 +708,11 @@ def encode(documents: "Dataset", encoder: Encoder, num_proc: int | None, cache: 
 # Packing and writing
 
 
-def packed_rows(streams: Iterator["np.ndarray"], block_size: int, eos_token_id: int) -> Iterator["np.ndarray"]:
-    """Cut a stream that arrives in pieces into (rows, block_size + 1) arrays; each row begins with its predecessor's
-    last token, the first one with EOS."""
+def packed_rows(
+    streams: Iterator["np.ndarray"], block_size: int, eos_token_id: int
+) -> Iterator[tuple["np.ndarray", "np.ndarray"]]:
+    """Cut a stream that arrives in pieces into (rows, block_size + 1) arrays, each with the (rows,) number of its
+    real targets; a row begins with its predecessor's last token, the first one with EOS, and EOS fills up the last."""
     import numpy as np
 
     rest = None
@@ -714,16 +723,20 @@ def packed_rows(streams: Iterator["np.ndarray"], block_size: int, eos_token_id: 
         rows = (len(tokens) - 1) // block_size
         rest = tokens[rows * block_size :]
         if rows:
-            yield np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size][:rows]
+            full = np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1)[::block_size][:rows]
+            yield full, np.full(rows, block_size, dtype=np.int32)
+    if rest is not None and len(rest) > 1:
+        last = np.full((1, block_size + 1), eos_token_id, dtype=rest.dtype)
+        last[0, : len(rest)] = rest
+        yield last, np.array([len(rest) - 1], dtype=np.int32)
 
 
 def write_shard(
     encoded: "Dataset", path: Path, block_size: int, encoder: Encoder, cache: Path, label: str
 ) -> dict[str, int]:
-    """Pack `encoded` into the `datasets` folder `path`; returns bytes, tokens (targets), dropped_tokens and rows.
-
-    Raises UserError if there is less than one block.
-    """
+    """Pack `encoded` into the `datasets` folder `path`; returns bytes, tokens (targets), rows, padding and
+    cut_documents (which, with their EOS, lie in more than one row)."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Dataset, DatasetInfo, Features, List, Value
@@ -733,31 +746,27 @@ def write_shard(
 
     ids = encoded.data.column("ids")
     total_tokens = sum(len(chunk.flatten()) for chunk in ids.chunks)
-    if total_tokens < block_size:
-        raise UserError(
-            f"--block_size {block_size}: {label} has only {total_tokens} tokens, less than a block; "
-            "use a smaller block size, fewer shards or more text"
-        )
-    features = Features({"input_ids": List(Value(encoder.dtype), length=block_size + 1)})
+    ends = np.cumsum(pc.list_value_length(ids).to_numpy())
+    starts = np.concatenate([[0], ends[:-1]])
+    features = Features({"input_ids": List(Value(encoder.dtype), length=block_size + 1), "num_tokens": Value("int32")})
     unsaved = cache / "packed.arrow"
     rows, digest = 0, hashlib.sha256()
-    with tqdm(
-        total=total_tokens // block_size * block_size, desc=f"Packing {label}", unit=" tokens", unit_scale=True
-    ) as bar:
+    with tqdm(total=total_tokens, desc=f"Packing {label}", unit=" tokens", unit_scale=True) as bar:
         pieces = (
             chunk.flatten()[start : start + TOKENS_PER_WRITE].to_numpy(zero_copy_only=True)
             for chunk in ids.chunks
             for start in range(0, len(chunk.flatten()), TOKENS_PER_WRITE)
         )
         with ArrowWriter(features=features, path=str(unsaved)) as writer:
-            for block_rows in packed_rows(pieces, block_size, encoder.eos_token_id):
+            for block_rows, num_tokens in packed_rows(pieces, block_size, encoder.eos_token_id):
                 values = block_rows.ravel()
                 digest.update(values)
                 column = pa.FixedSizeListArray.from_arrays(pa.array(values), block_size + 1)
-                writer.write_table(pa.table({"input_ids": column}))
+                writer.write_table(pa.table({"input_ids": column, "num_tokens": num_tokens}))
                 rows += len(block_rows)
-                bar.update(len(block_rows) * block_size)
+                bar.update(int(num_tokens.sum()))
             writer.finalize()
+    digest.update(str(total_tokens).encode())  # padding looks like EOS
     # The fingerprint is given so that equal data is written as equal bytes: the default holds the time.
     packed = Dataset(
         MemoryMappedTable.from_file(str(unsaved)),
@@ -769,9 +778,10 @@ def write_shard(
     unsaved.unlink()
     return {
         "bytes": pc.sum(encoded.data.column("bytes")).as_py(),
-        "tokens": rows * block_size,
-        "dropped_tokens": total_tokens - rows * block_size,
+        "tokens": total_tokens,
         "rows": rows,
+        "padding": rows * block_size - total_tokens,
+        "cut_documents": int((starts // block_size != (ends - 1) // block_size).sum()),
     }
 
 
@@ -781,12 +791,12 @@ def write_shard(
 def print_summary(output_dir: Path, manifest: dict, seconds: dict[str, float], total: float) -> None:
     """What was made, how long it took, and what to type next."""
     print(f"\n{output_dir}: blocks of {manifest['block_size']} tokens, {manifest['vocab_size']:,} vocabulary entries")
-    print(f"{'':12}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}{'blocks':>11}{'dropped':>9}")
+    print(f"{'':12}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}{'blocks':>11}{'padding':>9}")
     for split, counts in manifest["splits"].items():
-        bytes_per_token = counts["bytes"] / (counts["tokens"] + counts["dropped_tokens"])
+        bytes_per_token = counts["bytes"] / counts["tokens"]
         print(
             f"{split:12}{counts['documents']:>12,}{counts['bytes']:>16,}{counts['tokens']:>16,}"
-            f"{bytes_per_token:>13.3f}{counts['rows']:>11,}{counts['dropped_tokens']:>9,}"
+            f"{bytes_per_token:>13.3f}{counts['rows']:>11,}{counts['padding']:>9,}"
         )
     print(f"validation: {manifest['validation_rule']}")
     print(f"{total:.1f} s: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))

@@ -34,7 +34,9 @@ class TrainConfig:
     )  # fmt: skip
 
     config: str | None = field(default=None, metadata={"help": "YAML recipe: the same keys as these flags"})
-    data_dir: str | None = field(default=None, metadata={"help": "folder written by prepare_data.py (needed)"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder written by prepare_data.py, or its name on the Hub (needed)"}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "folder for the model and its records (needed)"})
 
     model_preset: str = field(default="modern", metadata={"help": "architecture and size: gpt2, modern, ..."})
@@ -254,14 +256,15 @@ def build_run(config: TrainConfig) -> "Run":
 
 
 def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
-    """One optimizer update. Returns this process's mean loss over all its tokens of the step (nats/token), the
-    gradient norm before clipping and the learning rate; the tensors stay on the device.
+    """One optimizer update. Returns this process's part of the step's mean loss (nats/token; the mean over processes
+    is the step's), the gradient norm before clipping and the learning rate; the tensors stay on the device.
 
     The loss of each micro-batch is its sum over the step's target tokens of all processes, not a mean of means: the
     gradient is that of one big batch however it is divided.
     """
     import torch
 
+    from training.batches import samples_of_step
     from training.models import summed_loss
     from training.optimizers import set_schedule
 
@@ -275,8 +278,9 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     )
     # Dropout depends on (seed, step, process) alone, so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, run.step, accelerator.process_index))
-    # DistributedDataParallel averages gradients over processes; dividing by the tokens per process makes it a sum.
-    tokens_per_process = run.plan.samples_at(run.step) * run.train_blocks.block_size / accelerator.num_processes
+    samples = samples_of_step(len(run.train_blocks), run.plan, seed=config.seed, step=run.step)
+    # DistributedDataParallel averages gradients over processes; dividing by the targets per process makes it a sum.
+    targets_per_process = run.train_blocks.num_targets(samples) / accelerator.num_processes
     separator = run.train_blocks.eos_token_id if config.document_masking else None
     grad_accum_steps = run.plan.grad_accum_steps(run.step)
 
@@ -286,7 +290,7 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
         batch = next(run.batches).to(accelerator.device, non_blocking=True)
         last = micro_step == grad_accum_steps - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            micro_loss = summed_loss(run.model, batch, num_items=tokens_per_process, separator=separator)
+            micro_loss = summed_loss(run.model, batch, num_items=targets_per_process, separator=separator)
             accelerator.backward(micro_loss)
         loss += micro_loss.detach()
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)

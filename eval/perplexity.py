@@ -3,7 +3,6 @@
 python -m eval.perplexity --model DIR --data DATA [--output FILE.json]
 """
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass
 class PerplexityConfig:
     model: str = field(metadata={"help": "model folder, or a repository id on the Hub"})
-    data: str = field(metadata={"help": "folder written by prepare_data.py"})
+    data: str = field(metadata={"help": "folder written by prepare_data.py, or its name on the Hub"})
     split: str = field(
         default="validation", metadata={"help": "train or validation", "choices": ["train", "validation"]}
     )
@@ -72,17 +71,7 @@ def evaluate_loss(
     if num_processes > 1:
         nats = nats.to(device)
         torch.distributed.all_reduce(nats)
-    return nats.item() / (count * blocks.block_size)
-
-
-def refuse_other_tokenizer(model: str, blocks: "PackedBlocks") -> None:
-    """Raise UserError if the model folder has another tokenizer.json than the data was encoded with."""
-    path = Path(model) / "tokenizer.json"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != blocks.manifest["tokenizer"]["sha256"]:
-        raise UserError(
-            f"{blocks.data_dir} was prepared with another tokenizer than {path}; "
-            f"prepare it with --tokenizer_name {model}"
-        )
+    return nats.item() / blocks.num_targets(chosen)
 
 
 @exit_code_2_on_user_error
@@ -90,17 +79,13 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(PerplexityConfig, argv, __doc__)
 
     from eval.loading import load_model, longest_sequence
-    from training.blocks import PackedBlocks
+    from training.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
     from training.metrics import bits_per_byte, write_json
 
     blocks = PackedBlocks(config.data, config.split, config.block_size)
     refuse_other_tokenizer(config.model, blocks)
     model = load_model(config.model)
-    if blocks.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{config.data} has {blocks.vocab_size} token ids but {config.model} only {model.config.vocab_size}: "
-            f"prepare the data with the model's tokenizer"
-        )
+    refuse_larger_vocabulary(config.model, model.config.vocab_size, blocks)
     longest = longest_sequence(model)
     if longest is not None and blocks.block_size > longest:
         raise UserError(
@@ -113,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": config.data,
         "split": config.split,
         "block_size": blocks.block_size,
-        "tokens": len(blocks) * blocks.block_size,
+        "tokens": blocks.tokens,
         "loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": bits_per_byte(loss, blocks.bytes_per_token),

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
+from prepared_folders import random_rows, write_prepared
 from torch.utils.data import DataLoader
 
 import prepare_data
 from command_line import UserError
-from training import blocks
-from training.blocks import PackedBlocks
+from preparation.manifest import find_problems
+from training.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 
 BLOCK_SIZE = 15  # odd: a block of another size can then begin at any place in a row
 
@@ -39,12 +40,17 @@ def altered(prepared, tmp_path) -> Path:
 
 
 def shard_streams(data_dir: Path, split: str) -> list[list[int]]:
-    """The token stream of each shard, read with `datasets` alone: the first token of all, then every target."""
+    """The token stream of each shard, read with `datasets` alone: the first token of all, then every real target."""
     streams = []
     for shard in sorted((data_dir / split).iterdir()):
-        rows = np.array(load_from_disk(str(shard))["input_ids"])
-        streams.append([rows[0, 0], *rows[:, 1:].ravel()])
+        table = load_from_disk(str(shard))
+        rows = np.array(table["input_ids"])
+        streams.append([rows[0, 0], *rows[:, 1:].ravel()[: sum(table["num_tokens"])]])
     return streams
+
+
+def padded(block: list[int], block_size: int) -> list[int]:
+    return block + [-100] * (block_size + 1 - len(block))
 
 
 def change_manifest(data_dir: Path, change) -> None:
@@ -55,9 +61,11 @@ def change_manifest(data_dir: Path, change) -> None:
 
 
 def test_blocks_are_the_rows_in_order(prepared):
-    rows = [row for shard in sorted((prepared / "train").iterdir()) for row in load_from_disk(str(shard))["input_ids"]]
+    rows = [row for shard in sorted((prepared / "train").iterdir()) for row in load_from_disk(str(shard))]
+    expected = [padded(row["input_ids"][: row["num_tokens"] + 1], BLOCK_SIZE) for row in rows]
     train = PackedBlocks(prepared, "train")
-    assert [block.tolist() for block in train] == rows and len(train) == len(rows)
+    assert [block.tolist() for block in train] == expected and len(train) == len(rows)
+    assert any(row["num_tokens"] < BLOCK_SIZE for row in rows)
 
 
 def test_fixture_has_several_record_batches_in_a_shard(prepared):
@@ -69,16 +77,26 @@ def test_a_block_is_int64_with_one_token_more_than_the_block_size(prepared):
     assert block.dtype == torch.int64 and block.shape == (BLOCK_SIZE + 1,)
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 7, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE, 100, 1500])
+@pytest.mark.parametrize(
+    "block_size", [1, 2, 7, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE, 100, 1500, 99_999]
+)
 def test_another_block_size_cuts_the_same_streams(prepared, block_size):
     expected = [
-        stream[start : start + block_size + 1]
+        padded(stream[start : start + block_size + 1], block_size)
         for stream in shard_streams(prepared, "train")
-        for start in range(0, len(stream) - block_size, block_size)
+        for start in range(0, len(stream) - 1, block_size)
     ]
     train = PackedBlocks(prepared, "train", block_size)
     assert train.__getitems__(range(len(train))).tolist() == expected
-    assert train.tokens == len(expected) * block_size
+    assert train.tokens == sum(len(stream) - 1 for stream in shard_streams(prepared, "train"))
+
+
+@pytest.mark.parametrize("block_size", [1, 7, BLOCK_SIZE, 100])
+def test_num_targets_counts_what_is_no_padding(prepared, block_size):
+    train = PackedBlocks(prepared, "train", block_size)
+    chosen = [0, -1, len(train) - 1, 5, 5, *range(len(train))]
+    assert train.num_targets(chosen) == int((train.__getitems__(chosen)[:, 1:] != -100).sum())
+    assert train.num_targets(range(len(train))) == train.tokens and train.num_targets([]) == 0
 
 
 @pytest.mark.parametrize("block_size", [None, 7, 100])
@@ -119,14 +137,36 @@ def test_properties_are_the_manifest_s(prepared):
     validation = PackedBlocks(prepared, "validation")
     counts = json.loads((prepared / "manifest.json").read_text())["splits"]["validation"]
     assert (validation.block_size, validation.vocab_size, validation.eos_token_id) == (BLOCK_SIZE, 300, 0)
-    assert validation.tokens == counts["tokens"] == counts["rows"] * BLOCK_SIZE
-    all_tokens = counts["tokens"] + counts["dropped_tokens"]
-    assert validation.bytes_per_token * all_tokens == pytest.approx(counts["bytes"])
+    assert validation.tokens == counts["tokens"] == counts["rows"] * BLOCK_SIZE - counts["padding"]
+    assert validation.bytes_per_token * counts["tokens"] == pytest.approx(counts["bytes"])
     assert (validation.tokenizer_path / "tokenizer.json").is_file()
 
 
-def test_writer_and_reader_have_the_same_format_version():
-    assert blocks.FORMAT_VERSION == prepare_data.FORMAT_VERSION
+BEST_FIT = {"train": [random_rows(40, BLOCK_SIZE, seed=1), random_rows(7, BLOCK_SIZE, seed=2)]}
+
+
+@pytest.fixture
+def best_fit(prepared, tmp_path) -> Path:
+    """Two shards of rows that are padded anywhere."""
+    return write_prepared(
+        tmp_path / "best_fit", BEST_FIT, tokenizer_dir=prepared / "tokenizer", block_size=BLOCK_SIZE, packing="best_fit"
+    )
+
+
+def test_best_fit_rows_are_padded_wherever_they_end(best_fit):
+    train = PackedBlocks(best_fit, "train")
+    expected = [padded(row, BLOCK_SIZE) for shard in BEST_FIT["train"] for row in shard]
+    order = np.random.default_rng(0).permutation(len(expected)).tolist()
+    assert train.__getitems__(order).tolist() == [expected[index] for index in order]
+    assert train.num_targets([3, 45]) == sum(len(BEST_FIT["train"][shard][row]) - 1 for shard, row in ((0, 3), (1, 5)))
+    assert train.tokens == train.num_targets(range(len(train))) < len(train) * BLOCK_SIZE
+    assert torch.equal(pickle.loads(pickle.dumps(train))[45], train[45])
+
+
+def test_best_fit_has_one_block_size(best_fit):
+    with pytest.raises(UserError, match=rf"--block_size 7: .*packed best_fit for {BLOCK_SIZE}; leave the flag out"):
+        PackedBlocks(best_fit, "train", 7)
+    assert len(PackedBlocks(best_fit, "train", BLOCK_SIZE)) == 47
 
 
 def test_an_intact_folder_verifies(prepared):
@@ -141,7 +181,7 @@ def arrow_file(data_dir: Path) -> Path:
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"manifest\.json: no such file; --data_dir is a folder"):
+    with pytest.raises(UserError, match=r"manifest\.json: no such file; prepare_data.py makes"):
         PackedBlocks(tmp_path, "train")
 
 
@@ -151,10 +191,10 @@ def test_a_manifest_that_is_not_json_is_refused(altered):
         PackedBlocks(altered, "train")
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, None, "2"])
 def test_another_format_version_is_refused(altered, version):
     change_manifest(altered, lambda manifest: manifest.update(format_version=version))
-    with pytest.raises(UserError, match=r"manifest\.json: format_version .*, this code reads 1"):
+    with pytest.raises(UserError, match=r"manifest\.json: format_version .*, this code reads 2"):
         PackedBlocks(altered, "train")
 
 
@@ -206,6 +246,8 @@ def test_a_file_of_another_size_is_refused(altered, size_change):
 def test_another_number_of_rows_is_refused(altered):
     def change(manifest):
         manifest["splits"]["train"]["shards"][1]["rows"] += 1
+        manifest["splits"]["train"]["rows"] += 1
+        manifest["splits"]["train"]["padding"] += BLOCK_SIZE
 
     change_manifest(altered, change)
     with pytest.raises(UserError, match=r"shard-00001-of-00003: has \d+ rows, the manifest says \d+"):
@@ -214,7 +256,7 @@ def test_another_number_of_rows_is_refused(altered):
 
 def test_another_dtype_is_refused(altered):
     change_manifest(altered, lambda manifest: manifest.update(dtype="uint32"))
-    with pytest.raises(UserError, match="shard-00000-of-00003: does not hold uint32"):
+    with pytest.raises(UserError, match=r"shard-00000-of-00003: mixed formats: .*uint16.*, the manifest says .*uint32"):
         PackedBlocks(altered, "train")
 
 
@@ -222,13 +264,13 @@ def test_an_overwritten_header_is_refused(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[:256] = bytes(256)
     arrow_file(altered).write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001-of-00003: (cannot be read|has 0 rows)"):
+    with pytest.raises(UserError, match=r"shard-00001-of-00003/data.*: cannot be read"):
         PackedBlocks(altered, "train")
 
 
 def test_a_flipped_bit_is_found_by_the_checksums(altered):
     content = bytearray(arrow_file(altered).read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 4] ^= 1  # of a token; those of num_tokens are found at once
     arrow_file(altered).write_bytes(content)
     with pytest.raises(UserError, match=r"shard-00001-of-00003/data.*: altered since it was written"):
         PackedBlocks(altered, "train").verify_checksums()
@@ -241,11 +283,154 @@ def test_another_tokenizer_is_found_by_the_checksums(altered):
         PackedBlocks(altered, "train").verify_checksums()
 
 
-def test_a_block_size_longer_than_every_shard_is_refused_with_the_longest(prepared):
-    longest = max(len(stream) for stream in shard_streams(prepared, "train")) - 1
-    assert len(PackedBlocks(prepared, "train", longest)) >= 1
-    with pytest.raises(UserError, match=f"--block_size {longest + 1}: .* has {longest} tokens"):
-        PackedBlocks(prepared, "train", longest + 1)
+@pytest.mark.parametrize("key", ["rows", "tokens", "padding"])
+def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
+    change_manifest(altered, lambda manifest: manifest["splits"]["train"].update({key: 1}))
+    with pytest.raises(UserError, match=r"manifest\.json: split train has .*, its shards have"):
+        PackedBlocks(altered, "train")
+
+
+@pytest.mark.parametrize("path", ["/etc", "../elsewhere", "train/../../elsewhere"])
+def test_a_shard_outside_of_the_folder_is_refused(altered, path):
+    change_manifest(altered, lambda manifest: manifest["splits"]["train"]["shards"][0].update(path=path))
+    with pytest.raises(UserError, match=rf"manifest\.json: '{path}/?.*' of split train is not inside of the folder"):
+        PackedBlocks(altered, "train")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("packing", "zigzag", "packing 'zigzag' is none of concat, best_fit"),
+        ("dtype", "int8", "dtype 'int8' is none of uint16, uint32"),
+        ("block_size", "wide", "a value is not of its type"),
+        ("eos_token_id", 300, "do not go together"),
+        ("splits", {"train": {"documents": 1}}, "has no bytes"),
+        ("splits", [], "a value is not of its type"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused(altered, key, value, message):
+    change_manifest(altered, lambda manifest: manifest.update({key: value}))
+    with pytest.raises(UserError, match=rf"manifest\.json: .*{message}"):
+        PackedBlocks(altered, "train")
+
+
+def rewrite_shard(data_dir: Path, change) -> None:
+    """Replace the second shard's table and vouch for the new files, as a mix of two preparations would."""
+    folder = arrow_file(data_dir).parent
+    table = change(load_from_disk(str(folder), keep_in_memory=True))
+    shutil.rmtree(folder)
+    table.save_to_disk(folder)
+    files = {path.name: {"size": path.stat().st_size, "sha256": "0"} for path in folder.iterdir()}
+    change_manifest(data_dir, lambda manifest: manifest["splits"]["train"]["shards"][1].update(files=files))
+
+
+def shorter_blocks(table: Dataset) -> Dataset:
+    narrow = Dataset.from_dict(
+        {"input_ids": [row[:-1] for row in table["input_ids"]], "num_tokens": table["num_tokens"]}
+    )
+    features = table.features.copy()
+    features["input_ids"].length = BLOCK_SIZE
+    return narrow.cast(features)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (shorter_blocks, rf"input_ids fixed_size_list<.*>\[{BLOCK_SIZE}\]"),
+        (
+            lambda table: table.remove_columns("num_tokens"),
+            r"the columns input_ids fixed_size_list<[^,]*, the manifest",
+        ),
+        (lambda table: table.add_column("label", [0] * len(table)), "label int64"),
+    ],
+)
+def test_a_shard_of_another_preparation_is_refused(altered, change, found):
+    rewrite_shard(altered, change)
+    with pytest.raises(UserError, match=f"shard-00001-of-00003: mixed formats: .*{found}"):
+        PackedBlocks(altered, "train")
+
+
+def test_best_fit_rows_in_a_concat_folder_are_refused(best_fit):
+    change_manifest(best_fit, lambda manifest: manifest.update(packing="concat"))
+    with pytest.raises(UserError, match=r"shard-00000-of-00002: mixed formats: its rows have 1 to 15 tokens, .*concat"):
+        PackedBlocks(best_fit, "train")
+
+
+def test_a_split_without_tokens_is_refused(prepared, tmp_path):
+    empty = write_prepared(
+        tmp_path / "empty", BEST_FIT | {"validation": []}, tokenizer_dir=prepared / "tokenizer", block_size=BLOCK_SIZE
+    )
+    with pytest.raises(UserError, match="split 'validation' has no tokens"):
+        PackedBlocks(empty, "validation")
+
+
+def test_another_tokenizer_and_a_larger_vocabulary_than_the_models_are_refused(prepared, tmp_path):
+    train = PackedBlocks(prepared, "train")
+    refuse_other_tokenizer(str(prepared / "tokenizer"), train)
+    refuse_other_tokenizer("user/model-of-the-hub", train)
+    refuse_larger_vocabulary("the model", 300, train)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"prepared with another tokenizer than {tmp_path}/tokenizer\.json"):
+        refuse_other_tokenizer(str(tmp_path), train)
+    with pytest.raises(
+        UserError, match=r"manifest\.json: the data has 300 token ids, the model's vocab_size is only 299"
+    ):
+        refuse_larger_vocabulary("the model", 299, train)
+
+
+def test_find_problems_names_every_wrong_file(altered):
+    assert find_problems(altered) == []
+    shards = [altered / "train" / f"shard-0000{index}-of-00003" for index in range(3)]
+    content = bytearray((shards[0] / "data-00000-of-00001.arrow").read_bytes())
+    content[len(content) // 4] ^= 1
+    (shards[0] / "data-00000-of-00001.arrow").write_bytes(content)
+    (shards[1] / "state.json").write_bytes(b"")
+    shutil.rmtree(shards[2])
+    (altered / "tokenizer" / "tokenizer.json").write_text("{}")
+    names = {path: problem for problem in find_problems(altered) for path in [problem.split(": ")[0]]}
+    assert "sha256 differs" in names.pop(str(altered / "tokenizer" / "tokenizer.json"))
+    assert "sha256 differs" in names.pop(str(shards[0] / "data-00000-of-00001.arrow"))
+    assert "has 0 bytes, the manifest says" in names.pop(str(shards[1] / "state.json"))
+    assert len(names) == 3 and all(str(shards[2]) in name and "missing" in names[name] for name in names)
+
+
+def test_find_problems_of_a_folder_that_is_not_prepared(tmp_path):
+    (problem,) = find_problems(tmp_path)
+    assert "manifest.json: no such file" in problem
+
+
+# Names of the Hub
+
+
+def test_a_name_of_the_hub_is_fetched_at_one_commit_and_only_what_the_manifest_names(prepared, monkeypatch, tmp_path):
+    calls = []
+
+    def snapshot_download(name, *, repo_type, revision, allow_patterns):
+        calls.append((name, repo_type, revision, allow_patterns))
+        return str(prepared)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    blocks = PackedBlocks("someone/some-data", "validation")
+    assert blocks.data_dir == prepared and len(blocks)
+    (first, second) = calls
+    assert first == ("someone/some-data", "dataset", None, ["manifest.json"])
+    assert second[:3] == ("someone/some-data", "dataset", "data")
+    assert {"tokenizer/*", "train/shard-00002-of-00003/state.json"} < set(second[3])
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # offline, as every test
+    with pytest.raises(UserError, match="someone/some-data: no such folder, and no dataset that the Hub gives"):
+        PackedBlocks("someone/some-data", "train")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./data/nowhere", "/data/nowhere", "a/b/c"])
+def test_a_path_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    with pytest.raises(UserError, match=r"nowhere/manifest\.json|a/b/c/manifest\.json"):
+        PackedBlocks(name, "train")
 
 
 def test_a_block_size_below_one_is_refused(prepared):

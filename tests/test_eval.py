@@ -69,15 +69,18 @@ def test_perplexity_agrees_with_logits_computed_one_block_at_a_time(data_dir, mo
     result = json.loads((tmp_path / "result.json").read_text())
     model, blocks = load_model(str(model_dir)).cpu(), PackedBlocks(data_dir, "validation")
     with torch.no_grad():
-        per_block = [
-            nn.functional.cross_entropy(model(block[None, :-1]).logits[0], block[1:]).item() for block in blocks
-        ]
-    assert result["loss"] == pytest.approx(sum(per_block) / len(per_block), rel=1e-5)
+        per_block = []
+        for index, block in enumerate(blocks):
+            block = block[: blocks.num_targets([index]) + 1]  # without padding
+            logits = model(block[None, :-1]).logits[0]
+            per_block.append(nn.functional.cross_entropy(logits, block[1:], reduction="sum").item())
+    assert blocks.tokens < len(blocks) * blocks.block_size
+    assert result["loss"] == pytest.approx(sum(per_block) / blocks.tokens, rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
-    assert result["tokens"] == len(blocks) * blocks.block_size
+    assert result["tokens"] == blocks.tokens
     counts = blocks.manifest["splits"]["validation"]
-    tokens_per_byte = (counts["tokens"] + counts["dropped_tokens"]) / counts["bytes"]
-    assert result["bits_per_byte"] == pytest.approx(result["loss"] / math.log(2) * tokens_per_byte)
+    expected = result["loss"] / math.log(2) * counts["tokens"] / counts["bytes"]
+    assert result["bits_per_byte"] == pytest.approx(expected)
     assert json.loads(capsys.readouterr().out) == result
 
 

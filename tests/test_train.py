@@ -400,7 +400,7 @@ HIDE_PROJECT = """
 import importlib.abc, sys
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"modeling_gpt2modern", "training", "eval", "train_accelerate"}:
+        if name.split(".")[0] in {"modeling_gpt2modern", "preparation", "training", "eval", "train_accelerate"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 """

@@ -4,10 +4,10 @@ The order is a pure function of (seed, epoch, consumed samples). A run that resu
 processes or another micro-batch, therefore sees exactly the blocks it would have seen: the position is one integer.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class BatchPlan:
             max(0, step - self.warmup_steps) * self.samples_per_step
         )
 
-    @cached_property
+    @functools.cached_property
     def _consumed_in_warmup(self) -> list[int]:
         return list(itertools.accumulate(map(self.samples_at, range(self.warmup_steps)), initial=0))
 
@@ -92,12 +92,31 @@ def plan_batches(
     return replace(plan, warmup_steps=batch_size_warmup_steps, first_samples=first // block_size)
 
 
-class MicroBatchSampler(Sampler[list[int]]):
-    """Endless index lists, one per micro-batch of this process, from `consumed_samples` on.
+def samples_in_order(num_blocks: int, plan: BatchPlan, *, seed: int, first: int, count: int) -> np.ndarray:
+    """Blocks number first, first + 1, ... of the endless order that all processes share: (count,).
 
     Every epoch is a fresh permutation of the blocks, cut to a multiple of the global batch: the cut must not depend on
     the number of processes, and a step must not mix two epochs (after a batch-size warm-up it may).
     """
+    samples_per_epoch = num_blocks // plan.samples_per_step * plan.samples_per_step
+    epoch, position = np.divmod(np.arange(first, first + count), samples_per_epoch)
+    return np.concatenate(
+        [_permutation(num_blocks, seed, each)[position[epoch == each]] for each in np.unique(epoch).tolist()]
+    )
+
+
+@functools.lru_cache(maxsize=2)  # two epochs: a sampler that reads ahead may have begun the next one
+def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_blocks)
+
+
+def samples_of_step(num_blocks: int, plan: BatchPlan, *, seed: int, step: int) -> np.ndarray:
+    """The blocks that update number `step` (the first is 0) takes on all processes together."""
+    return samples_in_order(num_blocks, plan, seed=seed, first=plan.consumed_samples(step), count=plan.samples_at(step))
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Endless index lists, one per micro-batch of this process, from `consumed_samples` on."""
 
     def __init__(self, num_blocks: int, plan: BatchPlan, *, seed: int, consumed_samples: int, process_index: int):
         if num_blocks < plan.samples_per_step:
@@ -113,15 +132,10 @@ class MicroBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         plan = self.plan
-        samples_per_epoch = self.num_blocks // plan.samples_per_step * plan.samples_per_step
-        samples_per_pass = plan.micro_batch_size * plan.num_processes
-        epoch, position = divmod(self.consumed_samples, samples_per_epoch)
-        while True:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_blocks)
-            for start in range(position, samples_per_epoch, samples_per_pass):
-                first = start + self.process_index * plan.micro_batch_size
-                yield order[first : first + plan.micro_batch_size].tolist()
-            epoch, position = epoch + 1, 0
+        mine = self.consumed_samples + self.process_index * plan.micro_batch_size
+        for first in itertools.count(mine, plan.micro_batch_size * plan.num_processes):
+            samples = samples_in_order(self.num_blocks, plan, seed=self.seed, first=first, count=plan.micro_batch_size)
+            yield samples.tolist()
 
 
 def training_batches(
@@ -134,7 +148,8 @@ def training_batches(
     num_workers: int,
     pin_memory: bool,
 ) -> Iterator[torch.Tensor]:
-    """Endless iterator over this process's micro-batches: int64 tensors (micro_batch_size, block_size + 1)."""
+    """Endless iterator over this process's micro-batches: int64 tensors (micro_batch_size, block_size + 1), padding as
+    -100."""
     sampler = MicroBatchSampler(
         len(blocks), plan, seed=seed, consumed_samples=consumed_samples, process_index=process_index
     )

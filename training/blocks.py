@@ -1,33 +1,40 @@
 """Reading what prepare_data.py wrote: memory-mapped blocks of tokens, in O(1) and at any block size."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from command_line import UserError
+from preparation.manifest import file_problem, local_folder, read_manifest, recorded_files
 
-FORMAT_VERSION = 1  # of manifest.json; equal to prepare_data.FORMAT_VERSION
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IGNORE_INDEX = -100  # transformers' label for "no target"
 
 
 class PackedBlocks(torch.utils.data.Dataset):
     """The blocks of one split of a prepared folder; a block is block_size + 1 tokens, so each position has a target.
 
-    Rows on disk hold the manifest's block size + 1 tokens, the last one repeated at the start of the next row. Another
-    `block_size` cuts the stream that they form again, within each shard; less than a block is left over per shard.
-    Pickling carries the arguments only: a worker maps the files again.
+    Rows on disk hold the manifest's block size + 1 tokens and how many of the targets (tokens 1, 2, ...) are real; the
+    rest is padding and is served as IGNORE_INDEX. With packing "concat" a row begins with its predecessor's last
+    token, so another `block_size` cuts the stream that they form again, within each shard; its last block is padded.
+    Rows packed "best_fit" are independent of each other and have one block size.
+    `data_dir` is a folder or the name of a dataset on the Hub. Pickling carries the arguments only: a worker maps the
+    files again.
 
-    manifest: what prepare_data.py wrote; tokens: targets served, len(self) x block_size; bytes_per_token: UTF-8 bytes
-    of the split's text per token of it, which turns nats per token into bits per byte.
+    manifest: what prepare_data.py wrote; tokens: real targets of the split; bytes_per_token: UTF-8 bytes of its text
+    per token, which turns nats per token into bits per byte.
     Raises UserError naming the file for a folder without a manifest or of another format, and for a missing, cut or
-    altered shard (size and rows; `verify_checksums` reads every byte).
+    altered shard (size, columns and counts; `verify_checksums` reads every byte).
     """
 
     def __init__(self, data_dir: str | Path, split: str, block_size: int | None = None):
-        self.data_dir = Path(data_dir)
+        self.data_dir = local_folder(data_dir)
         self.split = split
         self.manifest = read_manifest(self.data_dir)
         if split not in self.manifest["splits"]:
@@ -35,27 +42,37 @@ class PackedBlocks(torch.utils.data.Dataset):
         counts = self.manifest["splits"][split]
         self.row_size: int = self.manifest["block_size"]
         self.block_size: int = self.row_size if block_size is None else block_size
+        self.packing: str = self.manifest["packing"]
         if self.block_size < 1:
             raise UserError(f"--block_size {block_size}: must be at least 1")
+        if self.packing != "concat" and self.block_size != self.row_size:
+            raise UserError(
+                f"--block_size {block_size}: {self.data_dir} was packed {self.packing} for {self.row_size}; leave the "
+                f"flag out, or prepare the data with --block_size {block_size} or --packing concat"
+            )
+        if not counts["tokens"]:
+            raise UserError(f"{self.data_dir}: split {split!r} has no tokens; prepare it from more text")
         self.vocab_size: int = self.manifest["vocab_size"]
         self.eos_token_id: int = self.manifest["eos_token_id"]
-        self.bytes_per_token: float = counts["bytes"] / (counts["tokens"] + counts["dropped_tokens"])
+        self.tokens: int = counts["tokens"]
+        self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
 
-        self._check_sizes()
+        self._refuse_damage(checksum=False)
         self._chunks: list[np.ndarray] = []  # (rows, row_size + 1) views of the files, one per Arrow record batch
+        row_tokens: list[np.ndarray] = []  # (rows,) int32: the real targets of each of these rows
         for shard in counts["shards"]:
-            self._chunks += self._map_shard(shard)
+            chunks, shard_row_tokens = self._map_shard(shard)
+            self._chunks += chunks
+            row_tokens += shard_row_tokens
+        # Concat has full rows and blocks up to each shard's last one; only best_fit needs its 4 bytes a row.
+        self._row_tokens = np.concatenate(row_tokens) if self.packing == "best_fit" else None
         # Entry i: where chunk i begins among all rows, shard i among all rows and among all blocks; the end comes last.
         self._chunk_starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
         shard_rows = np.array([shard["rows"] for shard in counts["shards"]])
+        self._shard_tokens = np.array([shard["tokens"] for shard in counts["shards"]])
+        shard_blocks = shard_rows if self.packing == "best_fit" else -(-self._shard_tokens // self.block_size)
         self._row_starts = np.concatenate([[0], np.cumsum(shard_rows)])
-        self._block_starts = np.concatenate([[0], np.cumsum(shard_rows * self.row_size // self.block_size)])
-        self.tokens: int = len(self) * self.block_size
-        if not len(self):
-            raise UserError(
-                f"--block_size {self.block_size}: no shard of {self.data_dir / split} is that long "
-                f"(the longest has {shard_rows.max() * self.row_size} tokens); use a smaller one"
-            )
+        self._block_starts = np.concatenate([[0], np.cumsum(shard_blocks)])
 
     def __len__(self) -> int:
         return int(self._block_starts[-1])
@@ -65,13 +82,13 @@ class PackedBlocks(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Blocks in the order asked: (len(indices), block_size + 1) int64. A DataLoader calls it once per batch; give
-        it an identity `collate_fn`."""
-        blocks = np.asarray(indices, dtype=np.int64)
-        blocks = np.where(blocks < 0, blocks + len(self), blocks)
-        if blocks.size and not (blocks.min() >= 0 and blocks.max() < len(self)):
-            raise IndexError(f"block index out of range: {self.split} has {len(self)} blocks")
+        """Blocks in the order asked: (len(indices), block_size + 1) int64, IGNORE_INDEX after a block's last real
+        target. A DataLoader calls it once per batch; give it an identity `collate_fn`."""
+        blocks = self._checked(indices)
         tokens = self._rows(blocks) if self.block_size == self.row_size else self._recut(blocks)
+        num_targets = self._num_targets(blocks)
+        for padded in np.flatnonzero(num_targets < self.block_size):
+            tokens[padded, 1 + num_targets[padded] :] = IGNORE_INDEX
         if tokens.size and tokens.max() >= self.vocab_size:  # an embedding would read beyond its table
             raise UserError(
                 f"{self.data_dir / self.split}: has token id {tokens.max()}, but the manifest says vocab_size "
@@ -82,6 +99,10 @@ class PackedBlocks(torch.utils.data.Dataset):
     def __reduce__(self):
         return type(self), (self.data_dir, self.split, self.block_size)
 
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Real targets in the given blocks, all together: what their summed loss is divided by. Reads no tokens."""
+        return int(self._num_targets(self._checked(indices)).sum())
+
     @property
     def tokenizer_path(self) -> Path:
         """Folder of the tokenizer, for `AutoTokenizer.from_pretrained`."""
@@ -89,35 +110,50 @@ class PackedBlocks(torch.utils.data.Dataset):
 
     def verify_checksums(self) -> None:
         """Read every file of the split, and tokenizer.json; UserError for the first whose sha256 differs."""
-        expected = {self.tokenizer_path / "tokenizer.json": self.manifest["tokenizer"]["sha256"]}
-        for path, recorded in self._files():
-            expected[path] = recorded["sha256"]
-        for path, digest in expected.items():
-            try:
-                with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}; prepare the data again") from None
-            if found != digest:
-                raise UserError(f"{path}: altered since it was written (sha256 differs); prepare the data again")
+        self._refuse_damage(checksum=True)
+
+    def _refuse_damage(self, *, checksum: bool) -> None:
+        for path, recorded in recorded_files(self.data_dir, self.manifest, [self.split]):
+            if problem := file_problem(path, recorded, checksum=checksum):
+                raise UserError(problem)
+
+    def _checked(self, indices: Sequence[int]) -> np.ndarray:
+        """(n,) block numbers in [0, len); IndexError for others than those and their negative names."""
+        blocks = np.asarray(indices, dtype=np.int64)
+        blocks = np.where(blocks < 0, blocks + len(self), blocks)
+        if blocks.size and not (blocks.min() >= 0 and blocks.max() < len(self)):
+            raise IndexError(f"block index out of range: {self.split} has {len(self)} blocks")
+        return blocks
+
+    def _num_targets(self, blocks: np.ndarray) -> np.ndarray:
+        """(n,) block numbers -> (n,) real targets of each."""
+        if self._row_tokens is not None:
+            return self._row_tokens[blocks]
+        shard, start = self._shard_and_start(blocks)
+        return np.minimum(self._shard_tokens[shard] - start, self.block_size)
+
+    def _shard_and_start(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) block numbers -> (n,) shards, and (n,) where the blocks begin in their shard's stream of targets."""
+        shard = np.searchsorted(self._block_starts, blocks, side="right") - 1
+        return shard, (blocks - self._block_starts[shard]) * self.block_size
 
     def _rows(self, rows: np.ndarray) -> np.ndarray:
         """(n,) row numbers -> (n, row_size + 1) int64."""
         out = np.empty((len(rows), self.row_size + 1), dtype=np.int64)
-        chunk_of_row = np.searchsorted(self._chunk_starts, rows, side="right") - 1
-        for chunk in np.unique(chunk_of_row):
-            here = chunk_of_row == chunk
-            out[here] = self._chunks[chunk][rows[here] - self._chunk_starts[chunk]]
+        chunk = np.searchsorted(self._chunk_starts, rows, side="right") - 1
+        places = zip(chunk.tolist(), (rows - self._chunk_starts[chunk]).tolist(), strict=True)
+        for index, (chunk, row) in enumerate(places):
+            out[index] = self._chunks[chunk][row]
         return out
 
     def _recut(self, blocks: np.ndarray) -> np.ndarray:
         """(n,) block numbers -> (n, block_size + 1) int64, from the rows that each block touches."""
-        shard = np.searchsorted(self._block_starts, blocks, side="right") - 1
-        start = (blocks - self._block_starts[shard]) * self.block_size  # of the block, in its shard's stream
+        shard, start = self._shard_and_start(blocks)
         first_row, offset = np.divmod(start, self.row_size)
         touched = np.arange((self.block_size + self.row_size - 2) // self.row_size + 1)
-        # A block touches `touched` rows at most; past the shard's end the last row stands in and is not looked at.
-        rows = np.minimum(self._row_starts[shard][:, None] + first_row[:, None] + touched, self._last_rows(shard))
+        # A block touches `touched` rows at most; past the shard's end the last row stands in, as padding.
+        last_row = self._row_starts[shard + 1][:, None] - 1
+        rows = np.minimum(self._row_starts[shard][:, None] + first_row[:, None] + touched, last_row)
         rows = self._rows(rows.ravel()).reshape(len(blocks), len(touched), self.row_size + 1)
         # Without their first tokens, rows are the stream of targets: nothing twice, nothing missing.
         targets = rows[:, :, 1:].reshape(len(blocks), -1)
@@ -125,63 +161,80 @@ class PackedBlocks(torch.utils.data.Dataset):
         following = np.take_along_axis(targets, offset[:, None] + np.arange(self.block_size), axis=1)
         return np.concatenate([first_tokens[:, None], following], axis=1)
 
-    def _last_rows(self, shard: np.ndarray) -> np.ndarray:
-        return self._row_starts[shard + 1][:, None] - 1
-
-    def _files(self) -> list[tuple[Path, dict]]:
-        return [
-            (self.data_dir / shard["path"] / name, recorded)
-            for shard in self.manifest["splits"][self.split]["shards"]
-            for name, recorded in shard["files"].items()
-        ]
-
-    def _check_sizes(self) -> None:
-        if not (self.tokenizer_path / "tokenizer.json").is_file():
-            raise UserError(f"{self.tokenizer_path / 'tokenizer.json'}: missing; prepare the data again")
-        for path, recorded in self._files():
-            if not path.is_file():
-                raise UserError(f"{path}: missing; prepare the data again")
-            if path.stat().st_size != recorded["size"]:
-                raise UserError(
-                    f"{path}: has {path.stat().st_size} bytes, the manifest says {recorded['size']}; "
-                    "prepare the data again"
-                )
-
-    def _map_shard(self, shard: dict) -> list[np.ndarray]:
-        """Views of the shard's record batches, without a copy: (rows, row_size + 1) in the manifest's dtype."""
-        from datasets import load_from_disk
-
+    def _map_shard(self, shard: dict) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Views of the shard's record batches, without a copy: (rows, row_size + 1) tokens and (rows,) real targets."""
         path = self.data_dir / shard["path"]
+        tables = [_map_arrow_file(path / name) for name in sorted(shard["files"]) if name.endswith(".arrow")]
+        for table in tables:
+            self._refuse_other_columns(path, table.schema)
         try:
-            column = load_from_disk(str(path)).data.column("input_ids")
             chunks = [
                 chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), self.row_size + 1)
-                for chunk in column.chunks
+                for table in tables
+                for chunk in table.column("input_ids").chunks
             ]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # pyarrow's are ValueErrors
+            row_tokens = [
+                chunk.to_numpy(zero_copy_only=True) for table in tables for chunk in table.column("num_tokens").chunks
+            ]
+        except ValueError as error:  # nulls; pyarrow's own are ValueErrors too
             raise UserError(f"{path}: cannot be read ({error}); prepare the data again") from error
-        if sum(map(len, chunks)) != shard["rows"]:
+        self._refuse_other_counts(path, shard, np.concatenate([*row_tokens, np.empty(0, dtype=np.int32)]))
+        return chunks, row_tokens
+
+    def _refuse_other_columns(self, path: Path, schema: "pa.Schema") -> None:
+        import pyarrow as pa
+
+        tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
+        expected = {"input_ids": tokens, "num_tokens": pa.int32()}
+        found = dict(zip(schema.names, schema.types, strict=True))
+        if found != expected:
+            columns = [", ".join(f"{name} {kind}" for name, kind in each.items()) for each in (found, expected)]
             raise UserError(
-                f"{path}: has {sum(map(len, chunks))} rows, the manifest says {shard['rows']}; prepare the data again"
+                f"{path}: mixed formats: has the columns {columns[0]}, the manifest says {columns[1]}; "
+                "prepare the data again"
             )
-        if any(chunk.dtype != self.manifest["dtype"] for chunk in chunks):
-            raise UserError(f"{path}: does not hold {self.manifest['dtype']}; prepare the data again")
-        return chunks
+
+    def _refuse_other_counts(self, path: Path, shard: dict, row_tokens: np.ndarray) -> None:
+        if len(row_tokens) != shard["rows"]:
+            raise UserError(
+                f"{path}: has {len(row_tokens)} rows, the manifest says {shard['rows']}; prepare the data again"
+            )
+        if row_tokens.sum(dtype=np.int64) != shard["tokens"]:
+            raise UserError(
+                f"{path}: has {row_tokens.sum(dtype=np.int64)} tokens, the manifest says {shard['tokens']}; "
+                "prepare the data again"
+            )
+        full = row_tokens[:-1] if self.packing == "concat" else row_tokens[:0]
+        if (full != self.row_size).any() or not ((row_tokens >= 1) & (row_tokens <= self.row_size)).all():
+            raise UserError(
+                f"{path}: mixed formats: its rows have {row_tokens.min()} to {row_tokens.max()} tokens, which packing "
+                f"{self.packing} for {self.row_size} does not give; prepare the data again"
+            )
 
 
-def read_manifest(data_dir: str | Path) -> dict:
-    """manifest.json of a prepared folder; UserError if there is none or it is of another format."""
-    path = Path(data_dir) / "manifest.json"
+def _map_arrow_file(path: Path) -> "pa.Table":
+    import pyarrow as pa
+
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: no such file; --data_dir is a folder that prepare_data.py made") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); prepare the data again") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again")
-    required = {"block_size", "dtype", "vocab_size", "eos_token_id", "tokenizer", "source", "splits"}
-    if missing := required - manifest.keys():
-        raise UserError(f"{path}: has no {', '.join(sorted(missing))}; prepare the data again")
-    return manifest
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise UserError(f"{path}: cannot be read ({error}); prepare the data again") from error
+
+
+def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
+    """Raise UserError if the model folder has another tokenizer.json than the data was encoded with."""
+    path = Path(model) / "tokenizer.json"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != blocks.manifest["tokenizer"]["sha256"]:
+        raise UserError(
+            f"{blocks.data_dir} was prepared with another tokenizer than {path}; "
+            f"prepare it with --tokenizer_name {model}"
+        )
+
+
+def refuse_larger_vocabulary(model: str, vocab_size: int, blocks: PackedBlocks) -> None:
+    """Raise UserError, in which the model is called `model`, if the data has token ids beyond its `vocab_size`."""
+    if blocks.vocab_size > vocab_size:
+        raise UserError(
+            f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, {model}'s vocab_size is "
+            f"only {vocab_size}; prepare the data with the model's tokenizer"
+        )

@@ -9,7 +9,7 @@ from torch import nn
 
 from command_line import UserError
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
-from training.blocks import PackedBlocks
+from training.blocks import PackedBlocks, refuse_larger_vocabulary
 
 
 def build_model(
@@ -37,10 +37,7 @@ def build_model(
         model_config = GPT2ModernConfig.from_preset(model_preset, **(fitted | overrides))
     except (ValueError, TypeError) as error:
         raise UserError(f"--model_preset {model_preset} / --config_overrides: {error}") from None
-    if blocks.vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"the data has {blocks.vocab_size} token ids, the model's vocab_size is only {model_config.vocab_size}"
-        )
+    refuse_larger_vocabulary("the model", model_config.vocab_size, blocks)
     if blocks.block_size > model_config.max_position_embeddings:
         raise UserError(
             f"--block_size {blocks.block_size} is longer than max_position_embeddings="
@@ -75,11 +72,12 @@ def summed_loss(
 ) -> torch.Tensor:
     """Summed next-token loss of `batch` over `num_items`: a scalar in nats, in fp32; no logits are kept.
 
-    batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only.
+    batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only. Padding, -100, is no
+        target, and as an input it is id 0: what sees it comes after it and has no target either.
     separator: the token that ends a document; tokens then see none of the documents before their own in the block.
         The separator itself still predicts what follows it. None: every token sees all that stands before it.
     """
-    input_ids = batch[:, :-1]
+    input_ids = batch[:, :-1].clamp(min=0)
     return model(
         input_ids=input_ids,
         position_ids=None if separator is None else document_positions(input_ids, separator),

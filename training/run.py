@@ -43,7 +43,8 @@ class Run:
         return self.tokens_before(self.step)
 
     def tokens_before(self, step: int) -> int:
-        """Target tokens of all updates before `step`, over all processes."""
+        """Positions of all updates before `step`, over all processes. Padding counts in what is reported per token
+        (tokens_seen, speed), but has no loss."""
         return self.plan.consumed_samples(step) * self.train_blocks.block_size
 
     @property

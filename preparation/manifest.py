@@ -1,0 +1,140 @@
+"""manifest.json of a prepared folder: what it has to say, and what is wrong with the files that it names.
+
+It is what the writer and the readers share, so it imports neither `datasets` nor torch.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from command_line import UserError
+
+FORMAT_VERSION = 2
+DTYPES = ("uint16", "uint32")
+PACKINGS = ("concat", "best_fit")
+
+
+def local_folder(data_dir: str | Path) -> Path:
+    """`data_dir` itself, or, if it is no folder here but reads user/name, the copy of that dataset of the Hub.
+
+    Of the repository only what its manifest names is fetched, and nothing if it has no manifest of this format.
+    Raises UserError where the Hub does not give it.
+    """
+    folder = Path(data_dir)
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data_dir)):
+        return folder
+    import huggingface_hub
+
+    def fetch(patterns: list[str], revision: str | None = None) -> Path:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    str(data_dir), repo_type="dataset", revision=revision, allow_patterns=patterns
+                )
+            )
+        except Exception as error:  # the network, the Hub, the disk: none of it is a defect of ours
+            cause = str(error).strip() or type(error).__name__
+            raise UserError(
+                f"{data_dir}: no such folder, and no dataset that the Hub gives ({cause.splitlines()[0]}); prepare the "
+                "data, or check the name and the network"
+            ) from None
+
+    folder = fetch(["manifest.json"])
+    files = recorded_files(folder, read_manifest(folder))
+    names = [path.relative_to(folder).as_posix() for path, _ in files]
+    # The folder of a snapshot is named after its commit: both calls have to take the same one.
+    return fetch(["manifest.json", "tokenizer/*", *names], revision=folder.name)
+
+
+def read_manifest(data_dir: str | Path) -> dict:
+    """manifest.json of a prepared folder; UserError if there is none, it is of another format, or it contradicts
+    itself."""
+    path = Path(data_dir) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: no such file; prepare_data.py makes folders that have one") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); prepare the data again") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again")
+    try:
+        contradiction = _contradiction(manifest)
+    except KeyError as error:
+        raise UserError(f"{path}: has no {error.args[0]}; prepare the data again") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: a value is not of its type ({error}); prepare the data again") from None
+    if contradiction:
+        raise UserError(f"{path}: {contradiction}; prepare the data again")
+    return manifest
+
+
+def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
+    """Every file of the tokenizer and of the splits (None: of all) that the manifest vouches for: path, {size, sha256}.
+
+    tokenizer.json has no size recorded.
+    """
+    yield data_dir / "tokenizer" / "tokenizer.json", manifest["tokenizer"]
+    for split in manifest["splits"] if splits is None else splits:
+        for shard in manifest["splits"][split]["shards"]:
+            for name, recorded in shard["files"].items():
+                yield data_dir / shard["path"] / name, recorded
+
+
+def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
+    """What is wrong with one file, as one line that names it; None if nothing is. Without `checksum`, O(1)."""
+    try:
+        size = path.stat().st_size
+        if size != recorded.get("size", size):
+            return f"{path}: has {size} bytes, the manifest says {recorded['size']}; prepare the data again"
+        if checksum:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != recorded["sha256"]:
+                    return f"{path}: altered since it was written (sha256 differs); prepare the data again"
+    except FileNotFoundError:
+        return f"{path}: missing; prepare the data again"
+    except OSError as error:
+        return f"{path}: {error.strerror}; prepare the data again"
+    return None
+
+
+def find_problems(data_dir: str | Path) -> list[str]:
+    """Read every byte of a prepared folder; one line for each file that is missing, cut or altered, none if it is
+    whole. A folder whose manifest cannot be read has that one problem."""
+    try:
+        folder = local_folder(data_dir)
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return [str(error)]
+    problems = (file_problem(path, recorded, checksum=True) for path, recorded in recorded_files(folder, manifest))
+    return [problem for problem in problems if problem]
+
+
+def _contradiction(manifest: dict) -> str | None:
+    """The first thing in the manifest that cannot be; KeyError or TypeError for what is absent or of another type."""
+    for name, choices in {"dtype": DTYPES, "packing": PACKINGS}.items():
+        if manifest[name] not in choices:
+            return f"{name} {manifest[name]!r} is none of {', '.join(choices)}"
+    block_size, vocab_size, eos_token_id = (int(manifest[n]) for n in ("block_size", "vocab_size", "eos_token_id"))
+    if block_size < 1 or not 0 <= eos_token_id < vocab_size:
+        return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} do not go together"
+    _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"]
+    for split, counts in manifest["splits"].items():
+        for name in ("documents", "bytes", "cut_documents"):
+            int(counts[name])
+        for shard in counts["shards"]:
+            for path in (shard["path"], *(f"{shard['path']}/{name}" for name in shard["files"])):
+                if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                    return f"{path!r} of split {split} is not inside of the folder"
+            for recorded in shard["files"].values():
+                _ = int(recorded["size"]), recorded["sha256"]
+        rows, tokens = (sum(shard[name] for shard in counts["shards"]) for name in ("rows", "tokens"))
+        if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):
+            return (
+                f"split {split} has {counts['rows']} rows, {counts['tokens']} tokens and {counts['padding']} of "
+                f"padding, its shards have {rows}, {tokens} and {rows * block_size - tokens}"
+            )
+    return None
