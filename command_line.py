@@ -41,6 +41,13 @@ def exit_code_2_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def warn(message: str) -> None:
+    """One line on stderr, `warning: ...`, above a progress bar if one is drawn: something failed, the work goes on."""
+    from tqdm import tqdm
+
+    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
+
+
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
     """Raise ValueError unless `value` is None or a finite number in [least, most]."""
     if value is None:

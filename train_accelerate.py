@@ -117,12 +117,23 @@ class TrainConfig:
         default="auto", metadata={"help": "auto (the newest whole one in output_dir), none, or a checkpoint folder"}
     )
 
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "trackers that get the rows of metrics.jsonl too: none, or of trackio tensorboard wandb"},
+    )
+    project: str = field(default="gpt2-modern", metadata={"help": "project of trackio and wandb"})
+    run_name: str | None = field(default=None, metadata={"help": "name in the trackers; default: made of output_dir"})
+    sample_prompts: list[str] | None = field(
+        default=None, metadata={"help": "texts that the model continues at each evaluation; '': a document's start"}
+    )
+    sample_max_new_tokens: int = field(default=64, metadata={"help": "tokens of each sample at most"})
+
     def __post_init__(self):
         if self.data_dir is None or self.output_dir is None:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
         for name in (
             "block_size", "per_device_train_batch_size", "per_device_eval_batch_size", "total_batch_size",
-            "initial_total_batch_size", "max_steps", "logging_steps", "eval_blocks",
+            "initial_total_batch_size", "max_steps", "logging_steps", "eval_blocks", "sample_max_new_tokens",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 1)
         for name in (
@@ -134,6 +145,9 @@ class TrainConfig:
         most_of = {"min_lr_ratio": 1, "warmup_ratio": 1, "decay_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999}
         for name, most in (most_of | {"seed": 2**63 - 1}).items():
             check_range(f"--{name}", getattr(self, name), 0, most)
+        for name in self.report_to:
+            if name not in ("none", "trackio", "tensorboard", "wandb"):
+                raise ValueError(f"--report_to {name}: there are none, trackio, tensorboard and wandb")
         if Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
@@ -202,6 +216,10 @@ def build_run(config: TrainConfig) -> "Run":
     from training.models import build_model
     from training.optimizers import build_optimizers
     from training.run import Run
+    from training.samples import check_sample_prompts
+    from training.trackers import check_trackers
+
+    check_trackers(config.report_to)
 
     accelerator = build_accelerator(mixed_precision=config.mixed_precision, optimizer=config.optimizer)
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
@@ -221,6 +239,12 @@ def build_run(config: TrainConfig) -> "Run":
         attn_implementation=config.attn_implementation,
         gradient_checkpointing=config.gradient_checkpointing,
         blocks=train_blocks,
+    )
+    check_sample_prompts(
+        config.sample_prompts,
+        config.sample_max_new_tokens,
+        tokenizer_path=train_blocks.tokenizer_path,
+        model=unwrapped_model,
     )
     optimizers = build_optimizers(
         unwrapped_model,
@@ -267,6 +291,7 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     from training.batches import samples_of_step
     from training.models import summed_loss
     from training.optimizers import set_schedule
+    from training.run import hash_seed
 
     config, accelerator = run.config, run.accelerator
     factor = run.schedule.factor(run.step)
@@ -300,17 +325,12 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     return loss, grad_norm, config.learning_rate * factor
 
 
-def hash_seed(*numbers: int) -> int:
-    """A 64-bit seed in which neighbouring numbers give unrelated streams."""
-    import numpy as np
-
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 def evaluate(run: "Run") -> dict[str, Any]:
-    """Validation loss (nats/token) as a part of a row for metrics.jsonl; its time is not training time."""
+    """Validation loss (nats/token) as a part of a row for metrics.jsonl, and samples; no training time."""
+    from eval.generate import generate_text
     from eval.perplexity import evaluate_loss
     from training.run import stop_if_not_finite
+    from training.samples import sample
 
     run.stopwatch.pause()
     loss = evaluate_loss(
@@ -321,8 +341,9 @@ def evaluate(run: "Run") -> dict[str, Any]:
         num_processes=run.accelerator.num_processes,
         max_blocks=run.config.eval_blocks,
     )
-    run.stopwatch.resume()
     stop_if_not_finite(run, "validation loss", loss)
+    sample(run, generate_text)
+    run.stopwatch.resume()
     return {"eval_loss": loss}
 
 

@@ -43,7 +43,14 @@ def test_the_peak_of_a_cpu_is_not_invented():
     ("name", "tflops"),
     [
         ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L4", 121.0), ("NVIDIA L40", 181.0), ("Tesla T4", 65.0), ("NVIDIA T400", None),
+        ("NVIDIA A100 80GB PCIe", 312.0), ("NVIDIA GH200 480GB", 989.0), ("NVIDIA H200", 989.0),
+        ("NVIDIA H100 NVL", 835.0), ("NVIDIA B200", 2250.0), ("NVIDIA H20", 148.0), ("NVIDIA A10G", 70.0),
+        ("NVIDIA L4", 121.0), ("NVIDIA L40", 181.0), ("NVIDIA L40S", 362.0), ("NVIDIA RTX A6000", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2), ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4080 SUPER", 104.4), ("NVIDIA GeForce RTX 3080", 59.5), ("AMD Instinct MI300X", 1307.4),
+        ("Tesla T4", 65.0), ("Tesla V100-SXM2-16GB", 125.0), ("Tesla V100-PCIE-16GB", 112.0),
+        ("NVIDIA T400", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3080 Ti Laptop GPU", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("cpu", None),
     ],
 )  # fmt: skip
 def test_the_peak_is_that_of_the_device_named_not_of_a_name_within_it(name, tflops):
@@ -67,7 +74,9 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
     log = MetricsLog(path, resumed_step=0)
     for step in range(1, 6):
         log.append({"step": step})
-    MetricsLog(path, resumed_step=3).append({"step": 4})
+    resumed = MetricsLog(path, resumed_step=3)
+    assert resumed.last_step == 5
+    resumed.append({"step": 4})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
 
 
@@ -78,15 +87,26 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
 
 
 def test_paused_time_is_not_training_time(monkeypatch):
-    now = iter([0.0, 2.0, 10.0, 11.0])  # start; pause after 2 s; go on at 10 s; look at 11 s
+    now = iter([0.0, 2.0, 10.0, 12.0])  # start; pause after 2 s; go on at 10 s; look at 12 s
     monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(now))
     stopwatch = Stopwatch(torch.device("cpu"), step=7)
     stopwatch.pause()
     stopwatch.resume()
-    assert stopwatch.lap(9) == (2, 3.0) and stopwatch.total_s == 3.0
+    assert stopwatch.lap(9) == (2, 4.0) and stopwatch.total_s == 4.0
+    # Two steps take 4 s and pauses twice as much again, so ten more take 20 s and pauses of 40 s.
+    assert stopwatch.remaining_s(10) == 60.0
 
 
 def test_the_curves_are_a_png_also_before_the_first_evaluation(tmp_path):
     rows = [{"step": 1, "tokens_seen": 10, "loss": 3.0, "learning_rate": 0.1}]
     plot_training_curves(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bar_names_every_number_and_leaves_out_what_is_not_known():
+    from training.progress import bar_numbers
+
+    metrics = {"loss": 3.21, "learning_rate": 6e-4, "tokens_per_second": 12345.6, "peak_memory_gib": 1.25, "mfu": 0.414}
+    known = "02:05 left, loss 3.210, lr 6.0e-04, 12,346 tok/s, MFU 41.4%, 1.2 GiB"
+    assert bar_numbers(metrics, remaining_s=125) == known
+    assert bar_numbers(metrics | {"mfu": None}, remaining_s=125) == known.replace("MFU 41.4%, ", "")

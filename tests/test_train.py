@@ -37,14 +37,14 @@ def flags_for(data_dir, output_dir, **changes):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def train(data_dir, output_dir, **changes):
-    """Train in this process, on one CPU device."""
+def train(data_dir, output_dir, extra=(), **changes):
+    """Train in this process, on one CPU device; `extra` holds the flags that take lists."""
     from accelerate.state import AcceleratorState
 
     import train_accelerate
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_accelerate.main(flags_for(data_dir, output_dir, **changes))
+    train_accelerate.main([*flags_for(data_dir, output_dir, **changes), *extra])
     return output_dir
 
 
@@ -273,6 +273,8 @@ def test_two_processes_train_like_one(data_dir, tmp_path):
             two,
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)),
             per_device_train_batch_size=2,
+            sample_prompts="def",
+            sample_max_new_tokens=4,
         ),
         env=environment | {"CUDA_VISIBLE_DEVICES": ""},
         check=True,
@@ -282,6 +284,7 @@ def test_two_processes_train_like_one(data_dir, tmp_path):
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     evaluated = [[row["eval_loss"] for row in metrics(run) if "eval_loss" in row] for run in (one, two)]
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-5)
+    assert len((two / "samples.jsonl").read_text().splitlines()) == 2  # steps 4 and 8, from one process
 
 
 def test_processes_that_would_train_apart_are_refused(data_dir, tmp_path, monkeypatch, capsys):

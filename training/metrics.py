@@ -15,23 +15,27 @@ from transformers import PreTrainedModel
 
 from command_line import UserError
 
-# Dense bf16 peak in TFLOP/s, from the vendors' data sheets (fp16 where there is no bf16). The first key that stands in
-# the device's name as a word counts.
+# Dense bf16 peak of the tensor cores in TFLOP/s with fp32 sums, from the vendors' data sheets (fp16 for V100 and T4,
+# which have no bf16). Names as torch reports them, without vendor and memory; MI250X and MI250 count one of two dies.
 PEAK_TFLOPS = {
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "A10G": 70.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
-}
+    "GB200": 2500.0, "B200": 2250.0,
+    "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0, "H20": 148.0,
+    "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.0, "H800 PCIe": 756.0, "H800": 989.0,
+    "A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10G": 70.0, "A10": 125.0,
+    "L40S": 362.0, "L40": 181.0, "L4": 121.0,
+    "RTX PRO 6000 Blackwell Server Edition": 503.8, "RTX PRO 6000 Blackwell Workstation Edition": 503.8,
+    "RTX 6000 Ada Generation": 364.2, "RTX 5000 Ada Generation": 261.1,
+    "RTX A6000": 154.8, "RTX A5000": 111.1, "RTX A4500": 94.6, "RTX A4000": 76.7,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 Ti": 87.9, "RTX 5070": 61.7,
+    "RTX 4090": 165.2, "RTX 4080 SUPER": 104.4, "RTX 4080": 97.5, "RTX 4070 Ti SUPER": 88.2, "RTX 4070 Ti": 80.2,
+    "RTX 4070 SUPER": 71.0, "RTX 4070": 58.3, "RTX 4060 Ti": 44.1, "RTX 4060": 30.2,
+    "RTX 3090 Ti": 80.0, "RTX 3090": 71.0, "RTX 3080 Ti": 68.2, "RTX 3080": 59.5, "RTX 3070 Ti": 43.5, "RTX 3070": 40.6,
+    "RTX 3060 Ti": 32.4, "RTX 3060": 25.5,
+    "V100 PCIE": 112.0, "V100": 125.0, "T4": 65.0,
+    "MI325X": 1307.4, "MI300X": 1307.4, "MI300A": 980.6, "MI250X": 191.5, "MI250": 181.0, "MI210": 181.0,
+}  # fmt: skip
+# Words in a device's name that leave its peak as it is. Any other (Laptop GPU, MIG 1g.5gb, D) makes another device.
+WORDS_WITHOUT_EFFECT = r"nvidia|geforce|tesla|amd|instinct|\d+gb?|sxm\d?|hbm\d?e?|pcie|oam"
 
 
 def flops_per_token(num_matmul_parameters: int, num_hidden_layers: int, attention_width: int, seq_len: int) -> int:
@@ -51,7 +55,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_flops_of(name: str) -> float | None:
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+    """The same for the name that torch gives a device; None unless every word of it is understood."""
+    words = re.split(r"[\s/-]+", name.lower())
+    words = [word for word in words if word == "pcie" or not re.fullmatch(WORDS_WITHOUT_EFFECT, word)]
+    peaks = {tuple(key.lower().split()): tflops * 1e12 for key, tflops in PEAK_TFLOPS.items()}
+    # PCIe is part of some names, where that form is slower, and stands before or after the memory in others.
+    without_pcie = [word for word in words if word != "pcie"]
+    exact = (*without_pcie, "pcie") if "pcie" in words else tuple(without_pcie)
+    return peaks.get(exact, peaks.get(tuple(without_pcie)))
 
 
 def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
@@ -89,7 +100,9 @@ class Stopwatch:
     def __init__(self, device: torch.device, step: int):
         self.device = device
         self.total_s = 0.0
+        self.paused_s = 0.0
         self._lap_s, self._lap_step = 0.0, step
+        self._step_time_s = 0.0
         self._since = time.perf_counter()
 
     def pause(self) -> None:
@@ -101,23 +114,35 @@ class Stopwatch:
         self._since = now
 
     def resume(self) -> None:
-        self._since = time.perf_counter()
+        now = time.perf_counter()
+        self.paused_s += now - self._since
+        self._since = now
 
     def lap(self, step: int) -> tuple[int, float]:
         """Steps and training seconds since the last lap."""
         self.pause()
         lap = step - self._lap_step, self._lap_s
         self._lap_s, self._lap_step = 0.0, step
+        self._step_time_s = lap[1] / lap[0]
         return lap
+
+    def remaining_s(self, steps: int) -> float:
+        """Seconds that `steps` more will take at the last lap's pace, pauses included at the share they have had."""
+        return steps * self._step_time_s * (1 + self.paused_s / self.total_s)
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per logged step, in order, without repeats after a resume."""
+    """metrics.jsonl: one JSON object per logged step, in order, without repeats after a resume.
+
+    `last_step` is the highest step that the file had before, which may lie beyond `resumed_step`.
+    """
 
     def __init__(self, path: Path, *, resumed_step: int):
         self.path = path
         try:
-            self.rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+            rows = read_metrics(path)
+            self.last_step = max((row["step"] for row in rows), default=0)
+            self.rows = [row for row in rows if row["step"] <= resumed_step]
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             temporary.replace(path)

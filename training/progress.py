@@ -1,6 +1,7 @@
 """What a run shows and records while it trains, and what it leaves behind at the end."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,19 +18,29 @@ from training.metrics import (
 )
 from training.model_card import write_model_card
 from training.run import Run, chosen_settings, stop_if_not_finite
+from training.samples import on_one_line
 
 
 @contextlib.contextmanager
 def progress_bar(run: Run) -> Iterator[tqdm]:
+    """A bar whose numbers `record` sets; at its end, for whatever reason, the trackers are closed.
+
+    The remaining time is ours: tqdm's takes one step with an evaluation in it for the pace of all steps.
+    """
     with tqdm(
         total=run.config.max_steps,
         initial=run.step,
         desc="training",
-        unit="step",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,  # seconds; a log file keeps every redrawing
         disable=not run.accelerator.is_main_process,
     ) as bar:
-        yield bar
+        try:
+            yield bar
+        finally:
+            if run.trackers is not None:
+                run.trackers.close()
 
 
 def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> dict[str, Any]:
@@ -57,22 +68,35 @@ def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, lear
 
 
 def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
-    """Append to metrics.jsonl, redraw the curves after an evaluation, and show the numbers beside the bar."""
+    """Append to metrics.jsonl, tell the trackers, redraw the curves after an evaluation, show numbers in the bar."""
     if not run.accelerator.is_main_process:
         return
-    run.log.append({"step": run.step, "tokens_seen": run.tokens_seen} | metrics)
+    row = {"tokens_seen": run.tokens_seen} | metrics
+    run.log.append({"step": run.step} | row)
     if "eval_loss" in metrics:
         plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
         bar.write(f"step {run.step}: validation loss {metrics['eval_loss']:.4f}")
+        samples = [sample for sample in run.samples if sample["step"] == run.step]
+        for number, sample in enumerate(samples):
+            bar.write(f"  {on_one_line(sample)}")
+            row[f"sample_{number}"] = sample["prompt"] + sample["text"]
+    run.trackers.log(run.step, row)
     if "loss" in metrics:
-        bar.set_postfix(
-            {
-                "loss": f"{metrics['loss']:.3f}",
-                "lr": f"{metrics['learning_rate']:.1e}",
-                "tok/s": f"{metrics['tokens_per_second']:,.0f}",
-            },
-            refresh=False,
-        )
+        bar.set_postfix_str(bar_numbers(metrics, run.stopwatch.remaining_s(bar.total - run.step)), refresh=False)
+
+
+def bar_numbers(metrics: dict[str, Any], remaining_s: float) -> str:
+    """The line beside the bar; the most important first, since a narrow terminal cuts it."""
+    numbers = [
+        f"{tqdm.format_interval(remaining_s)} left",
+        f"loss {metrics['loss']:.3f}",
+        f"lr {metrics['learning_rate']:.1e}",
+        f"{metrics['tokens_per_second']:,.0f} tok/s",
+        f"{metrics['peak_memory_gib']:.1f} GiB",
+    ]
+    if metrics["mfu"] is not None:
+        numbers.insert(-1, f"MFU {metrics['mfu']:.1%}")
+    return ", ".join(numbers)
 
 
 def finish(run: Run, eval_loss: float) -> None:

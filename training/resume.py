@@ -23,6 +23,7 @@ from training.export import save_model_folder, write_resolved_config
 from training.metrics import MetricsLog, Stopwatch
 from training.models import summed_loss
 from training.run import Run, chosen_settings, stop_if_not_finite
+from training.trackers import Trackers
 
 
 def resume(run: Run) -> None:
@@ -55,7 +56,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     state = read_trainer_state(checkpoint)
     refuse_changed_settings(checkpoint, state["settings"], settings_of_every_update(run))
     load_checkpoint(checkpoint, run.unwrapped_model, run.optimizers)
-    run.step, run.wall_time_s = state["step"], state["wall_time_s"]
+    run.step, run.wall_time_s, run.run_id = state["step"], state["wall_time_s"], state["run_id"]
     if run.accelerator.scaler is not None and state["grad_scaler"]:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
     run.accelerator.print(f"resumed from {checkpoint} at step {run.step}")
@@ -86,7 +87,20 @@ def open_output_dir(run: Run) -> None:
         raise UserError(f"--output_dir {run.output_dir}: cannot be created ({error.strerror})") from None
     set_aside_later_checkpoints(run.checkpoints_dir, run.step)
     run.log = MetricsLog(run.output_dir / "metrics.jsonl", resumed_step=run.step)
-    write_resolved_config(run.output_dir / "resolved_config.yaml", chosen_settings(run.config))
+    if run.config.sample_prompts:
+        run.sample_log = MetricsLog(run.output_dir / "samples.jsonl", resumed_step=run.step)
+    settings = chosen_settings(run.config)
+    write_resolved_config(run.output_dir / "resolved_config.yaml", settings)
+    run.trackers = Trackers(
+        run.config.report_to,
+        project=run.config.project,
+        run_name=run.config.run_name or f"{run.output_dir.resolve().name}-{run.run_id}",
+        run_id=run.run_id,
+        tensorboard_dir=run.output_dir / "tensorboard",
+        settings=settings,
+        resumed_step=run.step,
+        logged_step=run.log.last_step if run.step else 0,
+    )
 
 
 def settle_gradient_buckets(run: Run) -> None:
@@ -124,6 +138,7 @@ def save(run: Run) -> None:
                 "step": run.step,
                 "tokens_seen": run.tokens_seen,
                 "wall_time_s": run.wall_time_s + run.stopwatch.total_s,
+                "run_id": run.run_id,
                 "grad_scaler": scaler.state_dict() if scaler is not None else None,
                 "settings": settings_of_every_update(run),
             },

@@ -1,11 +1,13 @@
 """What a run holds while it trains: the parts that train_accelerate.py builds, and the position that is saved."""
 
 import math
+import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -15,12 +17,13 @@ from training.batches import BatchPlan
 from training.blocks import PackedBlocks
 from training.metrics import MetricsLog, Stopwatch
 from training.schedules import Schedule
+from training.trackers import Trackers
 
 
 @dataclass
 class Run:
-    """Everything the loop holds. `step` and `wall_time_s` are saved; what else a run's position needs follows from
-    the step: data order, learning rate and dropout are functions of (seed, step)."""
+    """Everything the loop holds. `step`, `wall_time_s` and `run_id` are saved; what else a run's position needs follows
+    from the step: data order, learning rate and dropout are functions of (seed, step)."""
 
     config: Any  # TrainConfig of train_accelerate.py
     accelerator: Accelerator
@@ -35,8 +38,13 @@ class Run:
     step: int = 0
     wall_time_s: float = 0.0  # of earlier processes of this run
     batches: Iterator[torch.Tensor] = None
-    log: MetricsLog = None  # on the main process
     stopwatch: Stopwatch = None
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # by which trackers know the run again
+    # On the main process:
+    log: MetricsLog = None
+    sample_log: MetricsLog = None
+    samples: list[dict[str, Any]] = field(default_factory=list)  # of the last evaluation: step, prompt, text
+    trackers: Trackers = None
 
     @property
     def tokens_seen(self) -> int:
@@ -68,3 +76,8 @@ def stop_if_not_finite(run: Run, name: str, value: float) -> None:
             f"the {name} is {value} at step {run.step}: lower the learning rate or --max_grad_norm, and go on from an "
             f"earlier checkpoint of {run.checkpoints_dir}"
         )
+
+
+def hash_seed(*numbers: int) -> int:
+    """A 64-bit seed in which neighbouring numbers give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
