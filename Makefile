@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install bench-data clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,13 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The tokenizer is fetched from the Hub unless a folder is named: make bench-data TOKENIZER=gpt2-tokenizer TEXT_DIR=texts
+TOKENIZER := openai-community/gpt2
+TEXT_DIR :=
+
+bench-data: $(INSTALLED)
+	$(BIN)/python -m eval.data_benchmark --tokenizer_name $(TOKENIZER) $(if $(TEXT_DIR),--text_dir $(TEXT_DIR))
 
 clean:
 	rm -rf $(VENV) data out build *.egg-info

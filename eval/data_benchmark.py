@@ -1,0 +1,466 @@
+"""prepare_data.py against the usual ways from text files to packed tokens: whole processes, timed from outside.
+
+python -m eval.data_benchmark --tokenizer_name DIR_OR_HUB_ID [--text_dir DIR ...] [--full_peers true] [--quick true]
+
+The text (`eval.data_corpora`) is there anyway: sources and documentation of what is installed, and of --text_dir. First
+without repetition, then the same documents again and again up to --megabytes.
+The programs alternate, one run of each in turn; input is read from the page cache; 1 MB is 10^6 bytes of UTF-8 text.
+Peers (`eval.data_peers`) read the JSON lines. Their token counts have to equal ours, or the benchmark stops.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
+from eval.data_corpora import MEGABYTE, Corpus, read_documents, write_corpora
+
+REPOSITORY = Path(__file__).parents[1]
+CHECKED_DOCUMENTS = 200
+FOLDERS = ("work_dir", "output", "tokenizer_name", "text_dir")  # where things lie is nobody else's concern
+SECONDS_PER_POLL = 0.25
+BATCHES_PER_READING = 1000
+FULL = {"sample_megabytes": 20, "unique_megabytes": 150, "megabytes": 1000, "memory_megabytes": 2000, "repetitions": 3}
+QUICK = {"sample_megabytes": 1.2, "unique_megabytes": 2, "megabytes": 4, "memory_megabytes": 0, "repetitions": 1}
+QUICK_DOCUMENT_BYTES = 8000  # so that as little text has documents enough
+
+
+def _size(name: str, what: str) -> float | None:
+    return field(default=None, metadata={"help": f"{what} (default {FULL[name]}, with --quick {QUICK[name]})"})
+
+
+@dataclass
+class DataBenchmarkConfig:
+    tokenizer_name: str = field(metadata={"help": "GPT-2's tokenizer: a folder with tokenizer.json, or a Hub name"})
+    text_dir: list[str] | None = field(default=None, metadata={"help": "folders whose text files come first"})
+    sample_megabytes: float | None = _size("sample_megabytes", "text for run_clm")
+    unique_megabytes: float | None = _size("unique_megabytes", "text without repetition; less if there is less")
+    megabytes: float | None = _size("megabytes", "text with repetition; 0 leaves it out")
+    memory_megabytes: float | None = _size("memory_megabytes", "text of the memory measurement; 0 leaves it out")
+    repetitions: int | None = _size("repetitions", "timed runs of each program")
+    file_formats: list[str] = field(
+        default_factory=lambda: ["jsonl", "parquet"],
+        metadata={"help": "what prepare_data.py reads; peers read jsonl", "choices": ["jsonl", "parquet"]},
+    )
+    num_files: int = field(default=8, metadata={"help": "files per corpus"})
+    num_proc: int = field(default=2, metadata={"help": "worker processes of each program"})
+    block_size: int = field(default=1024, metadata={"help": "tokens per block"})
+    batch_size: int = field(default=16, metadata={"help": "blocks per batch when the result is read"})
+    reading_repetitions: int = field(default=5, metadata={"help": "timed readings of the result"})
+    full_peers: bool = field(default=False, metadata={"help": "give --megabytes to the tiktoken pool as well"})
+    quick: bool = field(default=False, metadata={"help": "small sizes, one run: shows that it works, measures nothing"})
+    seed: int = field(default=0, metadata={"help": "seed of the choice and of the order of the documents"})
+    work_dir: str = field(default="out", metadata={"help": "where a temporary folder is made; 7 GB by default"})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Markdown, a .json beside it (default eval/reports/DATE_data.md, with --quick none)"},
+    )
+
+    def __post_init__(self):
+        for name, value in (QUICK if self.quick else FULL).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("num_files", "num_proc", "block_size", "batch_size", "reading_repetitions", "repetitions"):
+            check_range(f"--{name}", getattr(self, name), 1)
+        for name in ("sample_megabytes", "unique_megabytes"):
+            check_range(f"--{name}", getattr(self, name), 0.1)
+        for name in ("megabytes", "memory_megabytes"):
+            check_range(f"--{name}", getattr(self, name), 0)
+        for name in self.text_dir or []:
+            if not Path(name).is_dir():
+                raise ValueError(f"--text_dir {name}: no such folder")
+        if self.output and Path(self.output).suffix != ".md":
+            raise ValueError(f"--output {self.output}: must end with .md; the .json stands beside it")
+        if self.output is None and not self.quick:
+            self.output = str(REPOSITORY / "eval" / "reports" / f"{datetime.date.today()}_data.md")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program on one corpus."""
+
+    program: str
+    corpus: str
+    file_format: str = "jsonl"
+
+
+@dataclass
+class Run:
+    """One process with its children. Memory in GiB: the largest resident set and the largest anonymous part of it that
+    any one process had, and the most that all had together (proportional set size, shared pages once)."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_rss_gib: float
+    peak_anonymous_gib: float
+    peak_pss_sum_gib: float
+    tokens: int
+    work_s: float | None = None
+
+
+def check_tiktoken(tokenizer_json: Path, documents: list[str]) -> None:
+    """Raise UserError if tiktoken and `tokenizers` differ on one of the first documents."""
+    from tokenizers import Tokenizer
+
+    from eval.data_peers import tiktoken_encoding
+
+    try:
+        encoding = tiktoken_encoding(tokenizer_json)
+    except ModuleNotFoundError:
+        raise UserError("tiktoken is not installed: python -m pip install -c constraints.txt -e '.[bench]'") from None
+    except ValueError as error:
+        raise UserError(f"--tokenizer_name: {error}; use GPT-2's") from None
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    for text in documents[:CHECKED_DOCUMENTS]:
+        if encoding.encode_ordinary(text) != tokenizer.encode(text, add_special_tokens=False).ids:
+            raise UserError(f"tiktoken and tokenizers differ on the document that begins {text[:60]!r}; use GPT-2's")
+
+
+# One run
+
+
+class MemoryPoll(threading.Thread):
+    """Reads the memory of a process and of all below it from /proc, four times a second, until `stop`."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.pid = pid
+        self.peak_kib = {"VmHWM": 0, "RssAnon": 0, "Pss": 0}
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            self._poll()
+            if self._stopped.wait(SECONDS_PER_POLL):
+                return
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self.join()
+
+    def _poll(self) -> None:
+        proportional = 0
+        for pid in self._processes():
+            # A process may end at any moment; until then its VmHWM is the highest it has had.
+            with contextlib.suppress(OSError):
+                status = _kib_fields(Path(f"/proc/{pid}/status"))
+                proportional += _kib_fields(Path(f"/proc/{pid}/smaps_rollup")).get("Pss", 0)
+                for name in ("VmHWM", "RssAnon"):
+                    self.peak_kib[name] = max(self.peak_kib[name], status.get(name, 0))
+        self.peak_kib["Pss"] = max(self.peak_kib["Pss"], proportional)
+
+    def _processes(self) -> Iterator[int]:
+        waiting = [self.pid]
+        while waiting:
+            pid = waiting.pop()
+            yield pid
+            with contextlib.suppress(OSError):
+                for thread in Path(f"/proc/{pid}/task").iterdir():
+                    waiting += map(int, (thread / "children").read_text().split())
+
+
+def _kib_fields(path: Path) -> dict[str, int]:
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) for words in lines if words[-1] == "kB"}
+
+
+def command_of(case: Case, files: list, tokenizer: Path, output_dir: Path, config: DataBenchmarkConfig) -> list[str]:
+    """What is typed for `case`; all flags that are not here keep their defaults."""
+    program = ["prepare_data.py"] if case.program == "prepare_data" else ["-m", "eval.data_peers", case.program]
+    flags = {"tokenizer_name": tokenizer, "output_dir": output_dir, "num_proc": config.num_proc}
+    flags["block_size"] = config.block_size
+    values = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, *program, "--train_file", *map(str, files), *values]
+
+
+def measure(case: Case, corpus: Corpus, tokenizer: Path, output_dir: Path, config: DataBenchmarkConfig) -> Run:
+    """One run of one program; raises UserError with the last line that a failed one has written."""
+    command = command_of(case, corpus.files[case.file_format], tokenizer, output_dir, config)
+    os.sync()  # what the one before has left to be written is none of this one's time
+    with tempfile.TemporaryFile(dir=output_dir.parent) as log, tempfile.TemporaryFile(dir=output_dir.parent) as result:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=result, stderr=log)
+        memory = MemoryPoll(process.pid)
+        memory.start()
+        exit_code = process.wait()
+        seconds = time.perf_counter() - started
+        memory.stop()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        lines = []
+        for file in (log, result):
+            file.seek(0)
+            lines.append(file.read().decode("utf-8", errors="replace").strip().splitlines() or [""])
+    if exit_code:
+        raise UserError(f"{case.program} on {case.corpus} ended with exit code {exit_code}: {lines[0][-1]}")
+    if case.program == "prepare_data":
+        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
+        counts = {"tokens": sum(split["tokens"] + split["dropped_tokens"] for split in manifest["splits"].values())}
+    else:
+        counts = json.loads(lines[1][-1])
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    peaks = [memory.peak_kib[name] / 2**20 for name in ("VmHWM", "RssAnon", "Pss")]
+    return Run(seconds, cpu_seconds, *peaks, **counts)
+
+
+def cases_of(config: DataBenchmarkConfig, corpora: dict[str, Corpus]) -> list[Case]:
+    """Largest last."""
+    cases = [Case("prepare_data", "sample"), Case("run_clm", "sample")]
+    for corpus in ("unique", "repeated"):
+        if corpus in corpora:
+            cases += [Case("prepare_data", corpus, file_format) for file_format in config.file_formats]
+            if corpus == "unique" or config.full_peers:
+                cases.append(Case("tiktoken", corpus))
+    return cases + [Case("prepare_data", "memory")] * ("memory" in corpora)
+
+
+def check_tokens(case: Case, run: Run, expected: dict[str, int], corpus: Corpus) -> None:
+    """Raise UserError unless all programs found the same tokens in a corpus; run_clm adds no EOS to documents."""
+    tokens = run.tokens + (corpus.documents if case.program == "run_clm" else 0)
+    if tokens != expected.setdefault(corpus.name, tokens):
+        raise UserError(
+            f"{case.program} finds {tokens} tokens in the {corpus.name} text ({case.file_format}), "
+            f"another program or run {expected[corpus.name]}: the times cannot be compared"
+        )
+
+
+def measure_reading(data_dir: Path, config: DataBenchmarkConfig) -> list[float]:
+    """Mtok/s of each repetition: batches of blocks drawn without replacement, as (batch, block + 1) int64 tensors."""
+    import torch
+
+    from training.blocks import PackedBlocks
+
+    blocks = PackedBlocks(data_dir, "train")
+    blocks.verify_checksums()  # of what was written, and the pages are in memory afterwards
+    generator = torch.Generator().manual_seed(config.seed)
+    rates = []
+    for _ in range(config.reading_repetitions):
+        order = torch.randperm(len(blocks), generator=generator)[: config.batch_size * BATCHES_PER_READING]
+        batches = [batch.tolist() for batch in order.split(config.batch_size)]
+        started = time.perf_counter()
+        for batch in batches:
+            blocks.__getitems__(batch)
+        rates.append(len(order) * blocks.block_size / (time.perf_counter() - started) / 1e6)
+    return rates
+
+
+# The report
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Median (smallest to largest)."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def rate(runs: list[Run], corpus: Corpus, with_start: bool = True) -> float:
+    """Median MB/s of the whole process, or of a peer's work after imports and the tokenizer."""
+    return corpus.text_bytes / MEGABYTE / median(run.seconds if with_start else run.work_s for run in runs)
+
+
+def results_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus]) -> list[str]:
+    """One line per case; seconds with spread, memory the largest of all repetitions."""
+    lines = [
+        "| program | text | MB | format | seconds | MB/s | MB/s without start | CPU s | RSS | anonymous | PSS sum |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, measured in runs.items():
+        corpus = corpora[case.corpus]
+        without_start = "" if measured[0].work_s is None else f"{rate(measured, corpus, with_start=False):.2f}"
+        memory = " | ".join(
+            f"{max(getattr(run, name) for run in measured):.2f}"
+            for name in ("peak_rss_gib", "peak_anonymous_gib", "peak_pss_sum_gib")
+        )
+        lines.append(
+            f"| {case.program} | {case.corpus} | {corpus.text_bytes / MEGABYTE:.1f} | {case.file_format} "
+            f"| {spread([run.seconds for run in measured], 2)} | {rate(measured, corpus):.2f} | {without_start} "
+            f"| {median(run.cpu_seconds for run in measured):.1f} | {memory} |"
+        )
+    return lines
+
+
+def goals_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus], reading: list[float]) -> list[str]:
+    """What was asked against what was measured. Ratios hold our whole process against the peer without its start."""
+    lines = ["| goal | asked | measured | |", "|---|---|---|---|"]
+
+    def add(goal: str, asked: str, measured: str, met: bool) -> None:
+        lines.append(f"| {goal} | {asked} | {measured} | {'met' if met else 'missed'} |")
+
+    def add_ratio(case: Case, peer: Case, least: float) -> None:
+        whole = rate(runs[case], corpora[case.corpus])
+        started, whole_peer = (rate(runs[peer], corpora[peer.corpus], with_start) for with_start in (False, True))
+        goal = f"{case.corpus} text, {case.file_format}: MB/s over those of {peer.program} ({peer.corpus} text)"
+        measured = f"{whole / started:.1f} ({whole / whole_peer:.1f} with the peer's start)"
+        add(goal, f"at least {least}", measured, whole / started >= least)
+
+    for case, measured in runs.items():
+        if case.program == "prepare_data" and case.corpus in ("unique", "repeated"):
+            peer = Case("tiktoken", case.corpus)
+            add_ratio(case, Case("run_clm", "sample"), 60 if case.corpus == "unique" else 100)
+            add_ratio(case, peer if peer in runs else Case("tiktoken", "unique"), 8)
+        elif case.corpus == "memory":
+            peak = max(run.peak_rss_gib for run in measured)
+            megabytes = corpora["memory"].text_bytes / MEGABYTE
+            add(f"largest process, {megabytes:.0f} MB of text", "under 1.5 GiB", f"{peak:.2f} GiB", peak < 1.5)
+    add("random reading, int64 tensors", "at least 20 Mtok/s", f"{spread(reading)} Mtok/s", median(reading) >= 20)
+    return lines
+
+
+def environment() -> dict[str, str]:
+    """Commit, versions and hardware, as a report states them."""
+    from importlib.metadata import version
+
+    def git(*words: str) -> str:
+        answer = subprocess.run(["git", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return answer.stdout.decode().strip()
+
+    packages = ("gigatoken", "tokenizers", "tiktoken", "transformers", "datasets", "pyarrow")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (git("status", "--porcelain") and ", changed"),
+        "versions": f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
+        "hardware": f"{len(os.sched_getaffinity(0))} cores of {processor}, {memory_gib:.0f} GiB of memory",
+        "load average before": f"{os.getloadavg()[0]:.2f}",
+    }
+
+
+def report_lines(
+    config: DataBenchmarkConfig,
+    facts: dict[str, str],
+    origins: dict[str, int],
+    corpora: dict[str, Corpus],
+    runs: dict[Case, list[Run]],
+    reading: list[float],
+) -> list[str]:
+    """The whole report, Markdown."""
+    unique = corpora["unique"]
+    case = next(case for case in runs if case.program == "prepare_data")
+    command = command_of(case, ["TEXT-*." + case.file_format], Path("TOKENIZER"), Path("DATA"), config)
+    lines = ["# Data preparation: from files of text to packed tokens, whole processes", ""]
+    lines += [
+        "Question: how fast, and in how much memory, does prepare_data.py turn files into blocks, against",
+        f"`datasets.map` with grouping (run_clm) and a pool of tiktoken workers, {config.num_proc} processes each?",
+        "",
+        f"Command: `{' '.join(['python', *command[1:]])}`, timed from outside, the start of the process included.",
+    ]
+    lines += [f"{name.capitalize()}: {value}." for name, value in facts.items()]
+    lines += [
+        "",
+        f"n = {config.repetitions} runs of each program in turn; seconds are the median (fastest to slowest), memory the",
+        "largest of all runs in GiB. RSS: the largest resident set of any one process, mapped files included;",
+        "anonymous: the part of it that no file backs; PSS sum: all processes together, shared pages once.",
+        "1 MB is 10^6 bytes of text. Input comes from the page cache. Without start: after imports and tokenizer.",
+        "All programs found the same number of tokens in each text.",
+        "",
+        "Text: " + ", ".join(f"{size / MEGABYTE:.1f} MB of {origin}" for origin, size in origins.items()) + ", no two",
+        f"documents equal, {config.num_files} files. unique: {unique.documents:,} documents. Of the others:",
+    ]
+    if unique.text_bytes < config.unique_megabytes * MEGABYTE:
+        lines += [f"There was no more of it than {unique.text_bytes / MEGABYTE:.1f} MB.", ""]
+    for corpus in corpora.values():
+        if corpus is not unique:
+            lines.append(f"- {corpus.name}: {corpus.documents:,} documents, each {corpus.passes:.2f} times on average")
+    lines += ["", *results_table(runs, corpora), ""]
+    lines += ["Ratios hold our whole process, its start included, against the peer's work without its start.", ""]
+    lines += goals_table(runs, corpora, reading)
+    lines += ["", f"Reading: {spread(reading)} Mtok/s in one process, batches of {config.batch_size} random blocks of"]
+    lines += [f"{config.block_size} tokens as int64 tensors, n = {config.reading_repetitions}."]
+    return lines
+
+
+@exit_code_2_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
+    if not Path("/proc/self/smaps_rollup").exists():
+        raise UserError("memory is read from /proc, which only Linux has")
+    megabytes = 3 * (config.sample_megabytes + config.unique_megabytes) + 4 * config.megabytes
+    megabytes += 3 * config.memory_megabytes
+    Path(config.work_dir).mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(config.work_dir).free < megabytes * MEGABYTE:
+        raise UserError(f"--work_dir {config.work_dir}: less than {megabytes:.0f} MB free; name another folder")
+    with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=config.work_dir) as folder:
+        benchmark(config, Path(folder).resolve())
+
+
+def benchmark(config: DataBenchmarkConfig, folder: Path) -> None:
+    """Write the texts, run everything, print the report and write it where it was asked for."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer_name {config.tokenizer_name}: not a tokenizer ({error})") from error
+    print("Collecting text", flush=True)
+    documents, origins = read_documents(
+        [Path(name) for name in config.text_dir or []],
+        int(config.unique_megabytes * MEGABYTE),
+        left_out=tokenizer.all_special_tokens,
+        most_bytes=QUICK_DOCUMENT_BYTES if config.quick else None,
+        seed=config.seed,
+    )
+    check_tiktoken(folder / "tokenizer" / "tokenizer.json", documents)
+    formats = list(dict.fromkeys(["jsonl", *config.file_formats]))
+    wanted = {
+        "sample": (config.sample_megabytes, ["jsonl"]),
+        "unique": (None, formats),
+        "repeated": (config.megabytes, formats),
+        "memory": (config.memory_megabytes, ["jsonl"]),
+    }
+    corpora = write_corpora(wanted, documents, folder, config.num_files, config.seed)
+    del documents  # a process is forked from this one for every run
+    facts = environment()
+
+    cases = cases_of(config, corpora)
+    runs: dict[Case, list[Run]] = {case: [] for case in cases}
+    read_case = next(case for case in reversed(cases) if case.program == "prepare_data" and case.corpus != "memory")
+    expected: dict[str, int] = {}
+    for repetition in range(config.repetitions):
+        for case in cases:
+            output_dir = folder / "output"
+            run = measure(case, corpora[case.corpus], folder / "tokenizer", output_dir, config)
+            check_tokens(case, run, expected, corpora[case.corpus])
+            runs[case].append(run)
+            label = f"{repetition + 1}/{config.repetitions} {case.program} {case.corpus} {case.file_format}"
+            print(f"{label}: {run.seconds:.2f} s, {rate([run], corpora[case.corpus]):.2f} MB/s", flush=True)
+            if case == read_case and repetition == config.repetitions - 1:
+                output_dir.rename(folder / "read")
+            else:
+                shutil.rmtree(output_dir)
+    reading = measure_reading(folder / "read", config)
+
+    lines = report_lines(config, facts, origins, corpora, runs, reading)
+    print("\n" + "\n".join(lines))
+    if config.output:
+        path = Path(config.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        record = {
+            **facts,
+            "arguments": {name: value for name, value in vars(config).items() if name not in FOLDERS},
+            "text_bytes_by_origin": origins,
+            "texts": [
+                {name: value for name, value in vars(corpus).items() if name != "files"} for corpus in corpora.values()
+            ],
+            "runs": [vars(case) | {"repetitions": [vars(run) for run in measured]} for case, measured in runs.items()],
+            "reading_mtok_per_s": reading,
+        }
+        path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
