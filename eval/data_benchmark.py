@@ -10,6 +10,7 @@ Peers (`eval.data_peers`) read the JSON lines. Their token counts have to equal 
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ REPOSITORY = Path(__file__).parents[1]
 CHECKED_DOCUMENTS = 200
 FOLDERS = ("work_dir", "output", "tokenizer_name", "text_dir")  # where things lie is nobody else's concern
 SECONDS_PER_POLL = 0.25
+POLLS_PER_SUM = 4  # summing up shared pages takes 15 ms a GiB
 BATCHES_PER_READING = 1000
 FULL = {"sample_megabytes": 20, "unique_megabytes": 150, "megabytes": 1000, "memory_megabytes": 2000, "repetitions": 3}
 QUICK = {"sample_megabytes": 1.2, "unique_megabytes": 2, "megabytes": 4, "memory_megabytes": 0, "repetitions": 1}
@@ -133,7 +135,7 @@ def check_tiktoken(tokenizer_json: Path, documents: list[str]) -> None:
 
 
 class MemoryPoll(threading.Thread):
-    """Reads the memory of a process and of all below it from /proc, four times a second, until `stop`."""
+    """Reads the memory of a process and of all below it from /proc, several times a second, until `stop`."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -142,8 +144,8 @@ class MemoryPoll(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        while True:
-            self._poll()
+        for count in itertools.count():
+            self._poll(with_sum=count % POLLS_PER_SUM == 0)
             if self._stopped.wait(SECONDS_PER_POLL):
                 return
 
@@ -151,13 +153,14 @@ class MemoryPoll(threading.Thread):
         self._stopped.set()
         self.join()
 
-    def _poll(self) -> None:
+    def _poll(self, with_sum: bool) -> None:
         proportional = 0
         for pid in self._processes():
             # A process may end at any moment; until then its VmHWM is the highest it has had.
             with contextlib.suppress(OSError):
                 status = _kib_fields(Path(f"/proc/{pid}/status"))
-                proportional += _kib_fields(Path(f"/proc/{pid}/smaps_rollup")).get("Pss", 0)
+                if with_sum:
+                    proportional += _kib_fields(Path(f"/proc/{pid}/smaps_rollup")).get("Pss", 0)
                 for name in ("VmHWM", "RssAnon"):
                     self.peak_kib[name] = max(self.peak_kib[name], status.get(name, 0))
         self.peak_kib["Pss"] = max(self.peak_kib["Pss"], proportional)
@@ -350,6 +353,8 @@ def report_lines(
     unique = corpora["unique"]
     case = next(case for case in runs if case.program == "prepare_data")
     command = command_of(case, ["TEXT-*." + case.file_format], Path("TOKENIZER"), Path("DATA"), config)
+    is_all = unique.text_bytes < config.unique_megabytes * MEGABYTE
+    no_more = f", all there are instead of {config.unique_megabytes:g} MB" if is_all else ""
     lines = ["# Data preparation: from files of text to packed tokens, whole processes", ""]
     lines += [
         "Question: how fast, and in how much memory, does prepare_data.py turn files into blocks, against",
@@ -360,17 +365,15 @@ def report_lines(
     lines += [f"{name.capitalize()}: {value}." for name, value in facts.items()]
     lines += [
         "",
-        f"n = {config.repetitions} runs of each program in turn; seconds are the median (fastest to slowest), memory the",
-        "largest of all runs in GiB. RSS: the largest resident set of any one process, mapped files included;",
+        f"n = {config.repetitions} runs of each program in turn. Seconds are the median (fastest to slowest), memory",
+        "the largest of all runs in GiB. RSS: the largest resident set of any one process, mapped files included;",
         "anonymous: the part of it that no file backs; PSS sum: all processes together, shared pages once.",
         "1 MB is 10^6 bytes of text. Input comes from the page cache. Without start: after imports and tokenizer.",
         "All programs found the same number of tokens in each text.",
         "",
         "Text: " + ", ".join(f"{size / MEGABYTE:.1f} MB of {origin}" for origin, size in origins.items()) + ", no two",
-        f"documents equal, {config.num_files} files. unique: {unique.documents:,} documents. Of the others:",
+        f"documents equal, {config.num_files} files. unique: {unique.documents:,} documents{no_more}. The others:",
     ]
-    if unique.text_bytes < config.unique_megabytes * MEGABYTE:
-        lines += [f"There was no more of it than {unique.text_bytes / MEGABYTE:.1f} MB.", ""]
     for corpus in corpora.values():
         if corpus is not unique:
             lines.append(f"- {corpus.name}: {corpus.documents:,} documents, each {corpus.passes:.2f} times on average")

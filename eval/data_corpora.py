@@ -68,20 +68,18 @@ def _text_files(folders: Sequence[Path], seed: int) -> Iterator[tuple[str, Path]
     """(origin, path): those of `folders`, then all others in a seeded order."""
     for folder in folders:
         yield from ((f"--text_dir {folder.name}", path) for path in _files_below(folder))
-    paths = sysconfig.get_paths()
-    roots = {"installed packages": ("purelib", "platlib"), "standard library": ("stdlib",)}
-    others: dict[Path, str] = {}
-    for origin, names in roots.items():
-        for name in names:
-            for path in _files_below(Path(paths[name])):
-                others.setdefault(path, origin)  # site-packages may lie below the standard library
-    found = [(origin, path) for path, origin in others.items()]
+    paths = {path for name in ("purelib", "platlib", "stdlib") for path in _files_below(Path(sysconfig.get_path(name)))}
+    package_folders = {"site-packages", "dist-packages"}  # one may lie below the standard library
+    found = [
+        ("installed packages" if package_folders.intersection(path.parts) else "standard library", path)
+        for path in sorted(paths)
+    ]
     random.Random(seed).shuffle(found)
     yield from found
 
 
 def _files_below(root: Path) -> list[Path]:
-    """os.walk, which asks nothing of a file: Path.rglob takes five times as long."""
+    """os.walk asks nothing of a file, and takes half as long as Path.rglob."""
     return sorted(
         Path(folder, name) for folder, _, names in os.walk(root) for name in names if Path(name).suffix in SUFFIXES
     )
