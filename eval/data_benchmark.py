@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,10 +29,11 @@ from statistics import median
 
 from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
 from eval.data_corpora import MEGABYTE, Corpus, read_documents, write_corpora
+from eval.measuring import REPOSITORY, commit, markdown_table
 
-REPOSITORY = Path(__file__).parents[1]
 CHECKED_DOCUMENTS = 200
 FOLDERS = ("work_dir", "output", "tokenizer_name", "text_dir")  # where things lie is nobody else's concern
+MEMORY_FIELDS = ("peak_rss_gib", "peak_anonymous_gib", "peak_pss_sum_gib")
 SECONDS_PER_POLL = 0.25
 POLLS_PER_SUM = 4  # summing up shared pages takes 15 ms a GiB
 BATCHES_PER_READING = 1000
@@ -84,10 +86,10 @@ class DataBenchmarkConfig:
         for name in self.text_dir or []:
             if not Path(name).is_dir():
                 raise ValueError(f"--text_dir {name}: no such folder")
-        if self.output and Path(self.output).suffix != ".md":
-            raise ValueError(f"--output {self.output}: must end with .md; the .json stands beside it")
         if self.output is None and not self.quick:
             self.output = str(REPOSITORY / "eval" / "reports" / f"{datetime.date.today()}_data.md")
+        if self.output and Path(self.output).suffix != ".md":
+            raise ValueError(f"--output {self.output}: must end with .md; the .json stands beside it")
 
 
 @dataclass(frozen=True)
@@ -273,33 +275,38 @@ def rate(runs: list[Run], corpus: Corpus, with_start: bool = True) -> float:
     return corpus.text_bytes / MEGABYTE / median(run.seconds if with_start else run.work_s for run in runs)
 
 
-def results_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus]) -> list[str]:
+RESULTS_HEADER = ["program", "text", "MB", "format", "seconds", "MB/s", "MB/s without start", "CPU s"]
+RESULTS_HEADER += ["RSS", "anonymous", "PSS sum"]
+GOALS_HEADER = ["goal", "asked", "measured", "verdict"]
+
+
+def results_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus]) -> str:
     """One line per case; seconds with spread, memory the largest of all repetitions."""
-    lines = [
-        "| program | text | MB | format | seconds | MB/s | MB/s without start | CPU s | RSS | anonymous | PSS sum |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for case, measured in runs.items():
         corpus = corpora[case.corpus]
-        without_start = "" if measured[0].work_s is None else f"{rate(measured, corpus, with_start=False):.2f}"
-        memory = " | ".join(
-            f"{max(getattr(run, name) for run in measured):.2f}"
-            for name in ("peak_rss_gib", "peak_anonymous_gib", "peak_pss_sum_gib")
+        rows.append(
+            [
+                case.program,
+                case.corpus,
+                f"{corpus.text_bytes / MEGABYTE:.1f}",
+                case.file_format,
+                spread([run.seconds for run in measured], 2),
+                f"{rate(measured, corpus):.2f}",
+                "" if measured[0].work_s is None else f"{rate(measured, corpus, with_start=False):.2f}",
+                f"{median(run.cpu_seconds for run in measured):.1f}",
+                *(f"{max(getattr(run, name) for run in measured):.2f}" for name in MEMORY_FIELDS),
+            ]
         )
-        lines.append(
-            f"| {case.program} | {case.corpus} | {corpus.text_bytes / MEGABYTE:.1f} | {case.file_format} "
-            f"| {spread([run.seconds for run in measured], 2)} | {rate(measured, corpus):.2f} | {without_start} "
-            f"| {median(run.cpu_seconds for run in measured):.1f} | {memory} |"
-        )
-    return lines
+    return markdown_table(RESULTS_HEADER, rows)
 
 
-def goals_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus], reading: list[float]) -> list[str]:
+def goals_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus], reading: list[float]) -> str:
     """What was asked against what was measured. Ratios hold our whole process against the peer without its start."""
-    lines = ["| goal | asked | measured | |", "|---|---|---|---|"]
+    rows: list[list[str]] = []
 
     def add(goal: str, asked: str, measured: str, met: bool) -> None:
-        lines.append(f"| {goal} | {asked} | {measured} | {'met' if met else 'missed'} |")
+        rows.append([goal, asked, measured, "met" if met else "missed"])
 
     def add_ratio(case: Case, peer: Case, least: float) -> None:
         whole = rate(runs[case], corpora[case.corpus])
@@ -318,75 +325,96 @@ def goals_table(runs: dict[Case, list[Run]], corpora: dict[str, Corpus], reading
             megabytes = corpora["memory"].text_bytes / MEGABYTE
             add(f"largest process, {megabytes:.0f} MB of text", "under 1.5 GiB", f"{peak:.2f} GiB", peak < 1.5)
     add("random reading, int64 tensors", "at least 20 Mtok/s", f"{spread(reading)} Mtok/s", median(reading) >= 20)
-    return lines
+    return markdown_table(GOALS_HEADER, rows)
+
+
+REPORT = """\
+# Data preparation: from files of text to packed tokens, whole processes
+
+Question: how fast, and in how much memory, does prepare_data.py turn files into blocks, against `datasets.map` with
+grouping (run_clm) and a pool of tiktoken workers, {num_proc} processes each?
+
+Command: `{command}`, {commit}.
+Timed from outside, the start of the process included: `{timed_command}`.
+Versions: {versions}.
+Hardware: {hardware}; load average {load_average} before the first run.
+
+n = {repetitions} runs of each program, in turn over the programs. Seconds are the median (fastest to slowest), memory
+is the largest of all runs in GiB. RSS: the largest resident set of any one process, mapped files included; anonymous:
+the largest part of one that no file backs; PSS sum: all processes together, shared pages once. 1 MB is 10^6 bytes of
+text; input comes from the page cache. Without start: after imports and the tokenizer. All programs found the same
+number of tokens in each text (run_clm: but for one EOS per document, which it does not write).
+
+Text: {origins}, no two documents equal, in {num_files} files. Documents: {texts}.
+
+{results}
+Ratios hold our whole process, its start included, against the work of the peer without its start.
+
+{goals}
+Reading: {reading} Mtok/s in one process, batches of {batch_size} random blocks as int64 tensors, n = {readings}.
+
+Caveats: repeated text is easier than new text for an encoder that remembers words. run_clm reads the sample only, and
+its rate is taken to hold for more.
+"""
 
 
 def environment() -> dict[str, str]:
-    """Commit, versions and hardware, as a report states them."""
+    """Commit, versions, hardware and load, as a report states them."""
     from importlib.metadata import version
-
-    def git(*words: str) -> str:
-        answer = subprocess.run(["git", *words], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return answer.stdout.decode().strip()
 
     packages = ("gigatoken", "tokenizers", "tiktoken", "transformers", "datasets", "pyarrow")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + (git("status", "--porcelain") and ", changed"),
-        "versions": f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
+        "commit": commit(),
+        "versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
         "hardware": f"{len(os.sched_getaffinity(0))} cores of {processor}, {memory_gib:.0f} GiB of memory",
-        "load average before": f"{os.getloadavg()[0]:.2f}",
+        "load_average": f"{os.getloadavg()[0]:.2f}",
     }
 
 
-def report_lines(
+def report(
     config: DataBenchmarkConfig,
+    command: str,
     facts: dict[str, str],
     origins: dict[str, int],
     corpora: dict[str, Corpus],
     runs: dict[Case, list[Run]],
     reading: list[float],
-) -> list[str]:
+) -> str:
     """The whole report, Markdown."""
-    unique = corpora["unique"]
-    case = next(case for case in runs if case.program == "prepare_data")
-    command = command_of(case, ["TEXT-*." + case.file_format], Path("TOKENIZER"), Path("DATA"), config)
-    is_all = unique.text_bytes < config.unique_megabytes * MEGABYTE
-    no_more = f", all there are instead of {config.unique_megabytes:g} MB" if is_all else ""
-    lines = ["# Data preparation: from files of text to packed tokens, whole processes", ""]
-    lines += [
-        "Question: how fast, and in how much memory, does prepare_data.py turn files into blocks, against",
-        f"`datasets.map` with grouping (run_clm) and a pool of tiktoken workers, {config.num_proc} processes each?",
-        "",
-        f"Command: `{' '.join(['python', *command[1:]])}`, timed from outside, the start of the process included.",
-    ]
-    lines += [f"{name.capitalize()}: {value}." for name, value in facts.items()]
-    lines += [
-        "",
-        f"n = {config.repetitions} runs of each program in turn. Seconds are the median (fastest to slowest), memory",
-        "the largest of all runs in GiB. RSS: the largest resident set of any one process, mapped files included;",
-        "anonymous: the part of it that no file backs; PSS sum: all processes together, shared pages once.",
-        "1 MB is 10^6 bytes of text. Input comes from the page cache. Without start: after imports and tokenizer.",
-        "All programs found the same number of tokens in each text.",
-        "",
-        "Text: " + ", ".join(f"{size / MEGABYTE:.1f} MB of {origin}" for origin, size in origins.items()) + ", no two",
-        f"documents equal, {config.num_files} files. unique: {unique.documents:,} documents{no_more}. The others:",
-    ]
-    for corpus in corpora.values():
-        if corpus is not unique:
-            lines.append(f"- {corpus.name}: {corpus.documents:,} documents, each {corpus.passes:.2f} times on average")
-    lines += ["", *results_table(runs, corpora), ""]
-    lines += ["Ratios hold our whole process, its start included, against the peer's work without its start.", ""]
-    lines += goals_table(runs, corpora, reading)
-    lines += ["", f"Reading: {spread(reading)} Mtok/s in one process, batches of {config.batch_size} random blocks of"]
-    lines += [f"{config.block_size} tokens as int64 tensors, n = {config.reading_repetitions}."]
-    return lines
+    ours = next(case for case in runs if case.program == "prepare_data")
+    timed_command = command_of(ours, [f"TEXT-*.{ours.file_format}"], Path("TOKENIZER"), Path("DATA"), config)
+    texts = [f"{corpus.name} {corpus.documents:,} ({corpus.passes:.2f} times each)" for corpus in corpora.values()]
+    if corpora["unique"].text_bytes < config.unique_megabytes * MEGABYTE:
+        texts.append(f"there were no {config.unique_megabytes:g} MB of different documents")
+    return REPORT.format(
+        command=command,
+        timed_command=" ".join(["python", *timed_command[1:]]),
+        **facts,
+        num_proc=config.num_proc,
+        repetitions=config.repetitions,
+        origins=", ".join(f"{size / MEGABYTE:.1f} MB of {origin}" for origin, size in origins.items()),
+        num_files=config.num_files,
+        texts=", ".join(texts),
+        results=results_table(runs, corpora),
+        goals=goals_table(runs, corpora, reading),
+        reading=spread(reading),
+        batch_size=config.batch_size,
+        readings=config.reading_repetitions,
+    )
+
+
+def command_without_folders(argv: list[str]) -> str:
+    """The command line as a report shows it: of an absolute path, its last part."""
+    words = (Path(word).name if os.path.isabs(word) else word for word in argv)
+    return shlex.join(["python", "-m", "eval.data_benchmark", *words])
 
 
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("memory is read from /proc, which only Linux has")
@@ -395,11 +423,15 @@ def main(argv: list[str] | None = None) -> None:
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(config.work_dir).free < megabytes * MEGABYTE:
         raise UserError(f"--work_dir {config.work_dir}: less than {megabytes:.0f} MB free; name another folder")
+    if config.output and Path(config.output).exists():
+        raise UserError(f"--output {config.output}: is there already; name another file")
+    if config.output and not os.access(Path(config.output).parent, os.W_OK):
+        raise UserError(f"--output {config.output}: its folder is not there or cannot be written to")
     with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=config.work_dir) as folder:
-        benchmark(config, Path(folder).resolve())
+        benchmark(config, command_without_folders(argv), Path(folder).resolve())
 
 
-def benchmark(config: DataBenchmarkConfig, folder: Path) -> None:
+def benchmark(config: DataBenchmarkConfig, command: str, folder: Path) -> None:
     """Write the texts, run everything, print the report and write it where it was asked for."""
     from transformers import AutoTokenizer
 
@@ -446,12 +478,11 @@ def benchmark(config: DataBenchmarkConfig, folder: Path) -> None:
                 shutil.rmtree(output_dir)
     reading = measure_reading(folder / "read", config)
 
-    lines = report_lines(config, facts, origins, corpora, runs, reading)
-    print("\n" + "\n".join(lines))
+    text = report(config, command, facts, origins, corpora, runs, reading)
+    print("\n" + text)
     if config.output:
         path = Path(config.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         record = {
             **facts,
             "arguments": {name: value for name, value in vars(config).items() if name not in FOLDERS},
