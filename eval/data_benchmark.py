@@ -213,7 +213,7 @@ def measure(case: Case, corpus: Corpus, tokenizer: Path, output_dir: Path, confi
         raise UserError(f"{case.program} on {case.corpus} ended with exit code {exit_code}: {lines[0][-1]}")
     if case.program == "prepare_data":
         manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
-        counts = {"tokens": sum(split["tokens"] + split["dropped_tokens"] for split in manifest["splits"].values())}
+        counts = {"tokens": sum(split["tokens"] for split in manifest["splits"].values())}
     else:
         counts = json.loads(lines[1][-1])
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -111,7 +111,7 @@ def test_imports_point_one_way(layer):
     "script",
     [
         "prepare_data.py", "train_accelerate.py", "eval/perplexity.py", "eval/generate.py", "eval/throughput.py",
-        "eval/precision_check.py", "eval/measuring.py",
+        "eval/precision_check.py", "eval/measuring.py", "eval/data_benchmark.py", "eval/data_corpora.py",
     ],
 )  # fmt: skip
 def test_nothing_heavy_is_imported_before_it_is_needed(script):
