@@ -31,6 +31,7 @@ class TrainConfig:
         "learning_rate", "embedding_learning_rate", "scalar_learning_rate", "muon_learning_rate",
         "muon_momentum_warmup_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_steps", "decay_ratio",
         "decay_type", "min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+        "z_loss",
     )  # fmt: skip
 
     config: str | None = field(default=None, metadata={"help": "YAML recipe: the same keys as these flags"})
@@ -100,6 +101,9 @@ class TrainConfig:
     adam_beta2: float = field(default=0.95, metadata={"help": "decay of the squared-gradient average"})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "added to the denominator"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm; 0: no clipping"})
+    z_loss: float = field(
+        default=0.0, metadata={"help": "weight of log(sum(exp(logits)))^2 in what is minimised, as 1e-4; not in `loss`"}
+    )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "precision of matrix products; default: what accelerate launch says, else no"}
@@ -140,6 +144,7 @@ class TrainConfig:
             "batch_size_warmup_steps", "warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "eval_steps",
             "save_steps", "save_total_limit", "dataloader_num_workers", "learning_rate", "embedding_learning_rate",
             "scalar_learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+            "z_loss",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 0)
         most_of = {"min_lr_ratio": 1, "warmup_ratio": 1, "decay_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999}
@@ -289,7 +294,7 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     import torch
 
     from training.batches import samples_of_step
-    from training.models import summed_loss
+    from training.models import objective_and_loss
     from training.optimizers import set_schedule
     from training.run import hash_seed
 
@@ -315,9 +320,11 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
         batch = next(run.batches).to(accelerator.device, non_blocking=True)
         last = micro_step == grad_accum_steps - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
-            micro_loss = summed_loss(run.model, batch, num_items=targets_per_process, separator=separator)
-            accelerator.backward(micro_loss)
-        loss += micro_loss.detach()
+            objective, micro_loss = objective_and_loss(
+                run.model, batch, num_items=targets_per_process, separator=separator, z_loss=config.z_loss
+            )
+            accelerator.backward(objective)
+        loss += micro_loss
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
     for optimizer in run.optimizers:
         optimizer.step()

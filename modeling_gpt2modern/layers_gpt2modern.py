@@ -305,23 +305,26 @@ def _summed_loss_and_gradients(
     weight: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
+    z_loss_coefficient: float,
     vocab_size: int,
     ignore_index: int,
     chunk_size: int,
     compute_dtype: torch.dtype,
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss, and its gradients with respect to hidden_states (compute_dtype) and weight (at least fp32).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed loss, the part of it that is z-loss, and the gradients of the loss with respect to hidden_states
+    (compute_dtype) and weight (at least fp32).
 
     A gradient that is not needed comes back empty.
     """
     num_tokens = hidden_states.shape[0]
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
-    total, hidden_gradient, weight_gradient = _empty_outputs(
+    total, z_total, hidden_gradient, weight_gradient = _empty_outputs(
         hidden_states, weight, compute_dtype, needs_hidden_gradient, needs_weight_gradient
     )
     total.zero_()
+    z_total.zero_()
     weight_gradient.zero_()
     output_weight = weight[:vocab_size].to(compute_dtype)
 
@@ -348,11 +351,21 @@ def _summed_loss_and_gradients(
         torch.log_softmax(scores, dim=-1, out=log_probs)
         target_log_probs = log_probs.gather(1, targets)
         total -= target_log_probs.masked_fill(is_ignored, 0).sum()
+        if z_loss_coefficient:
+            # A log-probability is a score minus the logarithm of the sum, which needs no second pass this way.
+            log_sum = (scores.gather(1, targets) - target_log_probs).masked_fill_(is_ignored, 0)
+            z_total += z_loss_coefficient * log_sum.square().sum()
         if not (needs_hidden_gradient or needs_weight_gradient):
             continue
 
         # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
-        gradient = log_probs.exp_().scatter_(1, targets, target_log_probs.expm1_())
+        gradient = log_probs.exp_()
+        if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
+            z_slope = 2 * z_loss_coefficient * log_sum
+            gradient.addcmul_(gradient, z_slope)
+            gradient.scatter_(1, targets, target_log_probs.expm1() + z_slope * target_log_probs.exp())
+        else:
+            gradient.scatter_(1, targets, target_log_probs.expm1_())
         if softcap is not None:
             gradient.addcmul_(gradient, scores.div_(softcap).square_(), value=-1)  # times 1 - (scores / softcap)^2
         if gradient.dtype != compute_dtype:
@@ -364,7 +377,7 @@ def _summed_loss_and_gradients(
                 block = slice(first_row, min(first_row + _WEIGHT_ROWS_PER_BLOCK, vocab_size))
                 weight_gradient[block] += (gradient[:, block].t() @ inputs).to(loss_dtype)
 
-    return total, hidden_gradient, weight_gradient
+    return total.add_(z_total), z_total, hidden_gradient, weight_gradient
 
 
 def _empty_outputs(
@@ -373,10 +386,11 @@ def _empty_outputs(
     compute_dtype: torch.dtype,
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Uninitialised results of the operator."""
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
     return (
+        hidden_states.new_empty((), dtype=loss_dtype),
         hidden_states.new_empty((), dtype=loss_dtype),
         hidden_states.new_empty(hidden_states.shape if needs_hidden_gradient else (0,), dtype=compute_dtype),
         weight.new_empty(weight.shape if needs_weight_gradient else (0,), dtype=loss_dtype),
@@ -397,6 +411,7 @@ def _(
     weight,
     labels,
     softcap,
+    z_loss_coefficient,
     vocab_size,
     ignore_index,
     chunk_size,
@@ -409,8 +424,8 @@ def _(
 
 def _keep_gradients(ctx, inputs, output) -> None:
     hidden_states, weight, *_, needs_hidden_gradient, needs_weight_gradient = inputs
-    _, hidden_gradient, weight_gradient = output
-    ctx.mark_non_differentiable(hidden_gradient, weight_gradient)
+    _, z_total, hidden_gradient, weight_gradient = output
+    ctx.mark_non_differentiable(z_total, hidden_gradient, weight_gradient)
     ctx.set_materialize_grads(False)  # otherwise backward is handed a (vocab_size, hidden_size) block of zeros
     ctx.save_for_backward(hidden_gradient, weight_gradient)
     ctx.dtypes = (
@@ -428,7 +443,7 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
         for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return hidden_gradient, weight_gradient, *(None,) * 8
+    return hidden_gradient, weight_gradient, *(None,) * 9
 
 
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -462,17 +477,49 @@ def linear_cross_entropy(
     gradients. Gradients are formed in the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only
     scales them; differentiating twice raises RuntimeError. Raises ValueError for shapes or sizes that do not fit.
     """
+    loss, _ = linear_cross_entropy_and_z_loss(
+        hidden_states,
+        weight,
+        labels,
+        z_loss_coefficient=0.0,
+        vocab_size=vocab_size,
+        softcap=softcap,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+    )
+    return loss
+
+
+def linear_cross_entropy_and_z_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    z_loss_coefficient: float,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear_cross_entropy` plus z-loss, and the z-loss alone, without a gradient.
+
+    z-loss is z_loss_coefficient times the square of log(sum(exp(logits))), per token as the cross-entropy is: it keeps
+    the logits from drifting away together, which a softmax does not see (PaLM, arXiv:2204.02311, section 5: 1e-4).
+    """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check_arguments(hidden_states, weight, labels, vocab_size, softcap, chunk_size)
     device_type = hidden_states.device.type
     compute_dtype = hidden_states.dtype
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
-    total, _, _ = _linear_cross_entropy_sum(
+    total, z_total, _, _ = _linear_cross_entropy_sum(
         hidden_states,
         weight,
         labels,
         softcap,
+        z_loss_coefficient,
         vocab_size,
         ignore_index,
         max(512, weight.shape[1]) if chunk_size is None else chunk_size,
@@ -480,6 +527,29 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and hidden_states.requires_grad,
         torch.is_grad_enabled() and weight.requires_grad,
     )
+    return (
+        _mean_over_labels(total, labels, num_items_in_batch, ignore_index),
+        _mean_over_labels(z_total, labels, num_items_in_batch, ignore_index),
+    )
+
+
+def logits_z_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    z_loss_coefficient: float,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """The z-loss of `linear_cross_entropy_and_z_loss` from all logits (..., vocab_size), with a gradient."""
+    log_sum = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    total = z_loss_coefficient * log_sum.square().masked_fill(labels == ignore_index, 0).sum()
+    return _mean_over_labels(total, labels, num_items_in_batch, ignore_index)
+
+
+def _mean_over_labels(
+    total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None, ignore_index: int
+) -> torch.Tensor:
     if num_items_in_batch is None:
         num_labels = (labels != ignore_index).sum()
         # Dividing by zero would give nan gradients too; nn.functional.cross_entropy gives zeros.

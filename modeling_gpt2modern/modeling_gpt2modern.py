@@ -8,6 +8,7 @@ layers_gpt2modern.py.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ from .layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
-    linear_cross_entropy,
+    linear_cross_entropy_and_z_loss,
+    logits_z_loss,
     positions_from_lengths,
     soft_cap,
 )
@@ -411,6 +413,13 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         }
 
 
+@dataclass
+class GPT2ModernCausalLMOutput(CausalLMOutputWithPast):
+    """z_loss: the part of `loss` that is z-loss, detached; None where there is none."""
+
+    z_loss: torch.FloatTensor | None = None
+
+
 class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
     """The language model: GPT2ModernModel, a linear head, the loss."""
 
@@ -442,8 +451,9 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         pad_logits: bool = False,
+        z_loss_coefficient: float = 0.0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> GPT2ModernCausalLMOutput:
         """Logits (batch, seq_len, number of real ids) and, given labels, the loss in nats/token, always in fp32.
 
         labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels` are
@@ -451,6 +461,8 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         skip_logits: with labels, compute the loss without ever holding all logits, and return none.
         pad_logits: return one column per row of the head, those beyond the real ids at the dtype's minimum; generate()
             asks for it, because transformers sizes its buffers by config.vocab_size.
+        z_loss_coefficient: adds to the loss this times the square of log(sum(exp(logits))), see
+            `linear_cross_entropy_and_z_loss`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -465,12 +477,13 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
 
-        logits = loss = None
+        logits = loss = z_loss = None
         if skip_logits and shift_labels is not None and self._head_is_a_matrix():
-            loss = linear_cross_entropy(
+            loss, z_loss = linear_cross_entropy_and_z_loss(
                 hidden_states.flatten(0, -2),
                 self.lm_head.weight,
                 shift_labels.flatten().to(hidden_states.device),
+                z_loss_coefficient=z_loss_coefficient,
                 vocab_size=self.config.unpadded_vocab_size,
                 softcap=self.final_logit_softcapping,
                 num_items_in_batch=num_items_in_batch,
@@ -486,16 +499,25 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                     shift_labels=shift_labels,
                     num_items_in_batch=num_items_in_batch,
                 )
+                if z_loss_coefficient:
+                    z_loss = logits_z_loss(
+                        logits,
+                        shift_labels.to(logits.device),
+                        z_loss_coefficient=z_loss_coefficient,
+                        num_items_in_batch=num_items_in_batch,
+                    )
+                    loss, z_loss = loss + z_loss, z_loss.detach()
             if pad_logits:
                 padding = self.config.vocab_size - logits.shape[-1]
                 logits = nn.functional.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
 
-        return CausalLMOutputWithPast(
+        return GPT2ModernCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            z_loss=z_loss if z_loss_coefficient else None,
         )
 
     def _head_is_a_matrix(self) -> bool:

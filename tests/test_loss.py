@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
+from tiny_models import random_ids, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,8 @@ from modeling_gpt2modern.layers_gpt2modern import (
     _linear_cross_entropy_sum,
     _summed_loss_and_gradients,
     linear_cross_entropy,
+    linear_cross_entropy_and_z_loss,
+    logits_z_loss,
 )
 
 NUM_TOKENS, HIDDEN_SIZE, ROWS = 37, 16, 56
@@ -73,6 +76,56 @@ def test_gradients_are_the_slope_of_the_loss(softcap):
     hidden_states, weight, labels = make_inputs(torch.float64, num_tokens=6)
     loss = functools.partial(linear_cross_entropy, labels=labels, softcap=softcap, chunk_size=4)
     assert torch.autograd.gradcheck(loss, (hidden_states, weight))
+
+
+@pytest.mark.parametrize("chunk_size", [8, None])
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(11)], ids=["mean", "divided"])
+@pytest.mark.parametrize("vocab_size", [ROWS, 50])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_z_loss_and_its_gradients_equal_those_of_all_logits(dtype, softcap, vocab_size, num_items_in_batch, chunk_size):
+    """With labels that are ignored. The part that is z-loss comes back on its own, without a gradient."""
+    hidden_states, weight, labels = make_inputs(dtype, vocab_size)
+    logits = hidden_states @ weight[:vocab_size].t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    num_items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    z_loss = 0.1 * logits.logsumexp(-1)[labels != -100].square().sum() / num_items
+    loss = F.cross_entropy(logits, labels, reduction="sum") / num_items + z_loss
+    expected = loss, *torch.autograd.grad(loss, (hidden_states, weight), retain_graph=True)
+
+    options = {"z_loss_coefficient": 0.1, "num_items_in_batch": num_items_in_batch}
+    actual_loss, actual_z_loss = linear_cross_entropy_and_z_loss(
+        hidden_states, weight, labels, vocab_size=vocab_size, softcap=softcap, chunk_size=chunk_size, **options
+    )
+    actual = actual_loss, *torch.autograd.grad(actual_loss, (hidden_states, weight))
+    torch.testing.assert_close(actual, expected, **TOLERANCES[dtype])
+    torch.testing.assert_close(actual_z_loss, z_loss.detach(), **TOLERANCES[dtype])
+    torch.testing.assert_close(logits_z_loss(logits, labels, **options), z_loss, **TOLERANCES[dtype])
+    assert not actual_z_loss.requires_grad
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_with_z_loss_are_the_slope_of_the_loss(softcap):
+    hidden_states, weight, labels = make_inputs(torch.float64, num_tokens=6)
+    options = {"labels": labels, "softcap": softcap, "chunk_size": 4, "z_loss_coefficient": 0.1}
+    assert torch.autograd.gradcheck(
+        lambda *inputs: linear_cross_entropy_and_z_loss(*inputs, **options)[0], (hidden_states, weight)
+    )
+
+
+@pytest.mark.parametrize("flag_set", ["padded_vocabulary", "speedrun"])
+def test_the_model_gives_the_same_z_loss_with_and_without_logits(flag_set):
+    model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
+    results = []
+    for skip_logits in (True, False):
+        model.zero_grad()
+        output = model(input_ids, labels=input_ids, z_loss_coefficient=0.01, skip_logits=skip_logits)
+        output.loss.backward()
+        results.append((output.loss, output.z_loss, [weight.grad for weight in model.parameters()]))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
+    plain = model(input_ids, labels=input_ids)
+    assert plain.z_loss is None and results[0][1] > 0
+    torch.testing.assert_close(results[0][0] - results[0][1], plain.loss)
 
 
 def test_weight_of_many_rows_is_summed_over_every_block_of_rows():
@@ -405,9 +458,10 @@ def test_one_compiled_graph_serves_other_token_counts():
 
 def test_operator_is_registered_as_torch_demands():
     hidden_states, weight, labels = make_inputs(vocab_size=50)
-    operator_arguments = (hidden_states, weight, labels, 3.0, 50, -100, 8, torch.float32, True, True)
+    operator_arguments = (hidden_states, weight, labels, 3.0, 1e-4, 50, -100, 8, torch.float32, True, True)
     torch.library.opcheck(_linear_cross_entropy_sum, operator_arguments)
-    assert [output.requires_grad for output in _linear_cross_entropy_sum(*operator_arguments)] == [True, False, False]
+    requires_grad = [output.requires_grad for output in _linear_cross_entropy_sum(*operator_arguments)]
+    assert requires_grad == [True, False, False, False]
 
 
 def _ddp_worker(rank, folder, batches):

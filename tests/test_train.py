@@ -454,3 +454,18 @@ def test_a_mistake_is_one_line_and_leaves_nothing(data_dir, tmp_path, capsys, ch
     assert caught.value.code == 2
     assert error.splitlines()[-1].startswith("error: ") and expected in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_z_loss_is_minimised_but_not_reported(data_dir, tmp_path):
+    """The first loss is the same, what follows is not; with a large weight the sum of exp(logits) goes towards 1."""
+    from eval.loading import load_model
+    from training.blocks import PackedBlocks
+
+    settings = {"learning_rate": 0.05, "save_steps": 0}
+    runs = {z_loss: train(data_dir, tmp_path / str(z_loss), z_loss=z_loss, **settings) for z_loss in (0.0, 10.0)}
+    assert losses(runs[10.0])[0] == pytest.approx(losses(runs[0.0])[0], abs=1e-4)  # 10 x 5.7^2 is taken off
+    assert losses(runs[10.0])[1] != losses(runs[0.0])[1]
+    batch = PackedBlocks(data_dir, "train").__getitems__([0, 1])
+    with torch.no_grad():
+        free, held = (load_model(str(run)).cpu()(batch).logits.logsumexp(-1).abs().mean() for run in runs.values())
+    assert held < free - 1

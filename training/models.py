@@ -77,6 +77,21 @@ def summed_loss(
     separator: the token that ends a document; tokens then see none of the documents before their own in the block.
         The separator itself still predicts what follows it. None: every token sees all that stands before it.
     """
+    return _loss_output(model, batch, num_items, separator).loss
+
+
+def objective_and_loss(
+    model: nn.Module, batch: torch.Tensor, *, num_items: float, separator: int | None, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is minimised, `summed_loss` plus z-loss with the coefficient `z_loss`; and `summed_loss` alone, detached."""
+    if not z_loss:
+        loss = summed_loss(model, batch, num_items=num_items, separator=separator)
+        return loss, loss.detach()
+    output = _loss_output(model, batch, num_items, separator, z_loss_coefficient=z_loss)
+    return output.loss, output.loss.detach() - output.z_loss
+
+
+def _loss_output(model: nn.Module, batch: torch.Tensor, num_items: float, separator: int | None, **kwargs) -> Any:
     input_ids = batch[:, :-1].clamp(min=0)
     return model(
         input_ids=input_ids,
@@ -85,7 +100,8 @@ def summed_loss(
         num_items_in_batch=num_items,
         use_cache=False,
         skip_logits=True,
-    ).loss
+        **kwargs,
+    )
 
 
 def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
