@@ -110,6 +110,9 @@ class TrainConfig:
     )
     torch_compile: bool = field(default=False, metadata={"help": "compile the training step's model"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that read ahead; 0: read in line"})
+    ddp_timeout: int = field(
+        default=1800, metadata={"help": "seconds a process waits for the others before the run ends with an error"}
+    )
     seed: int = field(default=42, metadata={"help": "weights, data order and dropout"})
 
     logging_steps: int = field(default=10, metadata={"help": "steps between lines of metrics.jsonl"})
@@ -138,6 +141,7 @@ class TrainConfig:
         for name in (
             "block_size", "per_device_train_batch_size", "per_device_eval_batch_size", "total_batch_size",
             "initial_total_batch_size", "max_steps", "logging_steps", "eval_blocks", "sample_max_new_tokens",
+            "ddp_timeout",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 1)
         for name in (
@@ -186,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     run = build_run(config)
     resume(run)
     metrics = {}
-    with progress_bar(run) as bar:
+    with run.roll_call.on_failure(), progress_bar(run) as bar:
         while run.step < config.max_steps:
             loss, grad_norm, learning_rate = train_step(run)
             run.step += 1
@@ -216,17 +220,20 @@ def build_run(config: TrainConfig) -> "Run":
 
     from training.batches import plan_batches
     from training.blocks import PackedBlocks
-    from training.launch import build_accelerator
+    from training.launch import RollCall, build_accelerator
     from training.metrics import peak_flops
     from training.models import build_model
     from training.optimizers import build_optimizers
     from training.run import Run
     from training.samples import check_sample_prompts
+    from training.sharding import shard_model
     from training.trackers import check_trackers
 
     check_trackers(config.report_to)
 
-    accelerator = build_accelerator(mixed_precision=config.mixed_precision, optimizer=config.optimizer)
+    accelerator = build_accelerator(
+        mixed_precision=config.mixed_precision, optimizer=config.optimizer, ddp_timeout=config.ddp_timeout
+    )
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
     eval_blocks = PackedBlocks(config.data_dir, "validation", config.block_size)
     plan = plan_batches(
@@ -251,6 +258,8 @@ def build_run(config: TrainConfig) -> "Run":
         tokenizer_path=train_blocks.tokenizer_path,
         model=unwrapped_model,
     )
+    if accelerator.is_fsdp2:
+        shard_model(unwrapped_model, accelerator, torch_compile=config.torch_compile)
     optimizers = build_optimizers(
         unwrapped_model,
         optimizer=config.optimizer,
@@ -262,9 +271,11 @@ def build_run(config: TrainConfig) -> "Run":
         betas=(config.adam_beta1, config.adam_beta2),
         epsilon=config.adam_epsilon,
     )
-    model, *optimizers = accelerator.prepare(unwrapped_model, *optimizers)
-    if config.torch_compile:
-        model = torch.compile(model)
+    if accelerator.is_fsdp2:
+        model, optimizers = unwrapped_model, [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
+    else:
+        model, *optimizers = accelerator.prepare(unwrapped_model, *optimizers)
+        model = torch.compile(model) if config.torch_compile else model
     accelerator.print(
         f"{config.model_preset}: {unwrapped_model.num_parameters():,} parameters on {accelerator.num_processes} x "
         f"{accelerator.device.type}, precision {accelerator.mixed_precision}; {plan.samples_per_step} x "
@@ -281,6 +292,7 @@ def build_run(config: TrainConfig) -> "Run":
         plan=plan,
         schedule=config.schedule(),
         device_flops=peak_flops(accelerator.device),
+        roll_call=RollCall(accelerator, config.ddp_timeout),
     )
 
 
@@ -297,6 +309,7 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     from training.models import objective_and_loss
     from training.optimizers import set_schedule
     from training.run import hash_seed
+    from training.sharding import whole_tensor
 
     config, accelerator = run.config, run.accelerator
     factor = run.schedule.factor(run.step)
@@ -329,7 +342,7 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss, grad_norm, config.learning_rate * factor
+    return loss, whole_tensor(grad_norm), config.learning_rate * factor
 
 
 def evaluate(run: "Run") -> dict[str, Any]:
@@ -338,6 +351,7 @@ def evaluate(run: "Run") -> dict[str, Any]:
     from eval.perplexity import evaluate_loss
     from training.run import stop_if_not_finite
     from training.samples import sample
+    from training.sharding import reshard
 
     run.stopwatch.pause()
     loss = evaluate_loss(
@@ -350,6 +364,7 @@ def evaluate(run: "Run") -> dict[str, Any]:
     )
     stop_if_not_finite(run, "validation loss", loss)
     sample(run, generate_text)
+    reshard(run.unwrapped_model)
     run.stopwatch.resume()
     return {"eval_loss": loss}
 

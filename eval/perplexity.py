@@ -45,7 +45,8 @@ def evaluate_loss(
     """Mean next-token loss (nats/token) of `model` over `blocks`, or over `max_blocks` of them at equal distances.
 
     The blocks are divided over the processes without padding, each sums in float64, and one reduction ends it; every
-    process returns the same number. The model's train/eval mode is put back.
+    process returns the same number. All make the same number of forward passes, because a sharded model is gathered by
+    all together: one that has run out of blocks repeats one without counting it. The train/eval mode is put back.
     """
     import torch
     from tqdm import tqdm
@@ -55,17 +56,17 @@ def evaluate_loss(
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
     chosen = [index * len(blocks) // count for index in range(count)]
     mine = chosen[process_index::num_processes]
+    passes = -(-len(chosen[::num_processes]) // batch_size)  # of process 0, which has the most blocks
     device = next(model.parameters()).device
     losses = []
     was_training = model.training
     model.eval()
-    starts = tqdm(
-        range(0, len(mine), batch_size), desc="evaluating", unit="batch", leave=False, disable=process_index > 0
-    )
     with torch.no_grad():
-        for start in starts:
-            batch = blocks.__getitems__(mine[start : start + batch_size]).to(device)
-            losses.append(summed_loss(model, batch))
+        for index in tqdm(range(passes), desc="evaluating", unit="batch", leave=False, disable=process_index > 0):
+            part = mine[index * batch_size : (index + 1) * batch_size]
+            loss = summed_loss(model, blocks.__getitems__(part or chosen[:1]).to(device))
+            if part:
+                losses.append(loss)
     model.train(was_training)
     nats = torch.tensor(sum(torch.stack(losses).tolist()) if losses else 0.0, dtype=torch.float64)
     if num_processes > 1:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from command_line import UserError
+from training.sharding import shard_like, whole_tensor
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -140,13 +141,17 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[tor
 
     Raises UserError, naming one, if the checkpoint's tensors are not those of this model.
     """
-    try:
-        missing, unexpected = load_model(model, checkpoint / MODEL_FILE, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{checkpoint / MODEL_FILE} belongs to another model: {str(error).splitlines()[-1]}") from None
-    if missing or unexpected:
-        name = sorted([*missing, *unexpected])[0]
-        raise UserError(f"{checkpoint / MODEL_FILE} belongs to another model: tensor {name} does not match")
+    saved = load_file(checkpoint / MODEL_FILE)
+    parameters = dict(model.named_parameters())  # tied ones under the one name that is saved
+    for name in sorted(saved.keys() | parameters.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, parameters)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{checkpoint / MODEL_FILE} belongs to another model: {name} is {shapes[0]} there and {shapes[1]} here"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(shard_like(saved[name], parameter))
     load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
 
 
@@ -166,21 +171,29 @@ def refuse_changed_settings(checkpoint: Path, saved: dict[str, Any], current: di
         )
 
 
-def optimizer_state(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The optimizers' tensors, keyed `parameter name/state name`: independent of group order and free of pickle."""
+def optimizer_state(
+    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, *, keep: bool = True
+) -> dict[str, torch.Tensor]:
+    """The optimizers' tensors, keyed `parameter name/state name`: independent of group order and free of pickle.
+
+    Those of a sharded model are whole: every process has to call this, and those with keep=False get nothing.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value.detach().cpu().contiguous()
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    tensors = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                value = whole_tensor(value.detach())
+                if keep:
+                    tensors[f"{names[parameter]}/{key}"] = value.cpu().contiguous()
+    return tensors
 
 
 def load_optimizer_state(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_state` returned, on each parameter's device (AdamW's step counters included)."""
+    """Put back what `optimizer_state` returned, on each parameter's device (AdamW's step counters included); a tensor
+    with the shape of its parameter is sharded like it."""
     parameters = dict(model.named_parameters())
     owner = {
         parameter: optimizer
@@ -191,6 +204,8 @@ def load_optimizer_state(
     for key, value in tensors.items():
         name, state_name = key.rsplit("/", 1)
         parameter = parameters[name]
+        if value.shape == parameter.shape:
+            value = shard_like(value, parameter)
         owner[parameter].state[parameter][state_name] = value.to(parameter.device, copy=True)
 
 

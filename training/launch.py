@@ -1,24 +1,38 @@
 """Joining the processes that a launcher started, and refusing a launch that would not train together."""
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.utils.logging import disable_progress_bar
 
 from command_line import UserError
 
 
-def build_accelerator(*, mixed_precision: str | None, optimizer: str) -> Accelerator:
-    """Raises UserError where a launch would silently train one copy per process."""
+def build_accelerator(*, mixed_precision: str | None, optimizer: str, ddp_timeout: int) -> Accelerator:
+    """Join the processes. ddp_timeout: seconds that one waits for the others before the run ends with an error.
+
+    Raises UserError where a launch would silently train one copy per process, or asks for what this loop cannot do.
+    """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     launched = os.environ.get("WORLD_SIZE", "1")
     if not launched.isdigit():
         raise UserError(f"the environment has WORLD_SIZE={launched!r}, which is no number: unset it, or use a launcher")
+    refuse_other_engines()
     try:
         # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision)
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
+        )
     except ValueError as error:
         raise UserError(f"cannot set up {launched} process(es), precision {mixed_precision}: {error}") from None
     if int(launched) != accelerator.num_processes:
@@ -35,4 +49,95 @@ def build_accelerator(*, mixed_precision: str | None, optimizer: str) -> Acceler
             f"the Accelerate configuration sets gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
             f"remove it: accumulation follows from --total_batch_size"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        set_up_fsdp(accelerator)
     return accelerator
+
+
+def refuse_other_engines() -> None:
+    """Raise UserError for what an Accelerate configuration can ask for and the loop has no part for."""
+    for variable, what in {
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported, as the loop keeps its own optimizers and checkpoints",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported, as it brings its own model and loop",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config is not supported: every process sees its own data",
+    }.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(f"the Accelerate configuration: {what}; use accelerate_configs/fsdp2_one_node.yaml")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise UserError(f"the Accelerate configuration sets dynamo_backend {backend}; remove it: --torch_compile does")
+
+
+def set_up_fsdp(accelerator: Accelerator) -> None:
+    """Take up the FSDP part of the configuration on the CPU too, where Accelerate leaves it aside without a word.
+
+    Raises UserError for FSDP settings that training/sharding.py does not follow.
+    """
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for state in (PartialState(), accelerator.state):  # the second is filled from the first every now and then
+            state.distributed_type = DistributedType.FSDP
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError(
+            "the Accelerate configuration asks for FSDP, which needs processes started by accelerate launch or torchrun"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError(f"the Accelerate configuration sets fsdp_version {plugin.fsdp_version}; only 2 is supported")
+    if plugin.activation_checkpointing:
+        raise UserError("the Accelerate configuration sets fsdp_activation_checkpointing; use --gradient_checkpointing")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise UserError("the Accelerate configuration sets fsdp_offload_params, which is not supported; remove it")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("FSDP does not go with fp16: its loss scale is for whole gradients; use bf16 or no")
+
+
+class RollCall:
+    """Says which process does not answer, where a collective that times out would name none.
+
+    The processes sign in at the launcher's key-value store, beside whatever they reduce over.
+    ddp_timeout: of the collectives, in seconds.
+    """
+
+    def __init__(self, accelerator: Accelerator, ddp_timeout: int):
+        self.ddp_timeout = ddp_timeout
+        self.process_index, self.num_processes = accelerator.process_index, accelerator.num_processes
+        self.count = 0
+        if self.num_processes > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+            self.store = torch.distributed.PrefixStore(f"roll_call/{attempt}", store)
+            self.store.set(f"host/{self.process_index}", socket.gethostname())
+
+    def __call__(self, wait_s: float | None = None) -> None:
+        """Wait until every process has called; raise UserError naming those that have not after `wait_s` seconds.
+
+        By default it gives up a little before NCCL does, which would end the process without naming anyone.
+        """
+        if self.num_processes == 1:
+            return
+        self.count += 1
+        self.store.set(f"{self.count}/{self.process_index}", "here")
+        self.store.delete_key(f"{self.count - 2}/{self.process_index}")  # by now everybody has read it
+        keys = [f"{self.count}/{index}" for index in range(self.num_processes)]
+        try:
+            self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
+        except torch.distributed.DistStoreError:
+            lost = [index for index, key in enumerate(keys) if not self.store.check([key])]
+            if lost:
+                names = ", ".join(f"{index} on {self.store.get(f'host/{index}').decode()}" for index in lost)
+                raise UserError(
+                    f"of {self.num_processes} processes these did not answer in --ddp_timeout {self.ddp_timeout} s: "
+                    f"{names}; start all again to go on from the newest checkpoint"
+                ) from None
+
+    @contextlib.contextmanager
+    def on_failure(self) -> Iterator[None]:
+        """Call the roll where a collective has failed, and let its answer stand for the error if somebody is lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+                self(wait_s=1 + self.ddp_timeout / 10)  # the others have failed, or will soon
+            raise

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from training.sharding import is_sharded, shard_like
+
 
 def build_optimizers(
     model: nn.Module,
@@ -39,7 +41,8 @@ def build_optimizers(
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=epsilon, fused=True)
     if not by_muon:
         return [adamw]
-    return [adamw, torch.optim.Muon([_group(by_muon, muon_learning_rate, weight_decay)], nesterov=True)]
+    muon = ShardedMuon if is_sharded(model) else torch.optim.Muon
+    return [adamw, muon([_group(by_muon, muon_learning_rate, weight_decay)], nesterov=True)]
 
 
 def _given(value: float | None, default: float) -> float:
@@ -48,6 +51,26 @@ def _given(value: float | None, default: float) -> float:
 
 def _group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict:
     return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
+
+
+class ShardedMuon(torch.optim.Muon):
+    """torch.optim.Muon for the matrices of a sharded model: identical, except that a matrix is gathered once and not in
+    each of the products that orthogonalise it. Weights and momentum stay sharded."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+        for group in self.param_groups:
+            parameters, gradients, momenta = [], [], []
+            self._init_group(group, parameters, gradients, momenta)
+            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(momentum, group["momentum"]).full_tensor()
+                update = _zeropower_via_newtonschulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                learning_rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
+                parameter.add_(shard_like(update, parameter), alpha=-learning_rate)
 
 
 # Muon starts with a shorter memory, as its first gradients point elsewhere: worth 0.013 nats in modded-nanogpt's log of

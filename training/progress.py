@@ -19,6 +19,7 @@ from training.metrics import (
 from training.model_card import write_model_card
 from training.run import Run, chosen_settings, stop_if_not_finite
 from training.samples import on_one_line
+from training.sharding import whole_model
 
 
 @contextlib.contextmanager
@@ -45,6 +46,7 @@ def progress_bar(run: Run) -> Iterator[tqdm]:
 
 def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> dict[str, Any]:
     """One row for metrics.jsonl: the step's loss over all processes, and the speed since the last row."""
+    run.roll_call()  # before a wait for the device that could last
     steps, seconds = run.stopwatch.lap(run.step)
     loss = run.accelerator.reduce(loss, reduction="mean").item()
     stop_if_not_finite(run, "loss", loss)
@@ -105,11 +107,12 @@ def finish(run: Run, eval_loss: float) -> None:
     eval_loss: of an evaluation at the last step (nats/token).
     """
     run.stopwatch.pause()
+    model = whole_model(run.unwrapped_model, keep=run.accelerator.is_main_process)
     if run.accelerator.is_main_process:
         rows, output_dir = run.log.rows, run.output_dir
         summary = summarize(run, eval_loss)
         export_model(
-            run.unwrapped_model,
+            model,
             output_dir,
             tokenizer_path=run.train_blocks.tokenizer_path,
             eos_token_id=run.train_blocks.eos_token_id,

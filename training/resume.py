@@ -23,6 +23,7 @@ from training.export import save_model_folder, write_resolved_config
 from training.metrics import MetricsLog, Stopwatch
 from training.models import summed_loss
 from training.run import Run, chosen_settings, stop_if_not_finite
+from training.sharding import is_sharded, whole_model, whole_tensor
 from training.trackers import Trackers
 
 
@@ -120,20 +121,24 @@ def settle_gradient_buckets(run: Run) -> None:
 def save(run: Run) -> None:
     """Write a checkpoint; the other processes wait, so that none goes on with a half-written one."""
     run.stopwatch.pause()
-    norms = torch.stack([parameter.detach().float().norm() for parameter in run.unwrapped_model.parameters()])
-    stop_if_not_finite(run, "norm of the weights", norms.norm().item())
-    if run.accelerator.is_main_process:
+    main = run.accelerator.is_main_process
+    norm = whole_tensor(torch.nn.utils.get_total_norm(run.unwrapped_model.parameters()))
+    stop_if_not_finite(run, "norm of the weights", norm.item())
+    model = whole_model(run.unwrapped_model, keep=main)
+    gathered = is_sharded(run.unwrapped_model)  # by all processes together
+    optimizer_tensors = optimizer_state(run.optimizers, run.unwrapped_model, keep=main) if main or gathered else None
+    if main:
         scaler = run.accelerator.scaler
         save_checkpoint(
             run.checkpoints_dir,
             run.step,
             save_model=lambda folder: save_model_folder(
-                run.unwrapped_model,
+                model,
                 folder,
                 tokenizer_path=run.train_blocks.tokenizer_path,
                 eos_token_id=run.train_blocks.eos_token_id,
             ),
-            optimizer_state=optimizer_state(run.optimizers, run.unwrapped_model),
+            optimizer_state=optimizer_tensors,
             trainer_state={
                 "step": run.step,
                 "tokens_seen": run.tokens_seen,

@@ -15,6 +15,7 @@ from command_line import UserError
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from training.batches import BatchPlan
 from training.blocks import PackedBlocks
+from training.launch import RollCall
 from training.metrics import MetricsLog, Stopwatch
 from training.schedules import Schedule
 from training.trackers import Trackers
@@ -39,6 +40,7 @@ class Run:
     wall_time_s: float = 0.0  # of earlier processes of this run
     batches: Iterator[torch.Tensor] = None
     stopwatch: Stopwatch = None
+    roll_call: RollCall = None
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # by which trackers know the run again
     # On the main process:
     log: MetricsLog = None
