@@ -9,7 +9,7 @@ The command line wins over the recipe. The process count comes from the launcher
 
 import contextlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +17,9 @@ from command_line import check_range, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
+    from training.batches import BatchPlan
     from training.run import Run
     from training.schedules import Schedule
 
@@ -35,6 +37,9 @@ class TrainConfig:
     )  # fmt: skip
 
     config: str | None = field(default=None, metadata={"help": "YAML recipe: the same keys as these flags"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "print the resolved recipe, its sizes and its cost, and stop; needs no data"}
+    )
     data_dir: str | None = field(
         default=None, metadata={"help": "folder written by prepare_data.py, or its name on the Hub (needed)"}
     )
@@ -52,7 +57,9 @@ class TrainConfig:
     )
 
     block_size: int | None = field(default=None, metadata={"help": "tokens per sequence; default: that of the data"})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "sequences per forward pass and process"})
+    per_device_train_batch_size: str = field(
+        default="8", metadata={"help": "sequences per forward pass and process; auto: as many as fit in memory"}
+    )
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "sequences per evaluation pass and process"})
     total_batch_size: int | None = field(
         default=None, metadata={"help": "tokens per optimizer step over all processes; default: one forward pass each"}
@@ -136,12 +143,21 @@ class TrainConfig:
     sample_max_new_tokens: int = field(default=64, metadata={"help": "tokens of each sample at most"})
 
     def __post_init__(self):
-        if self.data_dir is None or self.output_dir is None:
+        if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
+        if self.per_device_train_batch_size != "auto":
+            try:
+                self.per_device_train_batch_size = int(self.per_device_train_batch_size)
+            except ValueError:
+                raise ValueError(
+                    f"--per_device_train_batch_size {self.per_device_train_batch_size!r} is neither a number nor auto"
+                ) from None
+            check_range("--per_device_train_batch_size", self.per_device_train_batch_size, 1)
+        elif self.total_batch_size is None:
+            raise ValueError("--per_device_train_batch_size auto divides a step, whose --total_batch_size is not given")
         for name in (
-            "block_size", "per_device_train_batch_size", "per_device_eval_batch_size", "total_batch_size",
-            "initial_total_batch_size", "max_steps", "logging_steps", "eval_blocks", "sample_max_new_tokens",
-            "ddp_timeout",
+            "block_size", "per_device_eval_batch_size", "total_batch_size", "initial_total_batch_size", "max_steps",
+            "logging_steps", "eval_blocks", "sample_max_new_tokens", "ddp_timeout",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 1)
         for name in (
@@ -157,11 +173,25 @@ class TrainConfig:
         for name in self.report_to:
             if name not in ("none", "trackio", "tensorboard", "wandb"):
                 raise ValueError(f"--report_to {name}: there are none, trackio, tensorboard and wandb")
-        if Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
+        if self.data_dir and self.output_dir and Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
         self.schedule()
+
+    def batch_plan(self, block_size: int, num_processes: int) -> "BatchPlan":
+        """How a step is divided; with an automatic micro-batch, for now, into single sequences."""
+        from training.batches import plan_batches
+
+        is_auto = self.per_device_train_batch_size == "auto"
+        return plan_batches(
+            total_batch_size=self.total_batch_size,
+            block_size=block_size,
+            per_device_train_batch_size=1 if is_auto else self.per_device_train_batch_size,
+            num_processes=num_processes,
+            batch_size_warmup_steps=self.batch_size_warmup_steps,
+            initial_total_batch_size=self.initial_total_batch_size,
+        )
 
     def schedule(self) -> "Schedule":
         """The learning rate's course; raises ValueError for parts that contradict each other."""
@@ -184,10 +214,17 @@ class TrainConfig:
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(TrainConfig, argv, __doc__)
 
+    from training.dry_run import dry_run
+    from training.launch import build_accelerator
     from training.progress import finish, progress_bar, record, training_metrics
     from training.resume import resume, save
 
-    run = build_run(config)
+    accelerator = build_accelerator(
+        mixed_precision=config.mixed_precision, optimizer=config.optimizer, ddp_timeout=config.ddp_timeout
+    )
+    if config.dry_run:
+        return dry_run(config, accelerator)
+    run = build_run(config, accelerator)
     resume(run)
     metrics = {}
     with run.roll_call.on_failure(), progress_bar(run) as bar:
@@ -214,13 +251,13 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_run(config: TrainConfig) -> "Run":
+def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
     """Open the data, build the model and let Accelerate place and wrap it; print what will be trained."""
     import torch
 
-    from training.batches import plan_batches
     from training.blocks import PackedBlocks
-    from training.launch import RollCall, build_accelerator
+    from training.launch import RollCall
+    from training.memory import largest_micro_batch_size
     from training.metrics import peak_flops
     from training.models import build_model
     from training.optimizers import build_optimizers
@@ -231,19 +268,9 @@ def build_run(config: TrainConfig) -> "Run":
 
     check_trackers(config.report_to)
 
-    accelerator = build_accelerator(
-        mixed_precision=config.mixed_precision, optimizer=config.optimizer, ddp_timeout=config.ddp_timeout
-    )
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
     eval_blocks = PackedBlocks(config.data_dir, "validation", config.block_size)
-    plan = plan_batches(
-        total_batch_size=config.total_batch_size,
-        block_size=train_blocks.block_size,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        num_processes=accelerator.num_processes,
-        batch_size_warmup_steps=config.batch_size_warmup_steps,
-        initial_total_batch_size=config.initial_total_batch_size,
-    )
+    plan = config.batch_plan(train_blocks.block_size, accelerator.num_processes)
     torch.manual_seed(config.seed)
     unwrapped_model = build_model(
         model_preset=config.model_preset,
@@ -258,6 +285,16 @@ def build_run(config: TrainConfig) -> "Run":
         tokenizer_path=train_blocks.tokenizer_path,
         model=unwrapped_model,
     )
+    if config.per_device_train_batch_size == "auto":
+        micro_batch_size = largest_micro_batch_size(
+            accelerator,
+            unwrapped_model,
+            plan.micro_batch_sizes(),
+            block_size=train_blocks.block_size,
+            optimizer=config.optimizer,
+            separator=train_blocks.eos_token_id if config.document_masking else None,
+        )
+        plan = replace(plan, micro_batch_size=micro_batch_size)
     if accelerator.is_fsdp2:
         shard_model(unwrapped_model, accelerator, torch_compile=config.torch_compile)
     optimizers = build_optimizers(

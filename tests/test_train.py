@@ -138,6 +138,27 @@ def test_the_learning_rate_of_every_step_is_the_schedules(data_dir, tmp_path):
     assert [row["learning_rate"] for row in metrics(run)] == pytest.approx(expected)
 
 
+def test_a_micro_batch_that_was_found_trains_as_one_that_was_given(data_dir, tmp_path, monkeypatch, capsys):
+    """Trying sizes moves neither weights nor random numbers; of 8 sequences per step, 4 at a time fit here."""
+    from training import memory
+
+    try_training_pass = memory.try_training_pass
+
+    def runs_out_of_memory(accelerator, model, size, *rest):
+        try_training_pass(accelerator, model, size, *rest)
+        if size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trying)
+    monkeypatch.setattr(memory, "try_training_pass", runs_out_of_memory)
+    flags = {"config_overrides": TINY + ",hidden_dropout=0.1", "save_steps": 0, "max_steps": 4}
+    given = train(data_dir, tmp_path / "given", per_device_train_batch_size=4, **flags)
+    found = train(data_dir, tmp_path / "found", per_device_train_batch_size="auto", **flags)
+    assert losses(found) == losses(given)
+    assert_same_weights(found, given)
+    assert capsys.readouterr().out.count("8 x 32 tokens per step, 2 forward passes each") == 2
+
+
 WARM_UP = {"batch_size_warmup_steps": 5, "initial_total_batch_size": 128, "total_batch_size": 512}
 
 
@@ -422,6 +443,8 @@ sys.meta_path.insert(0, Absent())
         ({"decay_steps": 2}, "belong to --lr_scheduler_type warmup_stable_decay"),
         ({"max_steps": 0}, "--max_steps 0 must be at least 1"),
         ({"total_batch_size": 100}, "--total_batch_size 100 is not a multiple of"),
+        ({"per_device_train_batch_size": "some"}, "--per_device_train_batch_size 'some' is neither a number nor auto"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0 must be at least 1"),
         ({"batch_size_warmup_steps": 3}, "a batch-size warm-up from 32 tokens"),
         ({"initial_total_batch_size": 128}, "--initial_total_batch_size needs --batch_size_warmup_steps"),
         ({"total_batch_size": 32 * 4 * 1000}, "blocks but one step takes 4000"),

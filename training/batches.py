@@ -48,6 +48,11 @@ class BatchPlan:
     def _consumed_in_warmup(self) -> list[int]:
         return list(itertools.accumulate(map(self.samples_at, range(self.warmup_steps)), initial=0))
 
+    def micro_batch_sizes(self) -> list[int]:
+        """Every size, ascending, in which whole micro-batches on every process make up each step of this plan."""
+        per_process = self.samples_at(0) // self.num_processes
+        return [size for size in range(1, per_process + 1) if per_process % size == 0]
+
     def grad_accum_steps(self, step: int) -> int:
         return self.samples_at(step) // (self.micro_batch_size * self.num_processes)
 

@@ -29,10 +29,9 @@ def build_optimizers(
     the rest. A tied embedding is also the head, and counts as an embedding. Every group carries its peak as `peak_lr`.
     """
     embedding = model.get_input_embeddings().weight
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    by_muon = [p for name, p in trained if optimizer == "muon" and p.ndim == 2 and ".layers." in name]
+    by_muon = muon_parameters(model) if optimizer == "muon" else []
     taken = {id(parameter) for parameter in [embedding, *by_muon]}
-    rest = [parameter for _, parameter in trained if id(parameter) not in taken]
+    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in taken]
     groups = [
         _group([embedding], _given(embedding_learning_rate, learning_rate), weight_decay),
         _group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
@@ -43,6 +42,11 @@ def build_optimizers(
         return [adamw]
     muon = ShardedMuon if is_sharded(model) else torch.optim.Muon
     return [adamw, muon([_group(by_muon, muon_learning_rate, weight_decay)], nesterov=True)]
+
+
+def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices inside the layers."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in name]
 
 
 def _given(value: float | None, default: float) -> float:

@@ -66,9 +66,12 @@ class Run:
         return self.output_dir / "checkpoints"
 
 
+NOT_A_RUNS = ("config", "dry_run")  # arguments of the command, not of the run that a recipe describes
+
+
 def chosen_settings(config: Any) -> dict[str, Any]:
     """The settings of a TrainConfig that have a value, as a recipe would give them."""
-    return {name: value for name, value in asdict(config).items() if value is not None and name != "config"}
+    return {name: value for name, value in asdict(config).items() if value is not None and name not in NOT_A_RUNS}
 
 
 def stop_if_not_finite(run: Run, name: str, value: float) -> None:

@@ -1,0 +1,130 @@
+"""training.memory: the estimate is near what autograd keeps; looking for a micro-batch leaves no trace."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tiny_models import tiny_config
+
+from command_line import UserError
+from modeling_gpt2modern import GPT2ModernForCausalLM
+from training import memory
+from training.memory import activation_bytes, estimate_memory, largest_micro_batch_size
+from training.models import summed_loss
+
+NEEDS = {"block_size": 16, "optimizer": "adamw", "separator": None}
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True)
+
+
+def new_model(preset="modern", **overrides):
+    torch.manual_seed(0)
+    return GPT2ModernForCausalLM(tiny_config(preset, **overrides))
+
+
+def runs_out_above(most):
+    def try_training_pass(accelerator, model, size, *rest):
+        if size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return try_training_pass
+
+
+def kept_bytes(model, batch, autocast):
+    """Bytes that autograd keeps besides the weights and their copies."""
+    of_weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+    kept = {}
+
+    def pack(tensor):
+        if tuple(tensor.shape) not in of_weights:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        summed_loss(model, batch)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "speedrun"])
+def test_the_estimate_of_activations_is_near_what_autograd_keeps(preset, autocast):
+    model = new_model(preset, hidden_size=64, num_attention_heads=2, max_position_embeddings=128).train()
+    batch = torch.randint(0, 90, (8, 129), generator=torch.Generator().manual_seed(1))
+    estimate = activation_bytes(
+        model.config,
+        attn_implementation="sdpa",
+        bytes_per_number=2 if autocast else 4,
+        tokens=8 * 128,
+        block_size=128,
+        gradient_checkpointing=False,
+    ) - 4 * model.config.vocab_size * (64 + 512)  # fmt: skip
+    assert estimate == pytest.approx(kept_bytes(model, batch, autocast), rel=0.2)
+
+
+def test_weights_gradients_and_optimizer_states_are_counted():
+    model = new_model("speedrun")
+    parameters = model.num_parameters()
+    matrices = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
+    common = {"micro_batch_size": 1, "block_size": 16, "gradient_checkpointing": False}
+    adamw = estimate_memory(model, optimizer="adamw", mixed_precision="no", **common)
+    muon = estimate_memory(model, optimizer="muon", mixed_precision="bf16", **common)
+    assert (adamw.weights, adamw.gradients, adamw.optimizer_states) == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert (muon.weights, muon.optimizer_states) == (6 * parameters, 8 * parameters - 4 * matrices)
+
+
+@pytest.mark.parametrize(("most", "found"), [(1, 1), (5, 4), (99, 16)])
+def test_the_largest_size_that_does_not_run_out_of_memory_is_taken(accelerator, monkeypatch, most, found):
+    monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trying)
+    monkeypatch.setattr(memory, "try_training_pass", runs_out_above(most))
+    assert largest_micro_batch_size(accelerator, new_model(), [1, 2, 4, 8, 16], **NEEDS) == found
+
+
+def test_a_model_that_does_not_fit_at_all_is_refused(accelerator, monkeypatch):
+    monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trying)
+    monkeypatch.setattr(memory, "try_training_pass", runs_out_above(0))
+    with pytest.raises(UserError, match="one sequence of 16 tokens does not fit"):
+        largest_micro_batch_size(accelerator, new_model(), [1, 2], **NEEDS)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(accelerator, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(memory, "try_training_pass", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory.fits_by_trying(accelerator, new_model(), 1, **NEEDS)
+
+
+def test_trying_leaves_weights_gradients_and_random_numbers_as_they_were(accelerator):
+    model = new_model(hidden_dropout=0.5).eval()
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    random_state = torch.get_rng_state()
+    assert memory.fits_by_trying(accelerator, model, 2, **NEEDS)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_on_a_cpu_half_of_the_free_memory_is_the_limit(accelerator, monkeypatch):
+    model = new_model()
+    sizes = [1, 2, 4, 8]
+    needed = [
+        estimate_memory(
+            model, optimizer="adamw", mixed_precision="no", micro_batch_size=size, block_size=16,
+            gradient_checkpointing=False,
+        ).total
+        for size in sizes
+    ]  # fmt: skip
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed[2]))
+    assert largest_micro_batch_size(accelerator, model, sizes, **NEEDS) == 4
+    monkeypatch.setattr(memory, "CPU_TOKENS_PER_PASS", 32)
+    assert largest_micro_batch_size(accelerator, model, sizes, **NEEDS) == 2

@@ -1,0 +1,69 @@
+"""Every recipe resolves to a run whose sizes are printed by --dry_run, and every line of it says its unit."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+
+import train_accelerate
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def dry_run(*flags):
+    """(settings, facts) that the command prints."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train_accelerate.main(["--dry_run", "true", *map(str, flags)])
+    lines = [line[2:] for line in output.getvalue().splitlines() if line.startswith("# ")]
+    return yaml.safe_load(output.getvalue()), {line[:20].strip(): line[21:] for line in lines}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_resolves(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, facts = dry_run("--config", recipe)
+    given = yaml.safe_load(recipe.read_text())
+    assert {name: settings[name] for name in given} == given
+    assert facts["steps"] == f"{given['max_steps']:,}"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_number_of_a_recipe_says_what_it_counts(recipe):
+    lines = [line for line in recipe.read_text().splitlines() if line and not line.startswith("#")]
+    silent = [line for line in lines if any(c.isdigit() for c in line.split(": ")[1].split("#")[0]) and "#" not in line]
+    assert not [line for line in silent if not line.startswith(("model_preset", "config_overrides"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "parameters"),
+    [
+        ("gpt2-124m-fineweb-edu", 9_999_745_024, 124_439_808),
+        ("modern-124m-fineweb-edu", 9_999_745_024, None),
+        ("speedrun-124m-fineweb", 1_572_864_000, None),
+        ("gpt2-medium-fineweb-edu", None, 354_823_168),
+        ("gpt2-large-fineweb-edu", None, 774_030_080),
+        ("gpt2-xl-fineweb-edu", None, 1_557_611_200),
+    ],
+)
+def test_published_sizes(name, tokens, parameters):
+    _, facts = dry_run("--config", next(path for path in RECIPES if path.stem == name))
+    assert tokens is None or facts["tokens"].startswith(f"{tokens:,} ")
+    assert parameters is None or facts["parameters"] == f"{parameters:,}"
+
+
+def test_a_dry_run_with_data_counts_its_epochs_and_is_itself_a_recipe(data_dir, tmp_path):
+    from training.blocks import PackedBlocks
+
+    flags = ["--data_dir", data_dir, "--max_steps", 30, "--config_overrides", "hidden_size=32,num_attention_heads=2"]
+    settings, facts = dry_run(*flags, "--output_dir", tmp_path / "run")
+    epochs = 30 * 8 / len(PackedBlocks(data_dir, "train"))
+    assert facts["tokens"] == f"{30 * 8 * 32:,} ({epochs:.2f} epochs of the data)"
+    assert not (tmp_path / "run").exists() and "dry_run" not in settings
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    assert dry_run("--config", tmp_path / "recipe.yaml") == (settings, facts)
