@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from command_line import UserError
-from training.batches import BatchPlan, MicroBatchSampler, plan_batches
+from training.batches import BatchPlan, MicroBatchSampler, plan_batches, samples_of_step
 
 
 def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
@@ -42,6 +42,20 @@ def test_seeking_gives_the_order_of_an_uninterrupted_run(consumed_steps):
     plan = BatchPlan(8, 2, 2)
     resumed = steps(50, plan, 15 - consumed_steps, consumed_samples=8 * consumed_steps)
     assert resumed == steps(50, plan, 15)[consumed_steps:]
+
+
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 5, "first_samples": 2}])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_samples_of_a_step_are_what_all_processes_read_in_it(warmup, num_processes):
+    plan = BatchPlan(8, 2 // num_processes, num_processes, **warmup)
+    samplers = [
+        iter(MicroBatchSampler(50, plan, seed=1, consumed_samples=0, process_index=rank))
+        for rank in range(num_processes)
+    ]
+    for step in range(20):  # more than three epochs
+        passes = [[next(sampler) for sampler in samplers] for _ in range(plan.grad_accum_steps(step))]
+        read = list(itertools.chain.from_iterable(itertools.chain.from_iterable(passes)))
+        assert samples_of_step(50, plan, seed=1, step=step).tolist() == read
 
 
 def test_another_seed_gives_another_order():

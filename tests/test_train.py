@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared_folders import random_rows, write_prepared
 from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[1]
@@ -283,14 +284,74 @@ def test_accumulation_gives_the_losses_of_one_big_batch(data_dir, tmp_path, micr
     assert losses(small) == pytest.approx(losses(big), abs=1e-5)
 
 
-def test_two_processes_train_like_one(data_dir, tmp_path):
-    one = train(data_dir, tmp_path / "one", per_device_train_batch_size=2)
+@pytest.fixture(scope="module")
+def padded_dir(data_dir, tmp_path_factory):
+    """Rows of 1 to 32 real targets: hardly two micro-batches of a step have equally many."""
+    return write_prepared(
+        tmp_path_factory.mktemp("padded") / "data",
+        {"train": [random_rows(40, 32, seed=1)], "validation": [random_rows(7, 32, seed=2)]},
+        tokenizer_dir=data_dir / "tokenizer",
+        block_size=32,
+    )
+
+
+def loss_of_real_targets(model, blocks, indices):
+    """Mean over the targets that are no padding, one sequence without padding at a time, from logits."""
+    nats, targets = 0.0, 0
+    for index in indices:
+        tokens = blocks[index]
+        tokens = tokens[tokens >= 0]
+        nats += torch.nn.functional.cross_entropy(model(tokens[None, :-1]).logits[0], tokens[1:], reduction="sum")
+        targets += len(tokens) - 1
+    return nats / targets
+
+
+def test_padding_has_no_part_in_loss_gradient_and_evaluation(padded_dir, tmp_path):
+    from eval.loading import load_model
+    from training.batches import BatchPlan, samples_of_step
+    from training.blocks import PackedBlocks
+    from training.models import build_model
+
+    run = train(padded_dir, tmp_path, max_steps=1, warmup_steps=0, eval_blocks=7, save_steps=0, seed=3)
+    blocks = PackedBlocks(padded_dir, "train")
+    torch.manual_seed(3)
+    model = build_model(
+        model_preset="modern",
+        config_overrides=TINY,
+        attn_implementation="sdpa",
+        gradient_checkpointing=False,
+        blocks=blocks,
+    )
+    loss = loss_of_real_targets(model, blocks, samples_of_step(40, BatchPlan(8, 4, 1), seed=3, step=0))
+    loss.backward()
+    grad_norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    (row,) = metrics(run)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert row["grad_norm"] == pytest.approx(grad_norm.item(), rel=1e-5)
+    with torch.no_grad():
+        expected = loss_of_real_targets(
+            load_model(str(run)).cpu().eval(), PackedBlocks(padded_dir, "validation"), range(7)
+        )
+    assert row["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_unevenly_padded_micro_batches_add_up_to_one_big_batch(padded_dir, tmp_path, micro_batch):
+    big = train(padded_dir, tmp_path / "big", per_device_train_batch_size=8, save_steps=0, eval_blocks=7)
+    small = train(padded_dir, tmp_path / "small", per_device_train_batch_size=micro_batch, save_steps=0, eval_blocks=7)
+    assert losses(small)[0] == pytest.approx(losses(big)[0], rel=1e-6)
+    assert metrics(small)[0]["grad_norm"] == pytest.approx(metrics(big)[0]["grad_norm"], rel=1e-6)
+    assert losses(small) == pytest.approx(losses(big), abs=1e-5)
+
+
+def test_two_processes_train_like_one(padded_dir, tmp_path):
+    one = train(padded_dir, tmp_path / "one", per_device_train_batch_size=2)
     two = tmp_path / "two"
     configuration = REPOSITORY / "accelerate_configs" / "cpu_two_processes.yaml"
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
     subprocess.run(
         command(
-            data_dir,
+            padded_dir,
             two,
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)),
             per_device_train_batch_size=2,
