@@ -200,7 +200,7 @@ def make_training_step(row: Row, shape: Shape) -> "Callable[[torch.Tensor, float
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
         if row.is_peer:  # it shifts the labels itself
             return forward(input_ids=batch[:, :-1], labels=batch[:, :-1], use_cache=False).loss
-        return summed_loss(forward, batch, num_items=batch[:, 1:].numel())
+        return summed_loss(forward, batch, num_items=(batch[:, 1:] >= 0).sum())
 
     def step(batch: torch.Tensor, learning_rate_factor: float) -> torch.Tensor:
         set_schedule(optimizers, step=0, learning_rate_factor=learning_rate_factor, muon_momentum_warmup_steps=300)

@@ -68,7 +68,7 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
 
 
 def summed_loss(
-    model: nn.Module, batch: torch.Tensor, *, num_items: float = 1, separator: int | None = None
+    model: nn.Module, batch: torch.Tensor, *, num_items: float | torch.Tensor = 1, separator: int | None = None
 ) -> torch.Tensor:
     """Summed next-token loss of `batch` over `num_items`: a scalar in nats, in fp32; no logits are kept.
 
