@@ -130,6 +130,10 @@ class TrainConfig:
     resume_from_checkpoint: str = field(
         default="auto", metadata={"help": "auto (the newest whole one in output_dir), none, or a checkpoint folder"}
     )
+    force_resume: bool = field(
+        default=False,
+        metadata={"help": "go on from a checkpoint of other settings; its place in the data is that step's of the new"},
+    )
 
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
@@ -219,9 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     from training.progress import finish, progress_bar, record, training_metrics
     from training.resume import resume, save
 
-    accelerator = build_accelerator(
-        mixed_precision=config.mixed_precision, optimizer=config.optimizer, ddp_timeout=config.ddp_timeout
-    )
+    accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
     if config.dry_run:
         return dry_run(config, accelerator)
     run = build_run(config, accelerator)
@@ -260,7 +262,7 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
     from training.memory import largest_micro_batch_size
     from training.metrics import peak_flops
     from training.models import build_model
-    from training.optimizers import build_optimizers
+    from training.optimizers import OptimizerChain, build_optimizers
     from training.run import Run
     from training.samples import check_sample_prompts
     from training.sharding import shard_model
@@ -308,10 +310,9 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
         betas=(config.adam_beta1, config.adam_beta2),
         epsilon=config.adam_epsilon,
     )
-    if accelerator.is_fsdp2:
-        model, optimizers = unwrapped_model, [accelerator.prepare_optimizer(optimizer) for optimizer in optimizers]
-    else:
-        model, *optimizers = accelerator.prepare(unwrapped_model, *optimizers)
+    model = unwrapped_model
+    if not accelerator.is_fsdp2:
+        model = accelerator.prepare(model)
         model = torch.compile(model) if config.torch_compile else model
     accelerator.print(
         f"{config.model_preset}: {unwrapped_model.num_parameters():,} parameters on {accelerator.num_processes} x "
@@ -324,6 +325,7 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
         model=model,
         unwrapped_model=unwrapped_model,
         optimizers=optimizers,
+        optimizer=accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False),
         train_blocks=train_blocks,
         eval_blocks=eval_blocks,
         plan=plan,
@@ -376,9 +378,8 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
             accelerator.backward(objective)
         loss += micro_loss
     grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    for optimizer in run.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return loss, whole_tensor(grad_norm), config.learning_rate * factor
 
 

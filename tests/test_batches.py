@@ -4,9 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from command_line import UserError
-from training.batches import BatchPlan, MicroBatchSampler, plan_batches, samples_of_step
+from training.batches import (
+    BatchPlan,
+    MicroBatchSampler,
+    plan_batches,
+    samples_in_order,
+    samples_of_step,
+    training_batches,
+)
 
 
 def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
@@ -116,3 +124,27 @@ def test_the_growth_does_not_depend_on_processes_or_micro_batches():
 def test_a_first_batch_that_does_not_divide_is_refused_with_those_that_do():
     with pytest.raises(UserError, match=r"from 256 tokens .* multiple of 512.* 1024; use 512"):
         warm_plan(micro_batch_size=8)
+
+
+# Seeking
+
+
+class CountedBlocks(torch.utils.data.Dataset):
+    """A million blocks that remember which of them were read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitems__(self, indices):
+        self.read += indices
+        return torch.zeros(len(indices), 5, dtype=torch.int64)
+
+
+def test_a_resumed_run_reads_nothing_that_lies_before_its_position():
+    blocks, plan = CountedBlocks(), BatchPlan(8, 4, 1)
+    common = {"seed": 1, "process_index": 0, "num_workers": 0, "pin_memory": False}
+    next(training_batches(blocks, plan, consumed_samples=8 * 10**9, **common))
+    assert blocks.read == samples_in_order(len(blocks), plan, seed=1, first=8 * 10**9, count=4).tolist()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
-from training.optimizers import build_optimizers, set_schedule
+from training.optimizers import OptimizerChain, build_optimizers, set_schedule
 
 
 def tiny_model(preset="gpt2"):
@@ -74,3 +74,53 @@ def test_the_schedule_scales_each_groups_own_peak_and_warms_muons_momentum_up():
     assert muon.param_groups[0]["lr"] == 0.01 and muon.param_groups[0]["momentum"] == pytest.approx(0.90)
     set_schedule(optimizers, step=1000, learning_rate_factor=0.5, muon_momentum_warmup_steps=300)
     assert muon.param_groups[0]["momentum"] == pytest.approx(0.95)
+
+
+# Loss scale
+
+
+def scaled_steps(model, broken_at=()):
+    """Two updates of a chain of AdamW and Muon under a loss scale; one weight's gradient is infinite at `broken_at`."""
+    optimizers = optimizers_of(model, optimizer="muon", learning_rate=0.01)
+    chain, scaler = OptimizerChain(optimizers), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(2):
+        for index, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * scaler.scale(torch.ones(()))
+        if step in broken_at:
+            model.get_input_embeddings().weight.grad[0, 0] = torch.inf
+        scaler.unscale_(chain)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(chain)
+        scaler.update()
+        chain.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()], scaler.get_scale()
+
+
+def fresh_model():
+    torch.manual_seed(0)
+    return tiny_model("modern")
+
+
+def test_under_a_loss_scale_a_chain_of_optimizers_makes_the_updates_of_none():
+    model = fresh_model()
+    optimizers = optimizers_of(model, optimizer="muon", learning_rate=0.01)
+    for step in range(2):
+        for index, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+    found, scale = scaled_steps(fresh_model())
+    assert scale == 1024.0
+    for expected, weight in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(weight, expected.detach())
+
+
+def test_an_overflow_in_one_optimizers_gradients_stops_all_of_them_for_that_step():
+    untouched = [parameter.detach().clone() for parameter in fresh_model().parameters()]
+    found, scale = scaled_steps(fresh_model(), broken_at=(0, 1))
+    assert all(torch.equal(before, after) for before, after in zip(untouched, found, strict=True)) and scale == 256.0
+    found, scale = scaled_steps(fresh_model(), broken_at=(0,))
+    assert not any(torch.equal(before, after) for before, after in zip(untouched, found, strict=True)) and scale == 512

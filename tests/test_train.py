@@ -15,6 +15,8 @@ import torch
 from prepared_folders import random_rows, write_prepared
 from safetensors.torch import load_file
 
+from command_line import UserError
+
 REPOSITORY = Path(__file__).parents[1]
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
 FLAGS = {
@@ -121,6 +123,14 @@ def test_a_run_resumed_anywhere_ends_bit_identical(finished, data_dir, tmp_path,
     )
     assert_same_weights(finished, resumed)
     assert losses(resumed) == losses(finished)[step:]
+
+
+def test_a_second_resume_ends_bit_identical_too(finished, data_dir, tmp_path):
+    flags = {"config_overrides": TINY + ",hidden_dropout=0.1"}
+    first = train(data_dir, tmp_path / "1", resume_from_checkpoint=finished / "checkpoints" / "step_0000003", **flags)
+    second = train(data_dir, tmp_path / "2", resume_from_checkpoint=first / "checkpoints" / "step_0000006", **flags)
+    assert_same_weights(finished, second)
+    assert losses(second) == losses(finished)[6:]
 
 
 def test_muon_resumes_bit_identical_too(data_dir, tmp_path):
@@ -277,6 +287,17 @@ def test_changed_settings_are_refused_and_listed(finished, data_dir, capsys):
     assert "learning_rate was 0.01, is 0.005" in message and "hidden_dropout was 0.1, is 0.0" in message
 
 
+@pytest.mark.parametrize("changes", [{"learning_rate": 5e-3}, {"optimizer": "muon"}], ids=["rate", "optimizer"])
+def test_changed_settings_can_be_forced_and_are_listed(finished, data_dir, tmp_path, capsys, changes):
+    checkpoint = finished / "checkpoints" / "step_0000006"
+    forced = train(data_dir, tmp_path, force_resume=True, resume_from_checkpoint=checkpoint, **changes)
+    printed = capsys.readouterr().out
+    name, value = next(iter(changes.items()))
+    assert f"{name} was" in printed and f"is {value!r}" in printed and "hidden_dropout was 0.1, is 0.0" in printed
+    assert [row["step"] for row in metrics(forced)] == [7, 8]
+    assert losses(forced)[0] < losses(finished)[3] and losses(forced)[0] != losses(finished)[6]
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_accumulation_gives_the_losses_of_one_big_batch(data_dir, tmp_path, micro_batch):
     big = train(data_dir, tmp_path / "big", per_device_train_batch_size=8, save_steps=0)
@@ -425,6 +446,17 @@ def test_bf16_trains_and_saves_fp32_weights(data_dir, tmp_path):
     assert losses(run)[-1] < losses(run)[0] - 0.5
 
 
+def test_bf16_is_refused_where_it_is_only_emulated(monkeypatch):
+    from training.launch import refuse_emulated_bf16
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(UserError, match="Tesla T4 has no bf16: use --mixed_precision fp16"):
+        refuse_emulated_bf16(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    refuse_emulated_bf16(torch.device("cuda"))
+
+
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_eager_one(finished, data_dir, tmp_path):
     eager = train(data_dir, tmp_path / "eager")
@@ -524,7 +556,6 @@ sys.meta_path.insert(0, Absent())
         ({"adam_epsilon": -1}, "--adam_epsilon -1.0 must be at least 0"),
         ({"learning_rate": "nan"}, "--learning_rate nan"),
         ({"learning_rate": "inf"}, "--learning_rate inf"),
-        ({"optimizer": "muon", "mixed_precision": "fp16"}, "--optimizer muon does not go with fp16"),
         ({"total_batch_size": -64}, "--total_batch_size -64 must be at least 1"),
         ({"config_overrides": TINY + ",initializer_range=-1"}, "error: "),
         ({"seed": 2**64}, f"--seed {2**64} must be at most"),

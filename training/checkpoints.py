@@ -136,8 +136,8 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Load weights and optimizer state in place.
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
+    """Load weights and optimizer state in place; with None for the optimizers, the weights alone.
 
     Raises UserError, naming one, if the checkpoint's tensors are not those of this model.
     """
@@ -152,23 +152,19 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[tor
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(saved[name], parameter))
-    load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
+    if optimizers is not None:
+        load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
 
 
-def refuse_changed_settings(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise UserError listing every setting that differs, the model's own by their names."""
+def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Every setting that differs, the model's own by their names, as 'name was X, is Y'."""
     saved = saved | saved["model"]
     current = current | current["model"]
-    differing = [
+    return [
         f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
         for name in sorted(saved.keys() | current.keys())
         if name != "model" and saved.get(name) != current.get(name)
     ]
-    if differing:
-        raise UserError(
-            f"{checkpoint} was made under other settings: {'; '.join(differing)}; put them back, "
-            f"or start over with --resume_from_checkpoint none or another --output_dir"
-        )
 
 
 def optimizer_state(

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from command_line import UserError
 
 
-def build_accelerator(*, mixed_precision: str | None, optimizer: str, ddp_timeout: int) -> Accelerator:
+def build_accelerator(*, mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
     """Join the processes. ddp_timeout: seconds that one waits for the others before the run ends with an error.
 
     Raises UserError where a launch would silently train one copy per process, or asks for what this loop cannot do.
@@ -42,8 +42,8 @@ def build_accelerator(*, mixed_precision: str | None, optimizer: str, ddp_timeou
         )
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         raise UserError(f"the launcher asks for precision {accelerator.mixed_precision!r}; there are no, fp16 and bf16")
-    if accelerator.mixed_precision == "fp16" and optimizer == "muon":
-        raise UserError("--optimizer muon does not go with fp16: the loss scale serves one optimizer; use bf16 or no")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cuda":
+        refuse_emulated_bf16(accelerator.device)
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError(
             f"the Accelerate configuration sets gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
@@ -52,6 +52,14 @@ def build_accelerator(*, mixed_precision: str | None, optimizer: str, ddp_timeou
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         set_up_fsdp(accelerator)
     return accelerator
+
+
+def refuse_emulated_bf16(device: torch.device) -> None:
+    """Raise UserError on GPUs older than the A100's generation, which have no matrix units for bf16 and emulate it."""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has no bf16: use --mixed_precision fp16, which scales the loss"
+        )
 
 
 def refuse_other_engines() -> None:

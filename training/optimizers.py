@@ -44,6 +44,35 @@ def build_optimizers(
     return [adamw, muon([_group(by_muon, muon_learning_rate, weight_decay)], nesterov=True)]
 
 
+class OptimizerChain(torch.optim.Optimizer):
+    """Several optimizers as one: under a loss scale gradients are unscaled once, and either all of them step or none.
+
+    `GradScaler` decides for each optimizer by that one's own gradients; the layers would go on while the embedding,
+    whose gradients overflowed, stays.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+        # Not Optimizer.__init__, which takes parameters into groups and state of its own.
+        self.optimizers = list(optimizers)
+        self.defaults = {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict]:
+        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+
+    def step(self, closure: None = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
 def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trained matrices inside the layers."""
     return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in name]

@@ -11,11 +11,11 @@ from accelerate.utils import broadcast_object_list
 from command_line import UserError
 from training.batches import training_batches
 from training.checkpoints import (
+    changed_settings,
     checkpoint_to_resume,
     load_checkpoint,
     optimizer_state,
     read_trainer_state,
-    refuse_changed_settings,
     save_checkpoint,
     set_aside_later_checkpoints,
 )
@@ -53,10 +53,22 @@ def resume(run: Run) -> None:
 
 
 def restore(run: Run, checkpoint: Path) -> None:
-    """Weights, optimizer state, loss scale and step of a checkpoint that was made under this run's settings."""
+    """Weights, optimizer state, loss scale and step of a checkpoint that was made under this run's settings.
+
+    Under others only with --force_resume, and then with fresh optimizer state where the optimizer is another one.
+    Raises UserError listing every setting that differs.
+    """
     state = read_trainer_state(checkpoint)
-    refuse_changed_settings(checkpoint, state["settings"], settings_of_every_update(run))
-    load_checkpoint(checkpoint, run.unwrapped_model, run.optimizers)
+    differing = "; ".join(changed_settings(state["settings"], settings_of_every_update(run)))
+    if differing and not run.config.force_resume:
+        raise UserError(
+            f"{checkpoint} was made under other settings: {differing}; put them back, go on all the same with "
+            f"--force_resume true, or start over with --resume_from_checkpoint none or another --output_dir"
+        )
+    if differing:
+        run.accelerator.print(f"--force_resume: {differing}")
+    same_optimizer = state["settings"]["optimizer"] == run.config.optimizer
+    load_checkpoint(checkpoint, run.unwrapped_model, run.optimizers if same_optimizer else None)
     run.step, run.wall_time_s, run.run_id = state["step"], state["wall_time_s"], state["run_id"]
     if run.accelerator.scaler is not None and state["grad_scaler"]:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])

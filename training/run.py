@@ -31,6 +31,7 @@ class Run:
     model: torch.nn.Module  # wrapped and maybe compiled: what is trained
     unwrapped_model: GPT2ModernForCausalLM  # the same weights: what is evaluated, sampled from and saved
     optimizers: list[torch.optim.Optimizer]
+    optimizer: torch.optim.Optimizer  # all of them as one, under Accelerate: what steps
     train_blocks: PackedBlocks
     eval_blocks: PackedBlocks
     plan: BatchPlan
