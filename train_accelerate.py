@@ -146,6 +146,25 @@ class TrainConfig:
     )
     sample_max_new_tokens: int = field(default=64, metadata={"help": "tokens of each sample at most"})
 
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the model folder in the background"})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "repository, owner/name; default: output_dir's name, with your account"}
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = field(
+        default="end",
+        metadata={
+            "help": "end: the finished model; every_save: also each checkpoint's, in its place; checkpoint: also each "
+            "checkpoint's, in the repository's folder last-checkpoint"
+        },
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "whether a new repository is private; default: as its owner has set"}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "branch to upload to; made where it is missing"})
+    license: str | None = field(
+        default=None, metadata={"help": "the model's licence in its card: an identifier of the Hub, as apache-2.0"}
+    )
+
     def __post_init__(self):
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
@@ -177,11 +196,23 @@ class TrainConfig:
         for name in self.report_to:
             if name not in ("none", "trackio", "tensorboard", "wandb"):
                 raise ValueError(f"--report_to {name}: there are none, trackio, tensorboard and wandb")
+        self.check_hub_model_id()
         if self.data_dir and self.output_dir and Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
         self.schedule()
+
+    def check_hub_model_id(self) -> None:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        name = self.hub_model_id or (self.output_dir and Path(self.output_dir).resolve().name)
+        if self.push_to_hub and name:
+            try:
+                validate_repo_id(name)
+            except HFValidationError:
+                raise ValueError(f"--hub_model_id {name!r} is no repository name; give owner/name") from None
 
     def batch_plan(self, block_size: int, num_processes: int) -> "BatchPlan":
         """How a step is divided; with an automatic micro-batch, for now, into single sequences."""
@@ -220,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from training.dry_run import dry_run
     from training.launch import build_accelerator
-    from training.progress import finish, progress_bar, record, training_metrics
+    from training.progress import finish, progress_bar, publish_checkpoint, record, training_metrics
     from training.resume import resume, save
 
     accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
@@ -243,6 +274,7 @@ def main(argv: list[str] | None = None) -> None:
                 record(run, bar, metrics)
             if is_due(run.step, config.save_steps) or (last and config.save_steps > 0):
                 save(run)
+                publish_checkpoint(run)
             bar.update()
     if "eval_loss" not in metrics:  # nothing was left to train
         metrics = evaluate(run)

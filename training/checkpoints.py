@@ -25,6 +25,7 @@ STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MODEL_FILE = "model.safetensors"
 CHECKSUM_FILE = "checksums.json"  # written last: a folder without it is not a checkpoint
+TRAINING_STATE_FILES = {STATE_FILE, OPTIMIZER_FILE, CHECKSUM_FILE}  # the rest of a checkpoint is a model folder
 
 
 def save_checkpoint(

@@ -31,14 +31,16 @@ def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: P
         path.chmod(0o666 & ~umask)
 
 
-def export_model(model: PreTrainedModel, output_dir: Path, *, tokenizer_path: Path, eos_token_id: int) -> None:
-    """Put the model folder's files beside a run's records; each file appears whole or not at all."""
+def export_model(model: PreTrainedModel, output_dir: Path, *, tokenizer_path: Path, eos_token_id: int) -> list[str]:
+    """Put the model folder's files beside a run's records; each file appears whole or not at all. Returns names."""
     temporary = output_dir / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_model_folder(model, temporary, tokenizer_path=tokenizer_path, eos_token_id=eos_token_id)
-    for path in temporary.iterdir():
-        path.replace(output_dir / path.name)
+    names = sorted(path.name for path in temporary.iterdir())
+    for name in names:
+        (temporary / name).replace(output_dir / name)
     temporary.rmdir()
+    return names
 
 
 def write_resolved_config(path: Path, settings: dict[str, Any]) -> None:

@@ -1,19 +1,19 @@
-"""README.md of a finished run: what was trained on what, how it went, how to load it."""
+"""README.md of a run: what was trained on what, how it went, how to load it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATE = """\
 ---
 {{ card_data }}
 ---
 
-# {{ name }}
+# {{ title }}
 
-A {{ parameters }}-parameter GPT-2-class language model (preset `{{ preset }}`), trained with GPT2-Modern on
-{{ corpus }}.
+{{ description }}
 
 ## Use
 
@@ -25,8 +25,8 @@ generate = pipeline("text-generation", model="{{ name }}", trust_remote_code=Tru
 print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
 ```
 
-The model's code is part of this folder, hence `trust_remote_code=True`. It is a base model: it continues text and
-follows no instructions.
+The model's code is part of this folder, hence `trust_remote_code=True`. It continues text; unless it was trained on
+conversations it follows no instructions.
 
 ## Results
 
@@ -37,15 +37,34 @@ follows no instructions.
 {% endfor %}
 ![training curves](training_curves.png)
 
+{% if samples -%}
+## Samples
+
+What the model wrote after fixed prompts at step {{ samples[0].step }}, drawn at temperature 0.8 from the 50 likeliest
+tokens, not chosen:
+{% for sample in samples %}
+{{ sample.block }}
+{% endfor %}
+{% endif -%}
+## Data
+
+| property | value |
+|---|---|
+{% for label, value in data -%}
+| {{ label }} | {{ value }} |
+{% endfor %}
 ## Training
 
-Every setting is in `resolved_config.yaml`; the numbers of each logged step are in `metrics.jsonl`.
+The numbers of each logged step are in `metrics.jsonl`; `resolved_config.yaml` repeats the run.
 
 | setting | value |
 |---|---|
 {% for label, value in settings -%}
 | {{ label }} | {{ value }} |
 {% endfor %}
+## Licence
+
+{{ licence }} The modelling code is Apache-2.0.
 """
 
 
@@ -54,26 +73,35 @@ def write_model_card(
     *,
     name: str,
     preset: str,
+    base_model: str | None,
+    license: str | None,
     manifest: dict[str, Any],
     summary: dict[str, Any],
+    max_steps: int,
+    samples: list[dict[str, Any]],
     settings: dict[str, Any],
 ) -> None:
-    """Write the card from the data's manifest, `summary` (the contents of summary.json) and the run's `settings`."""
-    name_or_files = manifest["source"]["name"]
-    source_name = name_or_files if isinstance(name_or_files, str) else ", ".join(name_or_files)
-    is_stdlib = source_name == "stdlib"
+    """Write the card of a model that was trained from scratch or from `base_model` (Hub id or folder).
+
+    summary: the contents of summary.json; samples: rows of samples.jsonl, of which the last step's are shown.
+    """
+    dataset_id, base_id = _hub_id(_source_name(manifest)), _hub_id(base_model)
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["gpt2-modern", "custom_code"],
+            license=license,
+            datasets=dataset_id,
+            base_model=base_id,
+            model_name=name,
+            eval_results=_eval_results(dataset_id, manifest, summary),
         ),
         template_str=TEMPLATE,
         name=name,
-        preset=preset,
-        parameters=f"{summary['params']:,}",
-        corpus="the source code of Python's standard library" if is_stdlib else f"`{source_name}`",
-        prompt=repr("def " if is_stdlib else "The"),
+        title=name.split("/")[-1],
+        description=_description(preset, base_model, manifest, summary, max_steps),
+        prompt=repr("def " if _source_name(manifest) == "stdlib" else "The"),
         results=[
             ("validation loss (nats/token)", _rounded(summary["eval_loss"])),
             ("validation bits per byte", _rounded(summary["bits_per_byte"])),
@@ -82,9 +110,82 @@ def write_model_card(
             ("training time (s)", _rounded(summary["wall_time_s"])),
             ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
         ],
+        samples=[
+            {"step": sample["step"], "block": _fenced(sample["prompt"] + sample["text"])}
+            for sample in samples
+            if sample["step"] == samples[-1]["step"]
+        ],
+        data=_data(manifest, summary),
         settings=sorted(settings.items()),
+        licence=f"The weights: {license}." if license else "Who trained the weights has stated none for them.",
     )
     card.save(path)
+
+
+def _description(
+    preset: str, base_model: str | None, manifest: dict[str, Any], summary: dict[str, Any], max_steps: int
+) -> str:
+    kind = f"A {summary['params']:,}-parameter GPT-2-class language model (preset `{preset}`)"
+    if base_model:
+        kind += f", trained further from `{_hub_id(base_model) or Path(base_model).name}`"
+    is_stdlib = _source_name(manifest) == "stdlib"
+    corpus = "the source code of Python's standard library" if is_stdlib else f"`{_source_name(manifest)}`"
+    text = f"{kind}, trained with GPT2-Modern on {corpus}."
+    if summary["steps"] < max_steps:
+        text += f" This is a checkpoint: step {summary['steps']:,} of {max_steps:,}."
+    return text
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it reads owner/name and is no path here."""
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _source_name(manifest: dict[str, Any]) -> str:
+    name_or_files = manifest["source"]["name"]
+    return name_or_files if isinstance(name_or_files, str) else ", ".join(name_or_files)
+
+
+def _data(manifest: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
+    train, validation = manifest["splits"]["train"], manifest["splits"]["validation"]
+    tokenizer = manifest["tokenizer"]["name"]
+    kind = f"`{tokenizer}`" if tokenizer else "BPE trained on this data"
+    return [
+        ("source", _source_name(manifest)),
+        ("training documents", f"{train['documents']:,}"),
+        ("training tokens", f"{train['tokens']:,} (seen {summary['tokens_seen'] / train['tokens']:.2f} times)"),
+        ("validation tokens", f"{validation['tokens']:,}"),
+        ("validation text", manifest.get("validation_rule", "not recorded")),
+        ("tokenizer", f"{kind}, {manifest['vocab_size']:,} entries"),
+        ("packing", f"{manifest['packing']}, blocks of {manifest['block_size']:,} tokens"),
+    ]
+
+
+def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dict[str, Any]) -> list[EvalResult] | None:
+    measures = {"loss": "Loss (nats/token)", "bits_per_byte": "Bits per byte"}
+    values = {"loss": summary["eval_loss"], "bits_per_byte": summary["bits_per_byte"]}
+    if values["loss"] is None:
+        return None
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_id or "text",
+            dataset_name=_source_name(manifest),
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=label,
+            metric_value=round(values[metric], 4),
+        )
+        for metric, label in measures.items()
+    ]
+
+
+def _fenced(text: str) -> str:
+    """`text` as a block of Markdown whose fence is longer than any in it."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def _rounded(value: float | None) -> str:

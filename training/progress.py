@@ -3,12 +3,16 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from command_line import warn
+from training.checkpoints import TRAINING_STATE_FILES, list_checkpoints
 from training.export import export_model
+from training.hub import stage_files, upload_last
 from training.metrics import (
     bits_per_byte,
     model_flops_utilization,
@@ -20,6 +24,17 @@ from training.model_card import write_model_card
 from training.run import Run, chosen_settings, stop_if_not_finite
 from training.samples import on_one_line
 from training.sharding import whole_model
+
+# What is published beside the model, where a run has it.
+RECORDS = (
+    "README.md", "summary.json", "metrics.jsonl", "samples.jsonl", "training_curves.png", "resolved_config.yaml",
+)  # fmt: skip
+# Settings that say where a run lay and who was told of it, not how the model was made.
+NOT_OF_THE_RECIPE = {
+    "data_dir", "output_dir", "resume_from_checkpoint", "report_to", "project", "run_name", "sample_prompts",
+    "sample_max_new_tokens", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision",
+    "license",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -102,46 +117,83 @@ def bar_numbers(metrics: dict[str, Any], remaining_s: float) -> str:
 
 
 def finish(run: Run, eval_loss: float) -> None:
-    """Export the Hub-ready folder with its card and summary, and say where it is.
+    """Export the Hub-ready folder with its card and summary, publish it if that is asked for, and say where it is.
 
     eval_loss: of an evaluation at the last step (nats/token).
     """
     run.stopwatch.pause()
     model = whole_model(run.unwrapped_model, keep=run.accelerator.is_main_process)
+    files = []
     if run.accelerator.is_main_process:
-        rows, output_dir = run.log.rows, run.output_dir
         summary = summarize(run, eval_loss)
-        export_model(
+        names = export_model(
             model,
-            output_dir,
+            run.output_dir,
             tokenizer_path=run.train_blocks.tokenizer_path,
             eos_token_id=run.train_blocks.eos_token_id,
         )
-        write_json(output_dir / "summary.json", summary)
-        plot_training_curves(rows, output_dir / "training_curves.png")
-        settings = chosen_settings(run.config)
-        for local in ("data_dir", "output_dir", "resume_from_checkpoint"):  # mean nothing to a reader
-            settings.pop(local)
-        if run.config.optimizer == "adamw":
-            settings.pop("muon_learning_rate")
-        write_model_card(
-            output_dir / "README.md",
-            name=output_dir.resolve().name,
-            preset=run.config.model_preset,
-            manifest=run.train_blocks.manifest,
-            summary=summary,
-            settings=settings,
-        )
-        print(f"finished: validation loss {eval_loss:.4f} nats/token, model in {output_dir}")
+        write_json(run.output_dir / "summary.json", summary)
+        plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
+        write_card(run, run.output_dir / "README.md", summary)
+        files = [run.output_dir / name for name in [*names, *RECORDS] if (run.output_dir / name).exists()]
+        print(f"finished: validation loss {eval_loss:.4f} nats/token, model in {run.output_dir}")
     run.accelerator.wait_for_everyone()
     run.model = None  # DistributedDataParallel must be gone before the process group it reduces over
     run.accelerator.free_memory()
     run.accelerator.end_training()
+    if run.uploader is not None:  # when no other process waits: their patience is shorter than an upload may be
+        print(upload_last(run.uploader, run.output_dir, commit_message=f"Model after {run.step} steps", files=files))
 
 
-def summarize(run: Run, eval_loss: float) -> dict[str, Any]:
-    """The contents of summary.json."""
+def publish_checkpoint(run: Run) -> None:
+    """Start to upload the newest checkpoint's model folder, unless the upload before it is still going on or the
+    finished model follows at once."""
+    if run.uploader is None or run.config.hub_strategy == "end":
+        return
+    if run.uploader.is_busy or run.step == run.config.max_steps:
+        return
+    run.stopwatch.pause()
+    staged = run.output_dir / ".hub_upload"
+    try:
+        plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
+        checkpoint = list_checkpoints(run.checkpoints_dir)[0]
+        model_files = [path for path in checkpoint.iterdir() if path.name not in TRAINING_STATE_FILES]
+        records = [run.output_dir / name for name in RECORDS if name not in ("README.md", "summary.json")]
+        stage_files([*model_files, *(path for path in records if path.exists())], staged)
+        write_card(run, staged / "README.md", summarize(run, None))
+    except OSError as error:
+        warn(f"--push_to_hub: step {run.step} is not uploaded: {error}")
+    else:
+        run.uploader.upload(
+            staged,
+            commit_message=f"Checkpoint of step {run.step}",
+            path_in_repo="last-checkpoint" if run.config.hub_strategy == "checkpoint" else None,
+        )
+    run.stopwatch.resume()
+
+
+def write_card(run: Run, path: Path, summary: dict[str, Any]) -> None:
+    settings = {name: value for name, value in chosen_settings(run.config).items() if name not in NOT_OF_THE_RECIPE}
+    if run.config.optimizer == "adamw":
+        settings = {name: value for name, value in settings.items() if not name.startswith("muon_")}
+    write_model_card(
+        path,
+        name=run.uploader.repo_id if run.uploader else run.output_dir.resolve().name,
+        preset=run.config.model_preset,
+        base_model=run.unwrapped_model.config.name_or_path or None,
+        license=run.config.license,
+        manifest=run.train_blocks.manifest,
+        summary=summary,
+        max_steps=run.config.max_steps,
+        samples=run.sample_log.rows if run.sample_log else [],
+        settings=settings,
+    )
+
+
+def summarize(run: Run, eval_loss: float | None) -> dict[str, Any]:
+    """The contents of summary.json; eval_loss None: that of the last evaluation, if there was one."""
     last = {key: value for row in run.log.rows for key, value in row.items()}  # the newest value of each measure
+    eval_loss = last.get("eval_loss") if eval_loss is None else eval_loss
     wall_time_s = run.wall_time_s + run.stopwatch.total_s
     return {
         "params": run.unwrapped_model.num_parameters(),
@@ -149,7 +201,7 @@ def summarize(run: Run, eval_loss: float) -> dict[str, Any]:
         "tokens_seen": run.tokens_seen,
         "train_loss": last.get("loss"),
         "eval_loss": eval_loss,
-        "bits_per_byte": bits_per_byte(eval_loss, run.eval_blocks.bytes_per_token),
+        "bits_per_byte": None if eval_loss is None else bits_per_byte(eval_loss, run.eval_blocks.bytes_per_token),
         "tokens_per_second": run.tokens_seen / wall_time_s,
         "wall_time_s": wall_time_s,
         "peak_memory_gib": max([row.get("peak_memory_gib", 0.0) for row in run.log.rows], default=None),

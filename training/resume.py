@@ -20,6 +20,7 @@ from training.checkpoints import (
     set_aside_later_checkpoints,
 )
 from training.export import save_model_folder, write_resolved_config
+from training.hub import HubUploader
 from training.metrics import MetricsLog, Stopwatch
 from training.models import summed_loss
 from training.run import Run, chosen_settings, stop_if_not_finite
@@ -114,6 +115,12 @@ def open_output_dir(run: Run) -> None:
         resumed_step=run.step,
         logged_step=run.log.last_step if run.step else 0,
     )
+    if run.config.push_to_hub:
+        run.uploader = HubUploader(
+            run.config.hub_model_id or run.output_dir.resolve().name,
+            private=run.config.hub_private_repo,
+            revision=run.config.hub_revision,
+        )
 
 
 def settle_gradient_buckets(run: Run) -> None:

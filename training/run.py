@@ -15,6 +15,7 @@ from command_line import UserError
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from training.batches import BatchPlan
 from training.blocks import PackedBlocks
+from training.hub import HubUploader
 from training.launch import RollCall
 from training.metrics import MetricsLog, Stopwatch
 from training.schedules import Schedule
@@ -48,6 +49,7 @@ class Run:
     sample_log: MetricsLog = None
     samples: list[dict[str, Any]] = field(default_factory=list)  # of the last evaluation: step, prompt, text
     trackers: Trackers = None
+    uploader: HubUploader = None
 
     @property
     def tokens_seen(self) -> int:
