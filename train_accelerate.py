@@ -394,7 +394,10 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     torch.manual_seed(hash_seed(config.seed, run.step, accelerator.process_index))
     samples = samples_of_step(len(run.train_blocks), run.plan, seed=config.seed, step=run.step)
     # DistributedDataParallel averages gradients over processes; dividing by the targets per process makes it a sum.
-    targets_per_process = run.train_blocks.num_targets(samples) / accelerator.num_processes
+    # A tensor, because a compiled step would be compiled again for another number.
+    targets_per_process = torch.tensor(
+        run.train_blocks.num_targets(samples) / accelerator.num_processes, device=accelerator.device
+    )
     separator = run.train_blocks.eos_token_id if config.document_masking else None
     grad_accum_steps = run.plan.grad_accum_steps(run.step)
 

@@ -1,5 +1,6 @@
 """The training loop: exact resume, the same losses however the work is divided, a folder that stock code loads."""
 
+import functools
 import json
 import os
 import re
@@ -455,6 +456,23 @@ def test_bf16_is_refused_where_it_is_only_emulated(monkeypatch):
         refuse_emulated_bf16(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     refuse_emulated_bf16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("document_masking", [False, True], ids=["plain", "masked"])
+def test_a_compiled_step_is_never_compiled_again(data_dir, tmp_path, monkeypatch, document_masking):
+    """Evaluations, samples, checkpoints and a growing batch come between the steps; the compiler may trace once."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    flags = {"torch_compile": True, "sample_prompts": "def", "document_masking": document_masking, **WARM_UP}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = train(data_dir, tmp_path, **flags)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    keys = (
+        load_file(compiled / "model.safetensors").keys()
+        | load_file(compiled / "checkpoints" / "step_0000003" / "optimizer.safetensors").keys()
+    )
+    assert not [key for key in keys if "_orig_mod" in key or key.startswith("module.")]
 
 
 @pytest.mark.slow

@@ -68,7 +68,11 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
 
 
 def summed_loss(
-    model: nn.Module, batch: torch.Tensor, *, num_items: float | torch.Tensor = 1, separator: int | None = None
+    model: nn.Module,
+    batch: torch.Tensor,
+    *,
+    num_items: float | torch.Tensor = 1,
+    separator: int | None = None,
 ) -> torch.Tensor:
     """Summed next-token loss of `batch` over `num_items`: a scalar in nats, in fp32; no logits are kept.
 
@@ -81,7 +85,7 @@ def summed_loss(
 
 
 def objective_and_loss(
-    model: nn.Module, batch: torch.Tensor, *, num_items: float, separator: int | None, z_loss: float
+    model: nn.Module, batch: torch.Tensor, *, num_items: float | torch.Tensor, separator: int | None, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is minimised, `summed_loss` plus z-loss with the coefficient `z_loss`; and `summed_loss` alone, detached."""
     if not z_loss:
@@ -91,7 +95,9 @@ def objective_and_loss(
     return output.loss, output.loss.detach() - output.z_loss
 
 
-def _loss_output(model: nn.Module, batch: torch.Tensor, num_items: float, separator: int | None, **kwargs) -> Any:
+def _loss_output(
+    model: nn.Module, batch: torch.Tensor, num_items: float | torch.Tensor, separator: int | None, **kwargs
+) -> Any:
     input_ids = batch[:, :-1].clamp(min=0)
     return model(
         input_ids=input_ids,
