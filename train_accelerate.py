@@ -3,8 +3,13 @@
     python train_accelerate.py --config recipes/demo.yaml --data_dir data/stdlib --output_dir out/demo
     accelerate launch --config_file accelerate_configs/one_gpu_bf16.yaml train_accelerate.py --config ... [--flag value]
     accelerate launch --config_file accelerate_configs/eight_gpus_ddp.yaml train_accelerate.py --config ...
+    accelerate launch --config_file accelerate_configs/two_nodes_ddp.yaml --machine_rank 0 --main_process_ip HOST0 ...
+    accelerate launch --config_file accelerate_configs/fsdp2_one_node.yaml train_accelerate.py --config ...
+    torchrun --nproc_per_node 8 train_accelerate.py --config ... --mixed_precision bf16
+    sbatch accelerate_configs/slurm_two_nodes.sbatch --config ...
 
-The command line wins over the recipe. The process count comes from the launcher; every hyperparameter comes from here.
+On two nodes the second gets --machine_rank 1. The command line wins over the recipe. The process count comes from the
+launcher; every hyperparameter comes from here.
 """
 
 import contextlib
@@ -348,7 +353,8 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
         model = torch.compile(model) if config.torch_compile else model
     accelerator.print(
         f"{config.model_preset}: {unwrapped_model.num_parameters():,} parameters on {accelerator.num_processes} x "
-        f"{accelerator.device.type}, precision {accelerator.mixed_precision}; {plan.samples_per_step} x "
+        f"{accelerator.device.type}{', sharded by FSDP2' if accelerator.is_fsdp2 else ''}, "
+        f"precision {accelerator.mixed_precision}; {plan.samples_per_step} x "
         f"{train_blocks.block_size} tokens per step, {plan.grad_accum_steps(config.max_steps)} forward passes each"
     )
     return Run(

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from command_line import parse_arguments
 from eval.generate import GenerateConfig
@@ -66,14 +65,6 @@ def test_recipes_parse_and_name_models_that_exist(recipe):
 
     parsed = parse_arguments(TrainConfig, ["--config", str(recipe), "--data_dir", "data", "--output_dir", "out"])
     GPT2ModernConfig.from_preset(parsed.model_preset, **parse_config_overrides(parsed.config_overrides))
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_every_launch_configuration(path):
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    configuration = load_config_from_file(str(path))
-    assert configuration.num_processes == yaml.safe_load(path.read_text())["num_processes"]
 
 
 def test_the_readme_names_every_module():

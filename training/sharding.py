@@ -63,7 +63,6 @@ def whole_model(model: GPT2ModernForCausalLM, *, keep: bool) -> GPT2ModernForCau
     """
     if not is_sharded(model):
         return model
-    reshard(model)
     weights = {}
     for name, parameter in model.named_parameters():
         weight = whole_tensor(parameter.detach())

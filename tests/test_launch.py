@@ -1,0 +1,298 @@
+"""Every way to start the trainer gives the same losses: launchers, processes, nodes, shards; none waits for ever."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_train import ENVIRONMENT, REPOSITORY, TINY, assert_same_weights, command, losses, metrics, train
+
+CONFIGURATIONS = REPOSITORY / "accelerate_configs"
+SETTINGS = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 6,
+    "eval_steps": 3,
+    "eval_blocks": 5,  # two processes make three and two passes
+    "per_device_eval_batch_size": 1,
+    "ddp_timeout": 120,
+}
+SPEEDRUN = {"model_preset": "speedrun", "optimizer": "muon", "embedding_learning_rate": 0.1}
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+SHARDED = "2 x cpu, sharded by FSDP2"
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def environment(**more):
+    """That of a shell on a machine whose GPUs, if it has any, are hidden."""
+    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
+    return plain | {"CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | more
+
+
+def launch(data_dir, output_dir, *launcher, says, variables=(), **changes):
+    """Train in processes of their own, started by `launcher`; `says`: how the trainer understood its launch."""
+    arguments = command(data_dir, output_dir, *launcher, **(SETTINGS | changes))
+    result = subprocess.run(
+        arguments, env=environment(**dict(variables)), capture_output=True, text=True, timeout=200, cwd=REPOSITORY
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f" on {says}, precision no" in result.stdout
+    return output_dir
+
+
+def eval_losses(run):
+    return [row["eval_loss"] for row in metrics(run) if "eval_loss" in row]
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """Six steps in one process, with a checkpoint at the third."""
+    return train(data_dir, tmp_path_factory.mktemp("whole"), **SETTINGS)
+
+
+ONE_PROCESS = {
+    "python": (sys.executable,),
+    "accelerate launch": (*ACCELERATE, str(CONFIGURATIONS / "cpu.yaml")),
+    "torchrun": (*TORCHRUN, "1"),
+}
+
+
+@pytest.mark.parametrize("launcher", ONE_PROCESS.values(), ids=ONE_PROCESS)
+def test_one_process_is_bit_identical_however_it_is_started(whole, data_dir, tmp_path, launcher):
+    run = launch(data_dir, tmp_path, *launcher, says="1 x cpu")
+    assert losses(run) == losses(whole)
+    assert_same_weights(run, whole)
+
+
+TWO_PROCESSES = {
+    "accelerate launch": (*ACCELERATE, str(CONFIGURATIONS / "cpu_two_processes.yaml")),
+    "torchrun": (*TORCHRUN, "2"),
+}
+
+
+@pytest.mark.parametrize("launcher", TWO_PROCESSES.values(), ids=TWO_PROCESSES)
+def test_two_processes_train_like_one(whole, data_dir, tmp_path, launcher):
+    run = launch(data_dir, tmp_path, *launcher, says="2 x cpu")
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+    assert eval_losses(run) == pytest.approx(eval_losses(whole), rel=1e-6)
+
+
+def stand_in(folder, name, script):
+    """A program of that name on the PATH; returns the folder to put there."""
+    (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def free_job_id():
+    """A SLURM job number whose port (slurm_two_nodes.sbatch: 10000 + number) nobody listens on."""
+    while True:
+        number = random.SystemRandom().randrange(20000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", 10000 + number)) != 0:
+                return str(number)
+
+
+def slurm(folder, **variables):
+    return environment(
+        PATH=f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_GPUS_ON_NODE="1",
+        SLURM_JOB_NODELIST="node[0-1]",
+        SLURM_JOB_ID=free_job_id(),
+        **variables,
+    )
+
+
+def test_two_nodes_train_like_one_process(whole, data_dir, tmp_path):
+    """The SLURM file as it is, srun being a loop over two launchers that meet on the loopback interface."""
+    stand_in(tmp_path, "scontrol", "echo 127.0.0.1")
+    stand_in(
+        tmp_path,
+        "srun",
+        'shift; SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; first=$?; wait $! && exit $first',
+    )
+    script = (str(CONFIGURATIONS / "slurm_two_nodes.sbatch"),)
+    run = tmp_path / "run"
+    arguments = command(data_dir, run, "bash", *script, **(SETTINGS | {"mixed_precision": "no"}))
+    arguments.remove(str(REPOSITORY / "train_accelerate.py"))  # the script names it
+    result = subprocess.run(arguments, env=slurm(tmp_path), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "2 x cpu" in result.stdout
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
+
+
+def test_a_slurm_job_at_its_time_limit_stops_the_step_and_queues_again(tmp_path):
+    stand_in(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')
+    stand_in(tmp_path, "srun", f"echo $$ > {tmp_path}/srun.pid; exec sleep 60")
+    stand_in(tmp_path, "scancel", f'echo "$@" > {tmp_path}/scancel.log; kill -USR1 $(cat {tmp_path}/srun.pid)')
+    variables = slurm(tmp_path)
+    job = subprocess.Popen(["bash", str(CONFIGURATIONS / "slurm_two_nodes.sbatch")], env=variables, cwd=REPOSITORY)
+    while not (tmp_path / "srun.pid").exists() or not (tmp_path / "srun.pid").read_text().strip():
+        time.sleep(0.01)
+    time.sleep(0.5)  # for the trap
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 128 + signal.SIGUSR1
+    assert (tmp_path / "scancel.log").read_text().split() == ["--signal=USR1", variables["SLURM_JOB_ID"] + ".0"]
+    assert f"requeue {variables['SLURM_JOB_ID']}" in (tmp_path / "scontrol.log").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_launch_configuration_says_what_the_launcher_reads(path):
+    """Accelerate refuses unknown keys at the top but takes any under fsdp_config."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    configuration = load_config_from_file(str(path))
+    assert configuration.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    assert configuration.num_processes % configuration.num_machines == 0  # a total, not a number per machine
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    assert configuration.fsdp_config.keys() <= options.keys()
+    assert ("fsdp" in path.stem) == (configuration.fsdp_config.get("fsdp_version") == 2)
+
+
+@pytest.fixture(scope="module")
+def sharded(data_dir, tmp_path_factory):
+    configuration = str(CONFIGURATIONS / "fsdp2_one_node.yaml")
+    launcher = (*ACCELERATE, configuration, "--num_processes", "2", "--mixed_precision", "no")
+    output_dir = tmp_path_factory.mktemp("sharded")
+    return launch(data_dir, output_dir, *launcher, says=SHARDED, sample_prompts="def", sample_max_new_tokens=4)
+
+
+def test_shards_train_like_the_whole_model(sharded, whole):
+    assert losses(sharded) == pytest.approx(losses(whole), rel=1e-6)
+    assert eval_losses(sharded) == pytest.approx(eval_losses(whole), rel=1e-6)
+    norms = [[row["grad_norm"] for row in metrics(run)] for run in (sharded, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_sharded_model_is_sampled_from(sharded):
+    assert len((sharded / "samples.jsonl").read_text().splitlines()) == 2  # of steps 3 and 6, from one process
+
+
+def test_a_sharded_run_leaves_the_folders_of_a_whole_one(sharded, whole):
+    from modeling_gpt2modern import GPT2ModernForCausalLM
+
+    for folder in (Path(), Path("checkpoints/step_0000003")):
+        names = [{path.name for path in (run / folder).iterdir()} - {"samples.jsonl"} for run in (sharded, whole)]
+        assert names[0] == names[1]
+        for name in ("config.json", "modeling_gpt2modern.py", "generation_config.json", "tokenizer.json"):
+            assert (sharded / folder / name).read_bytes() == (whole / folder / name).read_bytes()
+        for name in names[0] & {"model.safetensors", "optimizer.safetensors"}:
+            found, expected = load_file(sharded / folder / name), load_file(whole / folder / name)
+            assert found.keys() == expected.keys()
+            for key in expected:
+                torch.testing.assert_close(found[key], expected[key], atol=1e-4, rtol=1e-4)
+    model = GPT2ModernForCausalLM.from_pretrained(sharded)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_sharded_run_resumes_bit_identical(sharded, data_dir, tmp_path):
+    checkpoint = sharded / "checkpoints" / "step_0000003"
+    run = launch(data_dir, tmp_path, *TORCHRUN, "2", says=SHARDED, variables=FSDP2, resume_from_checkpoint=checkpoint)
+    assert losses(run) == losses(sharded)[3:]
+    assert_same_weights(run, sharded)
+
+
+def test_a_sharded_run_goes_on_in_one_process(sharded, whole, data_dir, tmp_path):
+    run = train(data_dir, tmp_path, resume_from_checkpoint=sharded / "checkpoints" / "step_0000003", **SETTINGS)
+    assert losses(run) == pytest.approx(losses(whole)[3:], rel=1e-6)
+
+
+def test_muon_goes_on_sharded_where_one_process_stopped(data_dir, tmp_path):
+    """With a head of its own, and scalars that only one process has a piece of."""
+    one = train(data_dir, tmp_path / "one", **SETTINGS, **SPEEDRUN)
+    two = tmp_path / "two"
+    checkpoint = one / "checkpoints" / "step_0000003"
+    launch(data_dir, two, *TORCHRUN, "2", says=SHARDED, variables=FSDP2, resume_from_checkpoint=checkpoint, **SPEEDRUN)
+    assert losses(two) == pytest.approx(losses(one)[3:], rel=1e-5)
+    states = [load_file(run / "checkpoints" / "step_0000006" / "optimizer.safetensors") for run in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    for key in states[0]:
+        torch.testing.assert_close(states[0][key], states[1][key], atol=1e-4, rtol=1e-2)
+
+
+@pytest.fixture
+def one_launched_process(monkeypatch):
+    """The environment that torchrun gives a single process; afterwards nothing of it is left."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", str(10000 + int(free_job_id())))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "expected"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "parallelism_config is not supported"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "dynamo_backend INDUCTOR"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, {}, "fsdp_version 1; only 2"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "use --gradient_checkpointing"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params"),
+        ({}, {"ddp_timeout": 0}, "--ddp_timeout"),
+    ],
+)
+def test_what_the_loop_cannot_do_is_refused(
+    data_dir, tmp_path, monkeypatch, capsys, one_launched_process, variables, flags, expected
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        train(data_dir, tmp_path / "run", **flags)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and expected in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_without_a_launcher_is_refused(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(SystemExit):
+        train(data_dir, tmp_path / "run")
+    assert "needs processes started by accelerate launch or torchrun" in capsys.readouterr().err
+
+
+def test_a_process_that_hangs_is_named_and_the_run_ends(data_dir, tmp_path):
+    run = tmp_path / "run"
+    changes = {"ddp_timeout": 10, "max_steps": 1_000_000, "eval_steps": 0, "save_steps": 0, "config_overrides": TINY}
+    launcher = subprocess.Popen(
+        command(data_dir, run, *TORCHRUN, "2", **(SETTINGS | changes)),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            assert time.monotonic() < deadline and launcher.poll() is None
+            time.sleep(0.05)
+        os.kill(pid_of_rank(1, launcher.pid), signal.SIGSTOP)
+        output, _ = launcher.communicate(timeout=100)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    assert f"of 2 processes these did not answer in --ddp_timeout 10 s: 1 on {socket.gethostname()}" in output
+
+
+def pid_of_rank(rank, launcher_pid):
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            variables = (process / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if parent == str(launcher_pid) and f"RANK={rank}" in variables:
+            return int(process.name)
+    raise AssertionError(f"no process has RANK={rank}")
