@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 from transformers.hf_argparser import HfArgumentParser
 
@@ -56,6 +56,18 @@ def check_range(name: str, value: float | None, least: float, most: float | None
         raise ValueError(f"{name} {value} must be at least {least}")
     if most is not None and value > most:
         raise ValueError(f"{name} {value} must be at most {most}")
+
+
+def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
+    """A whole number from 1 on, or the word auto; raises ValueError for anything else."""
+    if value == "auto":
+        return "auto"
+    try:
+        number = int(value)
+    except ValueError:
+        raise ValueError(f"{name} {value!r} is neither a number nor auto") from None
+    check_range(name, number, 1)
+    return number
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

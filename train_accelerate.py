@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from command_line import check_range, exit_code_2_on_user_error, parse_arguments
+from command_line import check_range, exit_code_2_on_user_error, number_or_auto, parse_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -173,15 +173,10 @@ class TrainConfig:
     def __post_init__(self):
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
-        if self.per_device_train_batch_size != "auto":
-            try:
-                self.per_device_train_batch_size = int(self.per_device_train_batch_size)
-            except ValueError:
-                raise ValueError(
-                    f"--per_device_train_batch_size {self.per_device_train_batch_size!r} is neither a number nor auto"
-                ) from None
-            check_range("--per_device_train_batch_size", self.per_device_train_batch_size, 1)
-        elif self.total_batch_size is None:
+        self.per_device_train_batch_size = number_or_auto(
+            "--per_device_train_batch_size", self.per_device_train_batch_size
+        )
+        if self.per_device_train_batch_size == "auto" and self.total_batch_size is None:
             raise ValueError("--per_device_train_batch_size auto divides a step, whose --total_batch_size is not given")
         for name in (
             "block_size", "per_device_eval_batch_size", "total_batch_size", "initial_total_batch_size", "max_steps",
@@ -235,18 +230,14 @@ class TrainConfig:
 
     def schedule(self) -> "Schedule":
         """The learning rate's course; raises ValueError for parts that contradict each other."""
-        from training.schedules import Schedule, steps_from
+        from training.schedules import DEFAULT_DECAY_RATIO, Schedule, steps_from
 
+        warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
-            decay_steps = steps_from("decay", None, 0.2, self.max_steps)
+            decay_steps = round(DEFAULT_DECAY_RATIO * self.max_steps)
         return Schedule(
-            lr_scheduler_type=self.lr_scheduler_type,
-            max_steps=self.max_steps,
-            warmup_steps=steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0,
-            decay_steps=decay_steps,
-            decay_type=self.decay_type,
-            min_lr_ratio=self.min_lr_ratio,
+            self.lr_scheduler_type, self.max_steps, warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio
         )
 
 

@@ -78,6 +78,8 @@ def test_weights_gradients_and_optimizer_states_are_counted():
     adamw = estimate_memory(model, optimizer="adamw", mixed_precision="no", **common)
     muon = estimate_memory(model, optimizer="muon", mixed_precision="bf16", **common)
     assert (adamw.weights, adamw.gradients, adamw.optimizer_states) == (4 * parameters, 4 * parameters, 8 * parameters)
+    halved = estimate_memory(model, optimizer="adamw", mixed_precision="no", shards=2, **common)
+    assert (halved.weights, halved.activations) == (2 * parameters, adamw.activations)
     assert (muon.weights, muon.optimizer_states) == (6 * parameters, 8 * parameters - 4 * matrices)
 
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 from training.optimizers import OptimizerChain, build_optimizers, set_schedule
@@ -82,7 +85,10 @@ def test_the_schedule_scales_each_groups_own_peak_and_warms_muons_momentum_up():
 def scaled_steps(model, broken_at=()):
     """Two updates of a chain of AdamW and Muon under a loss scale; one weight's gradient is infinite at `broken_at`."""
     optimizers = optimizers_of(model, optimizer="muon", learning_rate=0.01)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True)
     chain, scaler = OptimizerChain(optimizers), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    prepared = AcceleratedOptimizer(chain, device_placement=False, scaler=scaler)  # as a run under fp16 has it
     for step in range(2):
         for index, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(100 * step + index)
@@ -91,9 +97,8 @@ def scaled_steps(model, broken_at=()):
             model.get_input_embeddings().weight.grad[0, 0] = torch.inf
         scaler.unscale_(chain)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(chain)
-        scaler.update()
-        chain.zero_grad()
+        prepared.step()
+        prepared.zero_grad()
     return [parameter.detach().clone() for parameter in model.parameters()], scaler.get_scale()
 
 

@@ -82,6 +82,7 @@ def facts(
         micro_batch_size=plan.micro_batch_size,
         block_size=block_size,
         gradient_checkpointing=config.gradient_checkpointing,
+        shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
     )
     return {
         "parameters": f"{model.num_parameters():,}",
