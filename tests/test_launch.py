@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from prepared_folders import random_rows, write_prepared
 from safetensors.torch import load_file
 from test_train import ENVIRONMENT, REPOSITORY, TINY, assert_same_weights, command, losses, metrics, train
 
@@ -228,6 +229,25 @@ def one_launched_process(monkeypatch):
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "modern", "speedrun"])
+def test_bf16_shards_divide_by_the_exact_number_of_targets(
+    data_dir, tmp_path, monkeypatch, one_launched_process, preset
+):
+    """FSDP2 would round every tensor that a forward is given, also what the loss is divided by: 257 to 256 or 258.
+
+    One process is enough to see it, and needs no launch.
+    """
+    rows = {"train": [random_rows(64, 32, seed=1)], "validation": [random_rows(2, 32, seed=2)]}
+    data = write_prepared(tmp_path / "data", rows, tokenizer_dir=data_dir / "tokenizer", block_size=32)
+    changes = {"mixed_precision": "bf16", "total_batch_size": 512, "max_steps": 4, "model_preset": preset}
+    whole = train(data, tmp_path / "whole", **(SETTINGS | changes))
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    sharded = train(data, tmp_path / "sharded", **(SETTINGS | changes))
+    assert losses(sharded) == pytest.approx(losses(whole), rel=5e-4)
+    assert {tensor.dtype for tensor in load_file(sharded / "model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ The Accelerate configuration says that and how (accelerate_configs/fsdp2_*.yaml)
 saved is whole, so that a checkpoint does not know on how many processes, sharded or not, it was made.
 """
 
+import warnings
+
 import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,11 +20,16 @@ def shard_model(model: GPT2ModernForCausalLM, accelerator: Accelerator, *, torch
     Accelerate's own division is not used: it makes a unit of the head that is gathered when the head is called, and the
     loss without logits reads the head's matrix without calling it. The root is whole from forward to backward.
     Under bf16 the layers compute in bf16 as under autocast, but the residual stream is bf16 too; gradients are summed
-    over the processes in fp32. torch_compile: compile each layer; the gathering stays outside.
+    over the processes in fp32, and what a forward is given (rotations, the number of targets) keeps its precision.
+    torch_compile: compile each layer; the gathering stays outside.
     """
+    # The values that later layers mix in are a view. It would matter if anything were done to it in place.
+    warnings.filterwarnings("ignore", message=".* returned a view tensor")
     precision = MixedPrecisionPolicy()
     if accelerator.mixed_precision == "bf16":
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     reshard_after_forward = accelerator.state.fsdp_plugin.reshard_after_forward
     for module in list(model.modules()):
         if type(module).__name__ in model._no_split_modules:
