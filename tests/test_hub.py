@@ -86,6 +86,8 @@ def test_checkpoints_arrive_without_their_optimizer(fake, data_dir, tmp_path, st
     *checkpoints, final = fake.uploads
     assert checkpoints and {upload.path_in_repo for upload in checkpoints} == {folder}
     assert checkpoints[0].commit_message == "Checkpoint of step 3" and "step 3 of 6" in checkpoints[0].card
+    assert "| validation loss (nats/token) | not measured |" in checkpoints[0].card  # the first evaluation is at 4
+    assert "model_name" not in checkpoints[0].card and "model-index" in final.card
     assert final.path_in_repo is None and "checkpoint: step" not in final.card
 
 

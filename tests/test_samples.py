@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from test_train import TINY, assert_same_weights, metrics, train
 
 from training.samples import on_one_line
@@ -35,6 +36,21 @@ def test_training_does_not_notice(sampled, data_dir, tmp_path):
     assert_same_weights(sampled, silent)
     assert [row["loss"] for row in metrics(sampled)] == [row["loss"] for row in metrics(silent)]
     assert not (silent / "samples.jsonl").exists()
+
+
+def test_the_generators_of_training_stay_as_they_were(data_dir, tmp_path, monkeypatch):
+    import training.samples
+
+    original, untouched = training.samples.sample, []
+
+    def watched(*arguments):
+        before = torch.get_rng_state()
+        original(*arguments)
+        untouched.append(torch.equal(before, torch.get_rng_state()))
+
+    monkeypatch.setattr(training.samples, "sample", watched)
+    train(data_dir, tmp_path, extra=PROMPTS, **settings(max_steps=2))
+    assert untouched == [True]
 
 
 def test_a_resumed_run_writes_the_same_samples_once(sampled, data_dir, tmp_path):

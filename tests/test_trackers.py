@@ -101,6 +101,16 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(tmp_path, fake
     )
 
 
+def test_trackers_are_closed_when_a_run_breaks_off(data_dir, tmp_path, fake, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.progress.plot_training_curves", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train(data_dir, tmp_path, report_to="trackio")
+    assert fake.instances[0].calls[-1] == ("finish",)
+
+
 def test_settings_are_flat():
     assert flat_settings({"a": 1, "b": True, "c": ["x", "y"], "d": {"e": 2}}) == {
         "a": 1, "b": True, "c": '["x", "y"]', "d": '{"e": 2}',

@@ -86,6 +86,7 @@ def write_model_card(
     summary: the contents of summary.json; samples: rows of samples.jsonl, of which the last step's are shown.
     """
     dataset_id, base_id = _hub_id(_source_name(manifest)), _hub_id(base_model)
+    eval_results = _eval_results(dataset_id, manifest, summary)
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
@@ -94,8 +95,8 @@ def write_model_card(
             license=license,
             datasets=dataset_id,
             base_model=base_id,
-            model_name=name,
-            eval_results=_eval_results(dataset_id, manifest, summary),
+            model_name=name if eval_results else None,  # a key of the results' own
+            eval_results=eval_results,
         ),
         template_str=TEMPLATE,
         name=name,
