@@ -26,6 +26,7 @@ fits into a block.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
 WORKSPACE = ".preparing"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -206,45 +209,56 @@ def prepare(config: PrepareConfig) -> dict | None:
     Shards that are there, of a run with the same settings, are verified and kept. Raises UserError for whatever its
     user can mend; a folder that this call began is then removed.
     """
-    from preparation.shards import write_text
+    from preparation.processes import only_user_of
 
     started = time.perf_counter()
     output_dir = Path(config.output_dir)
-    workspace = output_dir / WORKSPACE
     settings = settings_of(config)
-    manifest = finished_manifest(output_dir, settings)
-    if manifest is not None:
-        shutil.rmtree(workspace, ignore_errors=True)  # of a run that was killed while it tidied up
-        print(f"{output_dir} is already prepared with these settings; nothing to do")
-        publish(config, output_dir, manifest)
-        return manifest
-
-    _quieten_libraries()
-    begins = not workspace.exists()
     existed = output_dir.exists()
     try:
-        workspace.mkdir(parents=True, exist_ok=True)
-        write_text(workspace / "settings.json", json.dumps(settings, indent=2))
-        manifest = _build(config, settings, workspace, started)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with only_user_of(output_dir, shared=config.shard_index is not None):
+            manifest = finished_manifest(output_dir, settings)
+            if manifest is None:
+                manifest = _begin_or_go_on(config, settings, output_dir, started)
+            else:
+                shutil.rmtree(output_dir / WORKSPACE, ignore_errors=True)  # of a run killed while it tidied up
+                print(f"{output_dir} is already prepared with these settings; nothing to do")
+            publish(config, output_dir, manifest)
+            return manifest
     except UserError:
-        if begins and config.shard_index is None:
-            for path in (output_dir / "train", output_dir / "validation", output_dir / "tokenizer", workspace):
-                shutil.rmtree(path, ignore_errors=True)
-            if not existed:
-                output_dir.rmdir()
+        if not existed and not os.listdir(output_dir):
+            output_dir.rmdir()
         raise
     except OSError as error:
+        way_out = "make room and run" if error.errno in FULL else "run"
         raise UserError(
-            f"--output_dir {output_dir}: {error.strerror or error}; what is finished is kept: make room and run the "
-            "same command again"
+            f"--output_dir {output_dir}: {error.strerror or error}; what is finished is kept: {way_out} the same "
+            "command again"
         ) from error
-    publish(config, output_dir, manifest)
-    return manifest
+
+
+def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, started: float) -> dict | None:
+    from preparation.shards import write_text
+
+    _quieten_libraries()
+    workspace = output_dir / WORKSPACE
+    begins = not workspace.exists()
+    try:
+        workspace.mkdir(exist_ok=True)
+        write_text(workspace / "settings.json", json.dumps(settings, indent=2))
+        return _build(config, settings, workspace, started)
+    except UserError:
+        if begins and config.shard_index is None:
+            for name in ("train", "validation", "tokenizer", WORKSPACE):
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+        raise
 
 
 def _build(config: PrepareConfig, settings: dict, workspace: Path, started: float) -> dict | None:
+    from preparation.processes import write_shards
     from preparation.report import print_summary, write_report
-    from preparation.shards import Counts, Job, is_finished, read_receipt, write_text
+    from preparation.shards import Job, read_receipt, write_text
     from preparation.splits import choose_rule
 
     output_dir = Path(config.output_dir)
@@ -253,7 +267,8 @@ def _build(config: PrepareConfig, settings: dict, workspace: Path, started: floa
         tokenizer = named_tokenizer(config)
     options = read_options(config, tokenizer)
     source = open_source(config, options, tokenizer, workspace)
-    rule = choose_rule(source, config.validation_split_percentage, config.validation_file is not None)
+    validation = open_validation_files(config, options)
+    rule = choose_rule(source, config.validation_split_percentage, validation is not None)
     encoder, vocab_size = build_encoder(config, tokenizer, source, rule, workspace)
     num_shards = config.num_shards or default_num_shards(source)
     job = Job(
@@ -267,17 +282,19 @@ def _build(config: PrepareConfig, settings: dict, workspace: Path, started: floa
         output_dir=output_dir,
         workspace=workspace,
     )
+    if validation is not None and config.shard_index is None:  # first, so that its mistakes are seen at once
+        held_out = write_validation(job, validation)
     write_shards(job, [config.shard_index] if config.shard_index is not None else range(num_shards), config.num_proc)
     if config.shard_index is not None:
-        missing = [index for index in range(num_shards) if not is_finished(job, index)]
+        missing = [index for index in range(num_shards) if not job.receipt_dir(index).exists()]
         left = f"; {len(missing)} of {num_shards} shards are still missing" if missing else ""
         print(f"{job.shard_path(config.shard_index)} is written{left}; the same call without --shard_index finishes")
         return None
 
-    validation_counts = Counts()
-    validation_shard = write_validation(job, config, options, validation_counts)
+    if validation is None:
+        held_out = write_validation(job, None)
     receipts = [read_receipt(job, index) for index in range(num_shards)]
-    manifest = build_manifest(config, settings, job, vocab_size, receipts, validation_counts, validation_shard)
+    manifest = build_manifest(config, settings, job, vocab_size, receipts, held_out)
     write_report(output_dir / "report.html", manifest)
     write_text(output_dir / "manifest.json", json.dumps(manifest, indent=2))
     shutil.rmtree(workspace)
@@ -362,11 +379,15 @@ def _described(names: list[str] | None) -> list[dict] | None:
         return None
     from preparation.sources import expand
 
-    return [
-        {"name": path.name, "size": path.stat().st_size, "xxh3": _fingerprint(path)}
+    files = (
+        path
         for given in expand(names)
         for path in ([given] if given.is_file() else sorted(p for p in given.rglob("*") if p.is_file()))
-    ]
+    )
+    try:
+        return [{"name": path.name, "size": path.stat().st_size, "xxh3": _fingerprint(path)} for path in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
 def _fingerprint(path: Path) -> str:
@@ -430,8 +451,7 @@ def open_source(
 
     if config.dataset_name is None:
         source = open_files(config.train_file, options, config.num_shards)
-        if options.eos_token_id is None and source.pieces and source.pieces[0].format == "tokens":
-            raise UserError(f"{source.origins[0]}: holds tokens; name their tokenizer with --tokenizer_name")
+        _refuse_tokens_without_tokenizer(source, options)
     elif config.dataset_name == "stdlib":
         source = open_standard_library(replace(options, chat_column=None), config.num_shards)
     else:
@@ -453,10 +473,26 @@ def open_source(
     return source
 
 
+def open_validation_files(config: PrepareConfig, options: "ReadOptions") -> "Source | None":
+    from preparation.sources import open_files
+
+    if config.validation_file is None:
+        return None
+    source = open_files(config.validation_file, options, None)
+    _refuse_tokens_without_tokenizer(source, options)
+    return source
+
+
+def _refuse_tokens_without_tokenizer(source: "Source", options: "ReadOptions") -> None:
+    if options.eos_token_id is None and source.pieces and source.pieces[0].format == "tokens":
+        raise UserError(f"{source.origins[0]}: holds tokens; name their tokenizer with --tokenizer_name")
+
+
 def spool_stream(
     stream, config: PrepareConfig, options: "ReadOptions", tokenizer: "PreTrainedTokenizerFast | None", workspace: Path
 ):
     """The first documents of a Hub dataset that is streamed, as a table on disk."""
+    from preparation.shards import locked
     from preparation.sources import render_chat
     from preparation.streaming import spool
 
@@ -469,15 +505,16 @@ def spool_stream(
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [len(encoding.ids) + 1 for encoding in encodings]
 
-    return spool(
-        stream,
-        workspace / "spool",
-        name=name,
-        column=config.chat_column or config.text_column,
-        max_documents=config.max_documents,
-        max_tokens=config.max_tokens,
-        count_tokens=count_tokens,
-    )
+    with locked(workspace / "spool.lock"):  # machines that share the folder share the spool
+        return spool(
+            stream,
+            workspace / "spool",
+            name=name,
+            column=config.chat_column or config.text_column,
+            max_documents=config.max_documents,
+            max_tokens=config.max_tokens,
+            count_tokens=count_tokens,
+        )
 
 
 def build_encoder(config: PrepareConfig, tokenizer, source: "Source", rule, workspace: Path) -> "tuple[Encoder, int]":
@@ -492,8 +529,7 @@ def build_encoder(config: PrepareConfig, tokenizer, source: "Source", rule, work
     elif tokenizer is None:
         tokenizer = train_tokenizer(_training_texts(source, rule), config.train_tokenizer, config.block_size)
     if not folder.is_dir():
-        build = workspace / f"tokenizer-{os.getpid()}"
-        shutil.rmtree(build, ignore_errors=True)
+        build = workspace / f"tokenizer-{uuid.uuid4().hex}"
         tokenizer.save_pretrained(build)
         with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
             publish(build, folder)
@@ -527,45 +563,12 @@ def default_num_shards(source: "Source") -> int:
     return max(1, min(wanted, len(source.pieces)))
 
 
-def write_shards(job: "Job", indices: "range | list[int]", num_proc: int | None) -> None:
-    """Write the training shards that are not there yet, `num_proc` at a time."""
-    from datasets import Dataset
+def write_validation(job: "Job", source: "Source | None") -> dict:
+    """Write the one validation shard, of `source` or of what the training shards held out; returns its counts."""
+    from preparation.shards import Counts, held_out_windows, publish, validation_windows, write_rows
 
-    from preparation.shards import is_finished, write_shard
-
-    pending = [index for index in indices if not is_finished(job, index)]
-    done = len(list(indices)) - len(pending)
-    if done:
-        print(f"{done} of {len(list(indices))} shards are there already, verified")
-    num_proc = min(num_proc or len(os.sched_getaffinity(0)), len(pending))
-    if num_proc > 1:
-        # Workers are forked after `tokenizers` has used threads here: without this each warns of it, at length.
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if not pending:
-        return
-
-    def write(row: dict) -> None:
-        write_shard(job, row["shard"])
-
-    Dataset.from_dict({"shard": pending}).map(
-        write,
-        num_proc=num_proc if num_proc > 1 else None,
-        load_from_cache_file=False,
-        new_fingerprint="shards",
-        desc=f"Preparing {len(pending)} shards" if len(pending) > 1 else "Preparing one shard",
-    )
-
-
-def write_validation(job: "Job", config: PrepareConfig, options: "ReadOptions", counts) -> dict:
-    """Write the one validation shard; returns its entry of the manifest."""
-    from preparation.shards import held_out_windows, publish, validation_windows, write_rows
-    from preparation.sources import open_files
-
-    if config.validation_file:
-        source = open_files(config.validation_file, options, None)
-        windows = validation_windows(source, counts)
-    else:
-        windows = held_out_windows(job)
+    counts = Counts()
+    windows = held_out_windows(job) if source is None else validation_windows(source, counts)
     path = job.output_dir / "validation" / "shard-00000-of-00001"
     build = job.workspace / "validation"
     for stale in (path, build):
@@ -578,26 +581,23 @@ def write_validation(job: "Job", config: PrepareConfig, options: "ReadOptions", 
         )
     publish(build, path)
     relative = path.relative_to(job.output_dir).as_posix()
-    return {"path": relative, "rows": counts.rows, "tokens": counts.tokens, "files": files}
+    return vars(counts) | {"shard": {"path": relative, "rows": counts.rows, "tokens": counts.tokens, "files": files}}
 
 
 def build_manifest(
-    config: PrepareConfig, settings: dict, job: "Job", vocab_size: int, receipts: list[dict], validation, shard: dict
+    config: PrepareConfig, settings: dict, job: "Job", vocab_size: int, receipts: list[dict], validation: dict
 ) -> dict:
     from preparation.manifest import FORMAT_VERSION
     from preparation.shards import sha256_of
 
     summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
-    lengths = zip(*(receipt["document_lengths"] for receipt in receipts), strict=True)
-    train = {name: sum(receipt[name] for receipt in receipts) for name in summed}
-    train |= {"document_lengths": [sum(each) for each in lengths], "shards": [r["shard"] for r in receipts]}
-    held_out = {name: getattr(validation, name) for name in summed}
-    held_out |= {"document_lengths": list(validation.document_lengths), "shards": [shard]}
-    splits = {"train": train, "validation": held_out}
-    for counts in splits.values():
+    splits = {}
+    for split, shards in {"train": receipts, "validation": [validation]}.items():
+        counts = {name: sum(shard[name] for shard in shards) for name in summed}
         counts["padding"] = counts["rows"] * config.block_size - counts["tokens"]
-        lengths = counts.pop("document_lengths")
+        lengths = [sum(each) for each in zip(*(shard["document_lengths"] for shard in shards), strict=True)]
         counts["document_lengths"] = {str(2**i): count for i, count in enumerate(lengths) if count}
+        splits[split] = counts | {"shards": [shard["shard"] for shard in shards]}
     names = [Path(name).name for name in config.train_file or []]
     return {
         "format_version": FORMAT_VERSION,
@@ -616,7 +616,7 @@ def build_manifest(
             "name": config.dataset_name or names,
             "fingerprint": f"{sum(receipt['fingerprint'] for receipt in receipts) % 2**64:016x}",
             "documents": sum(receipt["read_documents"] for receipt in receipts),
-            "empty_documents": sum(receipt["empty_documents"] for receipt in receipts) + validation.empty_documents,
+            "empty_documents": sum(receipt["empty_documents"] for receipt in receipts) + validation["empty_documents"],
         },
         "settings": settings,
         "splits": splits,

@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,10 @@ class Job:
         return self.workspace / f"shard-{index:05d}"
 
 
+class Stopped(Exception):
+    """This shard is not written: another process has failed, and says why."""
+
+
 @dataclass
 class Counts:
     """What was seen while a shard was written. document_lengths[i]: documents of 2**i to 2**(i+1) - 1 tokens."""
@@ -76,10 +81,13 @@ class Counts:
         self.document_lengths = tuple(int(a + b) for a, b in zip(self.document_lengths, added, strict=True))
 
 
-def write_shard(job: Job, index: int) -> None:
-    """Write training shard `index`, and aside the documents held out of it, unless both are there and verify."""
+def write_shard(job: Job, index: int, stop_file: Path) -> None:
+    """Write training shard `index`, and aside the documents held out of it, unless both are there and verify.
+
+    Raises Stopped when `stop_file` appears.
+    """
     _keep_freed_memory()
-    with _locked(job.workspace / f"shard-{index:05d}.lock"):
+    with locked(job.workspace / f"shard-{index:05d}.lock"):
         if is_finished(job, index):
             return
         receipt_dir, path = job.receipt_dir(index), job.shard_path(index)
@@ -89,7 +97,7 @@ def write_shard(job: Job, index: int) -> None:
         name = job.source.origins[0] if len(job.source.origins) == 1 else "the source"
         with _built(receipt_dir) as receipt_build, _built(path, job.workspace) as build:
             with _held_out_writer(receipt_build / HELD_OUT_FILE) as hold_out:
-                windows = _training_windows(job, index, counts, hold_out)
+                windows = _training_windows(job, index, counts, hold_out, stop_file)
                 files = write_rows(windows, build, job.encoder, job.packing, job.block_size, counts, name)
             if not counts.documents:
                 raise UserError(
@@ -101,7 +109,8 @@ def write_shard(job: Job, index: int) -> None:
                 "tokens": counts.tokens,
                 "files": files,
             }
-            write_text(receipt_build / RECEIPT_FILE, json.dumps(vars(counts) | {"shard": shard}, indent=2))
+            receipt = vars(counts) | {"shard": shard, "held_out_sha256": sha256_of(receipt_build / HELD_OUT_FILE)}
+            write_text(receipt_build / RECEIPT_FILE, json.dumps(receipt, indent=2))
 
 
 @functools.cache
@@ -120,16 +129,18 @@ def read_receipt(job: Job, index: int) -> dict:
 
 
 def is_finished(job: Job, index: int) -> bool:
-    """Whether the shard is there and each of its files has its sha256."""
+    """Whether the shard is there with what was held out of it, and each file has its sha256."""
     try:
-        files = read_receipt(job, index)["shard"]["files"]
-        return all(sha256_of(job.shard_path(index) / name) == files[name]["sha256"] for name in files)
+        receipt = read_receipt(job, index)
+        checksums = {job.shard_path(index) / name: f["sha256"] for name, f in receipt["shard"]["files"].items()}
+        checksums[job.receipt_dir(index) / HELD_OUT_FILE] = receipt["held_out_sha256"]
+        return all(sha256_of(path) == checksum for path, checksum in checksums.items())
     except (OSError, ValueError, KeyError):
         return False
 
 
 def _training_windows(
-    job: Job, index: int, counts: Counts, hold_out: Callable[[pa.Array, np.ndarray], None]
+    job: Job, index: int, counts: Counts, hold_out: Callable[[pa.Array, np.ndarray], None], stop_file: Path
 ) -> Iterator[pa.Array]:
     """The shard's training documents, WINDOW_BYTES of them shuffled at a time, in batches."""
     order = np.random.default_rng(job.shuffle_seed).permutation(len(job.source.pieces))
@@ -140,6 +151,8 @@ def _training_windows(
     else:  # too few pieces to share out: every shard reads them all and takes each num_shards-th document
         documents = _every(_documents_of(job.source, pieces), job.num_shards, index)
     for number, window in enumerate(_windows(documents)):
+        if stop_file.exists():
+            raise Stopped
         filled = is_not_empty(window)
         counts.read_documents += len(window)
         counts.empty_documents += int((~filled).sum())
@@ -311,6 +324,7 @@ class _HashingFile:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
         self._flusher = ThreadPoolExecutor(1)
+        self._flushes: list[Future] = []
         self._unflushed = 0
         self.sha256 = ""
 
@@ -318,7 +332,7 @@ class _HashingFile:
         self._digest.update(data)
         self._unflushed += len(data)
         if self._unflushed >= FLUSH_BYTES:
-            self._flusher.submit(os.fsync, self._file.fileno())
+            self._flushes.append(self._flusher.submit(os.fsync, self._file.fileno()))
             self._unflushed = 0
         return self._file.write(data)
 
@@ -332,6 +346,8 @@ class _HashingFile:
     def close(self) -> None:
         self._flusher.shutdown()
         self._file.close()
+        for flush in self._flushes:
+            flush.result()  # raises its error, which the flush before the rename would not see again
         self.sha256 = self._digest.hexdigest()
 
     def tell(self) -> int:
@@ -371,7 +387,8 @@ def publish(build: Path, final: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears whole, and is on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Machines that share the folder may have processes of the same number.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     flush_to_disk(temporary)
     temporary.replace(path)
@@ -392,8 +409,8 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine writes the same; a killed process holds no lock."""
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process writes the same; a killed process holds no lock."""
     try:
         import fcntl
     except ImportError:  # not on Windows

@@ -7,6 +7,7 @@ never a Python list on its way to the encoder.
 """
 
 import codecs
+import csv
 import glob
 import json
 import mmap
@@ -32,6 +33,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 READ_BYTES = 4 << 20  # of a stream at a time
 PIECE_BYTES = 1 << 20
 MAX_PIECES = 100_000  # the list of them is in memory
+MAX_CSV_ROW_BYTES = 1 << 30
 
 # The header of the speedrun community's shards (kjj0/fineweb10B-gpt2): 256 int32, of which three say something.
 TOKEN_FILE_MAGIC, TOKEN_FILE_VERSION, TOKEN_FILE_HEADER = 20240520, 1, 256 * 4
@@ -198,12 +200,19 @@ def _overlaps_itself(separator: bytes) -> bool:
 
 
 def _text_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
-    format = "json" if _format_of(path, options.file_format) == "json" else "text"
+    format = _format_of(path, options.file_format)
     size = path.stat().st_size
     separator = separator_of(options, format)
+    is_array = False
     if format == "json":
-        _require_column(*_first_json_keys(path), options, str(path))
-    if compression_of(path) or (format == "json" and _is_json_array(path)):
+        try:
+            is_array = _is_json_array(path)
+            _require_column(_first_json_keys(path, is_array), None, options, str(path))
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(str(path), "json", error) from error
+    else:
+        _refuse_chats(options, path, format)
+    if compression_of(path) or is_array:
         return [Piece(0, "stream", 0, size)]
     if separator is None:
         return [Piece(0, "file", 0, size)]
@@ -213,12 +222,12 @@ def _text_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Pie
 
 
 def _csv_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
-    import pyarrow.csv
-
+    _refuse_chats(options, path, "csv")
     try:
         with _open_stream(path) as stream:
-            columns = pyarrow.csv.open_csv(stream, parse_options=_csv_parse_options(path)).schema.names
-    except (pa.ArrowException, OSError) as error:
+            lines = (line.decode("utf-8-sig", "replace") + "\n" for line in _lines_of(stream))
+            columns = next((row for row in csv.reader(lines, delimiter=_csv_delimiter(path)) if row), [])
+    except (pa.ArrowException, OSError, csv.Error) as error:
         raise _unreadable(str(path), "csv", error) from error
     _require_column(columns, None, options, str(path))
     return [Piece(0, "csv", 0, path.stat().st_size)]
@@ -238,6 +247,7 @@ def _parquet_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[
 
 
 def _token_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
+    _refuse_chats(options, path, "token")
     tokens = len(_map_tokens(str(path)))
     per_piece = max(1, piece_bytes // 2)
     return [Piece(0, "tokens", start, min(start + per_piece, tokens)) for start in range(0, tokens, per_piece)]
@@ -291,31 +301,42 @@ def _require_column(names: Sequence[str], type: pa.DataType | None, options: Rea
         raise UserError(f"{origin}: column {column!r} holds {type}, not text; name another with {flag}")
 
 
-def _first_json_keys(path: Path) -> tuple[list[str], None]:
+def _refuse_chats(options: ReadOptions, path: Path, format: str) -> None:
+    if options.chat_column:
+        raise UserError(f"{path}: {format} files hold no conversations; --chat_column reads json, parquet and arrow")
+
+
+def _first_json_keys(path: Path, is_array: bool) -> list[str]:
     """The keys of a file's first object."""
-    if _is_json_array(path):
+    if is_array:
         objects = _load_json_array(path)
-        return (list(objects[0]) if objects and isinstance(objects[0], dict) else []), None
+        if not objects or not isinstance(objects[0], dict):
+            raise UserError(f"{path}: its array does not begin with an object, {{...}}")
+        return list(objects[0])
     line, offset = b"", 0
     with _open_stream(path) as stream:
         for line in _lines_of(stream):
             if line.strip():
                 break
             offset += len(line) + 1
-    return list(_json_object(line, str(path), offset, "replace")), None
+    return list(_json_object(line, str(path), offset, "replace"))
 
 
 def _lines_of(stream: pa.NativeFile) -> Iterator[bytes]:
-    rest = b""
+    begun: list[bytes] = []  # the parts of a line that has not ended: joined once, or a long line takes quadratic time
     while block := stream.read(1 << 16):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
+        first, *others = block.split(b"\n")
+        begun.append(first)
+        if others:
+            yield b"".join(begun)
+            yield from others[:-1]
+            begun = others[-1:]
+    yield b"".join(begun)
 
 
 def _is_json_array(path: Path) -> bool:
     with _open_stream(path) as stream:
-        return stream.read(4096).lstrip()[:1] == b"["
+        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 # Reading
@@ -355,7 +376,8 @@ def _read_stream(source: Source, piece: Piece) -> Iterator[pa.Array]:
     format = _format_of(Path(path), options.file_format)
     separator = separator_of(options, format)
     if format == "json" and _is_json_array(Path(path)):
-        yield _column_of(_load_json_array(Path(path)), options, path)
+        objects = _load_json_array(Path(path), options.encoding_errors)
+        yield _column_of(objects, [f"{path}: object {number}" for number in range(len(objects))], options)
         return
     if separator is None:
         yield _as_text([_read_bytes(path)], options, path, [0])
@@ -396,35 +418,46 @@ def _documents_in(block: bytes, separator: bytes, source: Source, piece: Piece, 
 
 
 def _read_csv(source: Source, piece: Piece) -> Iterator[pa.Array]:
+    path, options = source.origins[piece.source], source.options
+    rows, block_bytes = 0, READ_BYTES
+    while True:
+        try:
+            for documents in _csv_documents(path, options, block_bytes, rows):
+                yield documents
+                rows += len(documents)
+            return
+        except (pa.ArrowException, OSError) as error:
+            # Arrow refuses a row that is longer than a block: read on from there in larger ones.
+            if "straddling" not in str(error) or block_bytes >= MAX_CSV_ROW_BYTES:
+                raise _unreadable(path, "csv", error) from error
+            block_bytes = min(8 * block_bytes, MAX_CSV_ROW_BYTES)
+
+
+def _csv_documents(path: str, options: ReadOptions, block_bytes: int, first_row: int) -> Iterator[pa.Array]:
     import pyarrow.csv
 
-    path, options = source.origins[piece.source], source.options
     convert = pyarrow.csv.ConvertOptions(
         include_columns=[options.text_column],
         column_types={options.text_column: pa.large_binary()},
         strings_can_be_null=False,
         check_utf8=False,
     )
-    try:
-        with _open_stream(Path(path)) as stream:
-            reader = pyarrow.csv.open_csv(
-                stream,
-                read_options=pyarrow.csv.ReadOptions(block_size=READ_BYTES, use_threads=False),
-                parse_options=_csv_parse_options(Path(path)),
-                convert_options=convert,
-            )
-            rows = 0
-            for batch in reader:
-                yield _checked(batch.column(0), options, f"{path}: row {{row}}", rows)
-                rows += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, "csv", error) from error
+    with _open_stream(Path(path)) as stream:
+        reader = pyarrow.csv.open_csv(
+            stream,
+            read_options=pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False),
+            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_csv_delimiter(Path(path))),
+            convert_options=convert,
+        )
+        rows = 0
+        for batch in reader:
+            documents = batch.column(0).slice(max(0, first_row - rows))
+            yield _checked(documents, options, f"{path}: row {{row}}", max(rows, first_row))
+            rows += len(batch)
 
 
-def _csv_parse_options(path: Path):
-    import pyarrow.csv
-
-    return pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter="\t" if _suffix(path) == ".tsv" else ",")
+def _csv_delimiter(path: Path) -> str:
+    return "\t" if _suffix(path) == ".tsv" else ","
 
 
 def _read_parquet(source: Source, piece: Piece) -> Iterator[pa.Array]:
@@ -526,50 +559,54 @@ def _json_documents(block: bytes, options: ReadOptions, path: str, offset: int) 
             return documents.fill_null("") if documents.null_count else documents
         except pa.ArrowInvalid:
             pass
-    objects = []
+    objects, places = [], []
     for line in block.split(b"\n"):
         if line.strip():
             objects.append(_json_object(line, path, offset, options.encoding_errors))
+            places.append(f"{path}: the line at byte {offset}")
         offset += len(line) + 1
-    return _column_of(objects, options, path)
+    return _column_of(objects, places, options)
 
 
 def _json_object(line: bytes, path: str, offset: int, encoding_errors: str) -> dict:
     """The object that a line spells; `offset` is where the line begins in its file."""
     place = f"{path}: byte {offset}"
+    if offset == 0:
+        line = line.removeprefix(codecs.BOM_UTF8)
     try:
         value = json.loads(line.decode("utf-8", encoding_errors))
     except UnicodeDecodeError as error:
         raise _not_utf8(path, offset + error.start, error.reason) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: this line is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{place}: this line is not a JSON object but {type(value).__name__}")
     return value
 
 
-def _load_json_array(path: Path) -> list:
+def _load_json_array(path: Path, encoding_errors: str = "replace") -> list:
     try:
-        return json.loads(_read_bytes(str(path)))
+        return json.loads(_read_bytes(str(path)).decode("utf-8-sig", encoding_errors))
     except UnicodeDecodeError as error:
         raise _not_utf8(str(path), error.start, error.reason) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
 
 
-def _column_of(objects: list, options: ReadOptions, path: str) -> pa.Array:
+def _column_of(objects: list, places: list[str], options: ReadOptions) -> pa.Array:
+    """The texts of decoded JSON; `places` is where each object stands, for messages."""
     texts = []
-    for number, value in enumerate(objects):
+    for value, place in zip(objects, places, strict=True):
         text = value.get(options.chat_column or options.text_column) if isinstance(value, dict) else None
         if options.chat_column:
-            text = render_chat(text, options, f"{path}: object {number}")
+            text = render_chat(text, options, place)
         if text is not None and not isinstance(text, str):
-            raise UserError(f"{path}: {options.text_column!r} holds {type(text).__name__}, not text ({text!r:.60})")
-        texts.append(_without_surrogates(text or "", options, path))
+            raise UserError(f"{place}: {options.text_column!r} holds {type(text).__name__}, not text ({text!r:.60})")
+        texts.append(_without_surrogates(text or "", options, place))
     return pa.array(texts, pa.large_string())
 
 
-def _without_surrogates(text: str, options: ReadOptions, path: str) -> str:
+def _without_surrogates(text: str, options: ReadOptions, place: str) -> str:
     """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
     try:
         text.encode()
@@ -578,8 +615,8 @@ def _without_surrogates(text: str, options: ReadOptions, path: str) -> str:
         if options.encoding_errors == "replace":
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         raise UserError(
-            f"{path}: a text has the lone surrogate {text[error.start]!a} at character {error.start} (it begins "
-            f"{text[:40]!a}); --encoding_errors replace puts U+FFFD in its place"
+            f"{place}: character {error.start} of its text is the lone surrogate {text[error.start]!a}; "
+            "--encoding_errors replace puts U+FFFD in its place"
         ) from None
 
 

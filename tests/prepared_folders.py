@@ -1,4 +1,4 @@
-"""Prepared folders written row by row, for what prepare_data.py would not make of a short text."""
+"""Small corpora, what prepare_data.py makes of them, and folders written row by row that it would not make."""
 
 import hashlib
 import json
@@ -6,9 +6,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+import pytest
+from datasets import Dataset, Features, List, Value, load_from_disk
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from prepare_data import main
 
 EOS = 0
+WORDS = ["the", "cat", "sat", "on", "a", "mat\nand;", "saw", "1984", "birds", "over\tthere", "<|endoftext|>"]
+WORDS += ["\u00e9t\u00e9", "\u6771\u4eac", "\U0001f642"]
 
 
 def described(path: Path) -> dict:
@@ -67,3 +74,72 @@ def random_rows(count: int, block_size: int, *, seed: int) -> list[list[int]]:
     """`count` rows of 1 to block_size real targets; ids 1 to 299 after an EOS."""
     rng = np.random.default_rng(seed)
     return [[EOS, *rng.integers(1, 300, size=rng.integers(1, block_size + 1)).tolist()] for _ in range(count)]
+
+
+def make_texts(count: int, offset: int = 0) -> list[str]:
+    """`count` different documents of 5 to 40 words; document i depends on offset + i only."""
+    texts = []
+    for seed in range(offset, offset + count):
+        rng = np.random.default_rng(seed)
+        texts.append(f"{seed}: " + " ".join(rng.choice(WORDS, size=rng.integers(5, 40))))
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def run(output_dir: Path, *flags: object) -> dict:
+    main([*map(str, flags), "--output_dir", str(output_dir)])
+    return json.loads((output_dir / "manifest.json").read_text())
+
+
+def refusal(capsys, *flags: object) -> str:
+    """The one line with which `main` refuses."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(flag) for flag in flags])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"\n{error}".count("\nerror: ") == 1 and "Traceback" not in error
+    return error.rstrip("\n").splitlines()[-1].removeprefix("error: ")
+
+
+def rows_of(data_dir: Path, split: str) -> np.ndarray:
+    """(rows, block_size + 1), read with `datasets` alone."""
+    shards = sorted((data_dir / split).iterdir())
+    return np.concatenate([np.array(load_from_disk(str(shard))["input_ids"]) for shard in shards])
+
+
+def targets_of(data_dir: Path, split: str) -> list[int]:
+    """The real targets of all rows, in order."""
+    shards = [load_from_disk(str(shard)) for shard in sorted((data_dir / split).iterdir())]
+    return [token for shard in shards for row in shard for token in row["input_ids"][1 : row["num_tokens"] + 1]]
+
+
+def documents_of(data_dir: Path, split: str) -> list[str]:
+    """The documents of a split.
+
+    The texts here hold "<|endoftext|>", which becomes EOS: each piece of a text counts as a document, on both sides.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
+    return pieces([tokenizer.decode(targets_of(data_dir, split)).removesuffix("<|endoftext|>")])
+
+
+def pieces(texts: list[str]) -> list[str]:
+    return [piece for text in texts for piece in text.split("<|endoftext|>")]
+
+
+def reference_ids(data_dir: Path, texts: list[str]) -> list[int]:
+    """What `tokenizers` makes of the texts, each followed by EOS."""
+    tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
+    eos = tokenizer.token_to_id("<|endoftext|>")
+    return [token for text in texts for token in [*tokenizer.encode(text, add_special_tokens=False).ids, eos]]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -11,102 +11,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import load_from_disk
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from prepared_folders import (
+    contents,
+    documents_of,
+    make_texts,
+    pieces,
+    reference_ids,
+    refusal,
+    rows_of,
+    run,
+    targets_of,
+    write_jsonl,
+)
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from preparation.encoding import Encoder
-from preparation.sources import standard_library_files
 from prepare_data import main
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["the", "cat", "sat", "on", "a", "mat\nand;", "saw", "1984", "birds", "over\tthere", "<|endoftext|>"]
-WORDS += ["\u00e9t\u00e9", "\u6771\u4eac", "\U0001f642"]
-
-
-def make_texts(count: int, offset: int = 0) -> list[str]:
-    """`count` different documents of 5 to 40 words; document i depends on offset + i only."""
-    texts = []
-    for seed in range(offset, offset + count):
-        rng = np.random.default_rng(seed)
-        texts.append(f"{seed}: " + " ".join(rng.choice(WORDS, size=rng.integers(5, 40))))
-    return texts
-
-
-def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
-    path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
-    return path
-
-
-def run(output_dir: Path, *flags: object) -> dict:
-    main([*map(str, flags), "--output_dir", str(output_dir)])
-    return json.loads((output_dir / "manifest.json").read_text())
-
-
-def refusal(capsys, *flags: object) -> str:
-    """The one line with which `main` refuses."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(flag) for flag in flags])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert f"\n{error}".count("\nerror: ") == 1 and "Traceback" not in error
-    return error.rstrip("\n").splitlines()[-1].removeprefix("error: ")
-
-
-def rows_of(data_dir: Path, split: str) -> np.ndarray:
-    """(rows, block_size + 1), read with `datasets` alone."""
-    shards = sorted((data_dir / split).iterdir())
-    return np.concatenate([np.array(load_from_disk(str(shard))["input_ids"]) for shard in shards])
-
-
-def targets_of(data_dir: Path, split: str) -> list[int]:
-    """The real targets of all rows, in order."""
-    shards = [load_from_disk(str(shard)) for shard in sorted((data_dir / split).iterdir())]
-    return [token for shard in shards for row in shard for token in row["input_ids"][1 : row["num_tokens"] + 1]]
-
-
-def documents_of(data_dir: Path, split: str) -> list[str]:
-    """The documents of a split.
-
-    The texts here hold "<|endoftext|>", which becomes EOS: each piece of a text counts as a document, on both sides.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
-    return pieces([tokenizer.decode(targets_of(data_dir, split)).removesuffix("<|endoftext|>")])
-
-
-def pieces(texts: list[str]) -> list[str]:
-    return [piece for text in texts for piece in text.split("<|endoftext|>")]
-
-
-def reference_ids(data_dir: Path, texts: list[str]) -> list[int]:
-    """What `tokenizers` makes of the texts, each followed by EOS."""
-    tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
-    eos = tokenizer.token_to_id("<|endoftext|>")
-    return [token for text in texts for token in [*tokenizer.encode(text, add_special_tokens=False).ids, eos]]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_texts(300))
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory, corpus) -> Path:
-    output_dir = tmp_path_factory.mktemp("tokenizer") / "data"
-    run(output_dir, "--train_file", corpus, "--train_tokenizer", 400, "--block_size", 32)
-    return output_dir / "tokenizer"
-
-
 # What is in the blocks
 
 
@@ -265,168 +187,6 @@ def test_another_seed_gives_another_order_and_the_same_validation(tmp_path, corp
     assert targets_of(tmp_path / "seed0", "validation") == targets_of(tmp_path / "seed1", "validation")
 
 
-# Tokenizers and engines
-
-texts_with_specials = st.lists(st.one_of(st.text(), st.sampled_from(["<|endoftext|>", " ", "a" * 300, "\0", "\r\n"])))
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir / "tokenizer.json", engine="gigatoken", dtype="uint16", eos_token_id=0)
-
-
-@pytest.fixture(scope="module")
-def reference(tokenizer_dir) -> Encoder:
-    return Encoder(tokenizer_dir / "tokenizer.json", engine="tokenizers", dtype="uint16", eos_token_id=0)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(texts=st.lists(texts_with_specials.map("".join), min_size=1, max_size=4))
-def test_engines_agree_on_any_text(encoder, reference, texts):
-    documents = pa.array(texts, pa.large_string())
-    for found, expected in zip(encoder.encode(documents), reference.encode(documents), strict=True):
-        assert np.array_equal(found, expected)
-
-
-def test_encoded_documents_end_with_eos(encoder, tokenizer_dir):
-    texts = ["", "\u00e9t\u00e9", "a <|endoftext|> b"]
-    ids, lengths = encoder.encode(pa.array(texts, pa.large_string()))
-    assert ids.tolist() == reference_ids(tokenizer_dir.parent, texts) and ids.dtype == np.uint16
-    assert lengths.sum() == len(ids) and lengths[0] == 1
-    assert ids[-lengths[2] :].tolist().count(0) == 2  # text that spells EOS is EOS
-
-
-def test_an_engine_that_differs_stops_the_run_with_the_document_named(tmp_path, tokenizer_dir, capsys, monkeypatch):
-    correct = Encoder.ids_and_lengths
-
-    def wrong_about_zebras(self, texts):
-        ids, lengths = correct(self, texts)
-        zebras = np.array(["zebra" in text for text in texts.to_pylist()], dtype=ids.dtype)
-        return ids + (self.engine == "gigatoken") * np.repeat(zebras, lengths), lengths
-
-    corpus = write_jsonl(tmp_path / "a.jsonl", ["a cat", "a zebra", "a dog"])
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", ["a bird", "a zebra finch", "a hen"])
-    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--block_size", 1, "--validation_file")
-    monkeypatch.setattr(Encoder, "ids_and_lengths", wrong_about_zebras)
-    line = refusal(capsys, *flags, corpus, "--output_dir", tmp_path / "data")
-    assert f"a document of {corpus} differently (it begins 'a zebra'); use --tokenizer_engine tokenizers" in line
-    write_jsonl(corpus, ["a cat", "a dog"])
-    line = refusal(capsys, *flags, held_out, "--output_dir", tmp_path / "data")
-    assert "a document of the validation split differently (it begins 'a zebra finch')" in line
-    run(tmp_path / "data", *flags, held_out, "--tokenizer_engine", "tokenizers")
-
-
-@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
-def test_tokens_that_a_tokenizer_adds_around_a_text_are_not_in_the_blocks(tmp_path, tokenizer_dir, engine):
-    adding = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    adding.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=adding, eos_token="<|endoftext|>").save_pretrained(tmp_path / "adding")
-    corpus, held_out = (write_jsonl(tmp_path / name, ["a cat", "a dog"]) for name in ("a.jsonl", "b.jsonl"))
-    flags = ("--train_file", corpus, "--validation_file", held_out, "--block_size", 1, "--tokenizer_engine", engine)
-    run(tmp_path / "data", *flags, "--tokenizer_name", tmp_path / "adding")
-    assert targets_of(tmp_path / "data", "validation").count(0) == 2
-
-
-def test_trained_tokenizer_has_the_asked_size_and_one_special_token(tokenizer_dir):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    assert len(tokenizer) == 400 and tokenizer.model_max_length == 32
-    assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
-    assert tokenizer.all_special_tokens == ["<|endoftext|>"]
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(text=st.text())
-def test_trained_tokenizer_decodes_any_text_to_itself(trained_tokenizer, text):
-    assert trained_tokenizer.decode(trained_tokenizer(text)["input_ids"]) == text
-
-
-@pytest.fixture(scope="module")
-def trained_tokenizer(tokenizer_dir):
-    return AutoTokenizer.from_pretrained(tokenizer_dir)
-
-
-def test_trained_tokenizer_says_not_to_clean_up_spaces(tokenizer_dir):
-    assert json.loads((tokenizer_dir / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
-
-
-def test_trained_tokenizer_loads_without_a_word(trained_tokenizer, tokenizer_dir, capfd, recwarn):
-    AutoTokenizer.from_pretrained(tokenizer_dir)
-    assert capfd.readouterr() == ("", "") and not recwarn.list
-
-
-def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", ["quizzical"] * 1000)
-    flags = ("--train_file", corpus, "--validation_file", held_out, "--train_tokenizer", 350, "--block_size", 8)
-    run(tmp_path / "data", *flags)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer").tokenize("quizzical")) > 4
-
-
-def test_a_corpus_too_small_for_the_entries_gives_fewer_and_says_so(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("abc abc abc abc\n" * 20)
-    flags = ("--train_file", tmp_path / "a.txt", "--train_tokenizer", 5000, "--block_size", 4)
-    manifest = run(tmp_path / "data", *flags)
-    assert 257 < manifest["vocab_size"] < 300
-    assert f"the corpus gives {manifest['vocab_size']} tokenizer entries" in capsys.readouterr().out
-
-
-def test_a_large_vocabulary_is_stored_in_32_bits_and_encoded_without_gigatoken(tmp_path, capsys):
-    # WordLevel is a kind of tokenizer that gigatoken does not serve.
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 70_000)}, "<|endoftext|>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "words")
-    (tmp_path / "a.txt").write_text("w69999 w1 w65536\n" * 100)
-    flags = ("--train_file", tmp_path / "a.txt", "--tokenizer_name", tmp_path / "words", "--block_size", 3)
-    manifest = run(tmp_path / "data", *flags)
-    assert (manifest["dtype"], manifest["vocab_size"]) == ("uint32", 70_000)
-    assert targets_of(tmp_path / "data", "train")[:3] == [69999, 1, 65536]
-    assert "note: encoding with tokenizers" in capsys.readouterr().out
-    line = refusal(capsys, *flags, "--tokenizer_engine", "gigatoken", "--output_dir", tmp_path / "other")
-    assert line.startswith("--tokenizer_engine gigatoken: cannot serve this tokenizer")
-
-
-# Sources
-
-
-def test_files_of_several_kinds_are_read_together(tmp_path, tokenizer_dir):
-    texts = [text.replace("<|endoftext|>", "") for text in make_texts(6)]
-    (tmp_path / "a.txt").write_text(texts[0])
-    write_jsonl(tmp_path / "b.jsonl", texts[1:3], column="body")
-    (tmp_path / "c.json").write_text(json.dumps([{"body": texts[3]}]))
-    pq.write_table(pa.table({"n": [1], "body": pa.array([texts[4]], pa.large_string())}), tmp_path / "d.parquet")
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", texts[5:], column="body")
-    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.json", "d.parquet")]
-    flags = ("--train_file", *files, "--validation_file", held_out, "--text_column", "body", "--block_size", 1)
-    run(tmp_path / "data", *flags, "--tokenizer_name", tokenizer_dir)
-    assert sorted(documents_of(tmp_path / "data", "train")) == sorted(texts[:5])
-    assert documents_of(tmp_path / "data", "validation") == texts[5:]
-
-
-@pytest.mark.parametrize(("sample_by", "documents"), [("document", 1), ("line", 4), ("paragraph", 2)])
-def test_sample_by_says_what_a_document_is(tmp_path, tokenizer_dir, sample_by, documents):
-    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\nfour\n")
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2))
-    flags = ("--train_file", tmp_path / "a.txt", "--validation_file", held_out, "--sample_by", sample_by)
-    manifest = run(tmp_path / "data", *flags, "--tokenizer_name", tokenizer_dir, "--block_size", 1)
-    assert manifest["splits"]["train"]["documents"] == documents
-
-
-def test_max_documents_takes_the_first(tmp_path, corpus, tokenizer_dir):
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2))
-    flags = ("--train_file", corpus, "--validation_file", held_out, "--max_documents", 7, "--block_size", 1)
-    run(tmp_path / "data", *flags, "--tokenizer_name", tokenizer_dir)
-    assert sorted(documents_of(tmp_path / "data", "train")) == sorted(pieces(make_texts(7)))
-
-
-def test_standard_library_is_prepared_without_installed_packages(tmp_path):
-    files = standard_library_files()
-    assert len(files) > 500 and not any("site-packages" in path.parts for path in files)
-    flags = ("--dataset_name", "stdlib", "--max_documents", 12, "--train_tokenizer", 300, "--block_size", 64)
-    manifest = run(tmp_path / "data", *flags)
-    assert manifest["source"]["name"] == "stdlib" and manifest["source"]["documents"] == 12
-    counted = sum(split["bytes"] for split in manifest["splits"].values())
-    assert counted == sum(path.stat().st_size for path in files[:12])
-
-
 # What is there already
 
 
@@ -518,7 +278,7 @@ def bad_files(tmp_path_factory, tokenizer_dir) -> Path:
         ("--train_file broken.parquet", "broken.parquet: cannot be read as parquet"),
         ("--train_file body.jsonl", "body.jsonl: no column 'text'; --text_column can be one of id, body"),
         ("--train_file body.parquet", "body.parquet: no column 'text'; --text_column can be one of title, body"),
-        ("--train_file numbers.jsonl", "numbers.jsonl: 'text' holds int, not text (1)"),
+        ("--train_file numbers.jsonl", "numbers.jsonl: the line at byte 0: 'text' holds int, not text (1)"),
         ("--train_file empty.txt", "empty.txt: is empty; leave it out"),
         ("--train_file no_breaks.txt", "no document is left for validation; give --validation_file"),
         ("--train_file short.txt --block_size 0", "--block_size 0 must be at least 1"),

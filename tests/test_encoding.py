@@ -1,0 +1,200 @@
+"""Encoding and tokenizers: gigatoken gives the ids of `tokenizers`, whatever the text, and a run that differs stops."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepared_folders import reference_ids, refusal, run, targets_of, write_jsonl
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from preparation.encoding import Encoder
+from preparation.sources import ReadOptions, open_files, standard_library_files
+
+AWKWARD = [
+    "<|endoftext|>", "<|endoftext|", "<|endoftext|><|endoftext|>", " ", "   \t", "\0", "\r\n", "\n\n\n", "a" * 300,
+    "antidisestablishmentarianism" * 100, "don't", "I'LL", "1234567", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "\u05e9\u05dc\u05d5\u05dd \u200f", "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466",
+    "\U0001f3f4\U000e0067\U000e0062\U000e007f", "\U0001f1e9\U0001f1ea", "e\u0301", "\ufeff", "\u2028", "\u3000",
+    "\ufffd", "\u6771\u4eac",
+]  # fmt: skip
+any_text = st.lists(st.one_of(st.text(), st.sampled_from(AWKWARD)), max_size=6).map("".join)
+
+
+@pytest.fixture(scope="session", params=["trained here", "gpt2"])
+def vocabulary(request, tokenizer_dir) -> Path:
+    """tokenizer.json of a vocabulary trained here, and of GPT-2's where the folder with real texts is there."""
+    folder = request.getfixturevalue("text_dir") / "gpt2-tokenizer" if request.param == "gpt2" else tokenizer_dir
+    return folder / "tokenizer.json"
+
+
+@functools.cache
+def encoders_of(tokenizer_json: Path) -> list[Encoder]:
+    eos = Tokenizer.from_file(str(tokenizer_json)).token_to_id("<|endoftext|>")
+    engines = ("gigatoken", "tokenizers")
+    return [Encoder(tokenizer_json, engine=engine, dtype="uint16", eos_token_id=eos) for engine in engines]
+
+
+def assert_engines_agree(tokenizer_json: Path, texts: list[str]) -> None:
+    encoder, reference = encoders_of(tokenizer_json)
+    documents = pa.array(texts, pa.large_string())
+    ids, lengths = encoder.encode(documents)
+    expected_ids, expected_lengths = reference.encode(documents)
+    assert np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)
+
+
+# Equality of the engines
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(texts=st.lists(any_text, min_size=1, max_size=4))
+def test_engines_agree_on_any_text(vocabulary, texts):
+    assert_engines_agree(vocabulary, texts)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(text=st.text(st.one_of(st.characters(), st.characters(categories=["Cs"])), max_size=40))
+def test_engines_agree_on_what_the_json_reader_makes_of_lone_surrogates(vocabulary, tmp_path_factory, text):
+    path = write_jsonl(tmp_path_factory.getbasetemp() / f"surrogates_{os.getpid()}.jsonl", [text, "a cat"])
+    source = open_files([str(path)], ReadOptions(encoding_errors="replace"), None)
+    texts = [document for piece in source.pieces for array in source.read(piece) for document in array.to_pylist()]
+    # What JSON spells as two halves of a pair is one character, as in every JSON reader.
+    assert texts == [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "a cat"]
+    assert_engines_agree(vocabulary, texts)
+
+
+def test_engines_agree_on_very_long_words_and_spaces(vocabulary):
+    assert_engines_agree(
+        vocabulary, ["a" * 50_000, " " * 20_000, "\u6771" * 5_000, "\U0001f642" * 3_000, "=-" * 10_000]
+    )
+
+
+@pytest.mark.parametrize(
+    "every", [pytest.param(60, id="a sixtieth"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+)
+def test_engines_agree_on_the_standard_library(vocabulary, every):
+    contents = [path.read_bytes() for path in standard_library_files()[::every]]
+    assert_engines_agree(vocabulary, [content.decode("utf-8", "replace") for content in contents])
+
+
+@pytest.mark.parametrize("name", ["wikitext2-valid.txt", "wikitext2-test.txt", "tinyshakespeare.txt"])
+def test_engines_agree_on_real_text(text_dir, vocabulary, name):
+    text = (text_dir / name).read_text(encoding="utf-8")
+    assert_engines_agree(vocabulary, text.split("\n\n"))
+
+
+def test_encoded_documents_end_with_eos(tokenizer_dir):
+    encoder = encoders_of(tokenizer_dir / "tokenizer.json")[0]
+    texts = ["", "\u00e9t\u00e9", "a <|endoftext|> b"]
+    ids, lengths = encoder.encode(pa.array(texts, pa.large_string()))
+    assert ids.tolist() == reference_ids(tokenizer_dir.parent, texts) and ids.dtype == np.uint16
+    assert lengths.sum() == len(ids) and lengths[0] == 1
+    assert ids[-lengths[2] :].tolist().count(0) == 2  # text that spells EOS is EOS
+
+
+def test_an_engine_that_differs_stops_the_run_with_the_document_named(tmp_path, tokenizer_dir, capsys, monkeypatch):
+    correct = Encoder.ids_and_lengths
+
+    def wrong_about_zebras(self, texts):
+        ids, lengths = correct(self, texts)
+        zebras = np.array(["zebra" in text for text in texts.to_pylist()], dtype=ids.dtype)
+        return ids + (self.engine == "gigatoken") * np.repeat(zebras, lengths), lengths
+
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["a cat", "a zebra", "a dog"])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", ["a bird", "a zebra finch", "a hen"])
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--block_size", 1, "--validation_file")
+    monkeypatch.setattr(Encoder, "ids_and_lengths", wrong_about_zebras)
+    clean = write_jsonl(tmp_path / "clean.jsonl", ["a bird"])
+    line = refusal(capsys, *flags, clean, "--output_dir", tmp_path / "data")
+    assert f"a document of {corpus} differently (it begins 'a zebra'); use --tokenizer_engine tokenizers" in line
+    write_jsonl(corpus, ["a cat", "a dog"])
+    line = refusal(capsys, *flags, held_out, "--output_dir", tmp_path / "data")
+    assert "a document of the validation split differently (it begins 'a zebra finch')" in line
+    run(tmp_path / "data", *flags, held_out, "--tokenizer_engine", "tokenizers")
+
+
+@pytest.mark.parametrize("engine", ["auto", "tokenizers"])
+def test_tokens_that_a_tokenizer_adds_around_a_text_are_not_in_the_blocks(tmp_path, tokenizer_dir, engine):
+    adding = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    adding.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=adding, eos_token="<|endoftext|>").save_pretrained(tmp_path / "adding")
+    corpus, held_out = (write_jsonl(tmp_path / name, ["a cat", "a dog"]) for name in ("a.jsonl", "b.jsonl"))
+    flags = ("--train_file", corpus, "--validation_file", held_out, "--block_size", 1, "--tokenizer_engine", engine)
+    run(tmp_path / "data", *flags, "--tokenizer_name", tmp_path / "adding")
+    assert targets_of(tmp_path / "data", "validation").count(0) == 2
+
+
+def test_a_tokenizer_saved_with_truncation_and_padding_does_neither_here(tmp_path, tokenizer_dir):
+    cutting = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=8, pad_token="<|endoftext|>")
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    expected = reference_ids(tokenizer_dir.parent, ["a cat sat on a mat", "a"])
+    for encoder in encoders_of(tmp_path / "tokenizer.json"):
+        assert encoder.encode(pa.array(["a cat sat on a mat", "a"], pa.large_string()))[0].tolist() == expected
+
+
+# Tokenizers
+
+
+def test_trained_tokenizer_has_the_asked_size_and_one_special_token(tokenizer_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    assert len(tokenizer) == 400 and tokenizer.model_max_length == 32
+    assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.all_special_tokens == ["<|endoftext|>"]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(text=st.text())
+def test_trained_tokenizer_decodes_any_text_to_itself(trained_tokenizer, text):
+    assert trained_tokenizer.decode(trained_tokenizer(text)["input_ids"]) == text
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer(tokenizer_dir):
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def test_trained_tokenizer_says_not_to_clean_up_spaces(tokenizer_dir):
+    assert json.loads((tokenizer_dir / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
+
+
+def test_trained_tokenizer_loads_without_a_word(trained_tokenizer, tokenizer_dir, capfd, recwarn):
+    AutoTokenizer.from_pretrained(tokenizer_dir)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_tokenizer_is_trained_on_the_training_split_only(tmp_path, corpus):
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", ["quizzical"] * 1000)
+    flags = ("--train_file", corpus, "--validation_file", held_out, "--train_tokenizer", 350, "--block_size", 8)
+    run(tmp_path / "data", *flags)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "data" / "tokenizer").tokenize("quizzical")) > 4
+
+
+def test_a_corpus_too_small_for_the_entries_gives_fewer_and_says_so(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("abc abc abc abc\n" * 20)
+    flags = ("--train_file", tmp_path / "a.txt", "--train_tokenizer", 5000, "--block_size", 4)
+    manifest = run(tmp_path / "data", *flags)
+    assert 257 < manifest["vocab_size"] < 300
+    assert f"the corpus gives {manifest['vocab_size']} tokenizer entries" in capsys.readouterr().out
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits_and_encoded_without_gigatoken(tmp_path, capsys):
+    # WordLevel is a kind of tokenizer that gigatoken does not serve.
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, 70_000)}, "<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "words")
+    (tmp_path / "a.txt").write_text("w69999 w1 w65536\n" * 100)
+    flags = ("--train_file", tmp_path / "a.txt", "--tokenizer_name", tmp_path / "words", "--block_size", 3)
+    manifest = run(tmp_path / "data", *flags)
+    assert (manifest["dtype"], manifest["vocab_size"]) == ("uint32", 70_000)
+    assert targets_of(tmp_path / "data", "train")[:3] == [69999, 1, 65536]
+    assert "note: encoding with tokenizers" in capsys.readouterr().out
+    line = refusal(capsys, *flags, "--tokenizer_engine", "gigatoken", "--output_dir", tmp_path / "other")
+    assert line.startswith("--tokenizer_engine gigatoken: cannot serve this tokenizer")
