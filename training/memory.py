@@ -56,9 +56,11 @@ def estimate_memory(
     gradient_checkpointing: bool,
     shards: int = 1,
 ) -> MemoryEstimate:
-    """By FORMULA; `model` may be on the meta device. shards: processes over which all but the activations is cut.
-    The activations are within 20 %
-    of what autograd was seen to keep for gpt2, modern and speedrun on a CPU."""
+    """By FORMULA; `model` may be on the meta device.
+
+    shards: processes over which all but the activations is divided. The activations are within 20 % of what autograd
+    was seen to keep for gpt2, modern and speedrun on a CPU.
+    """
     parameters = model.num_parameters()
     return MemoryEstimate(
         weights=(4 if mixed_precision == "no" else 6) * parameters // shards,
