@@ -88,7 +88,8 @@ def facts(
         "parameters": f"{model.num_parameters():,}",
         "processes": f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}",
         "tokens per step": f"{plan.samples_per_step * block_size:,} = {accelerator.num_processes} x "
-        f"{plan.grad_accum_steps(last)} x {plan.micro_batch_size} x {block_size} (processes, passes, sequences, tokens)",
+        f"{plan.grad_accum_steps(last)} x {plan.micro_batch_size} x {block_size} "
+        "(processes, passes, sequences, tokens)",
         "steps": f"{last:,}",
         "tokens": f"{samples * block_size:,} ({epochs})",
         "FLOPs per token": f"{flops:,} (6 N + 12 L D T)",
