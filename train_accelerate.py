@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from command_line import check_range, exit_code_2_on_user_error, number_or_auto, parse_arguments
+from command_line import UserError, check_range, exit_code_2_on_user_error, number_or_auto, parse_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class TrainConfig:
         "learning_rate", "embedding_learning_rate", "scalar_learning_rate", "muon_learning_rate",
         "muon_momentum_warmup_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "decay_steps", "decay_ratio",
         "decay_type", "min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-        "z_loss",
+        "z_loss", "lora_rank", "lora_alpha", "lora_target_modules",
     )  # fmt: skip
 
     config: str | None = field(default=None, metadata={"help": "YAML recipe: the same keys as these flags"})
@@ -53,6 +53,16 @@ class TrainConfig:
     model_preset: str = field(default="modern", metadata={"help": "architecture and size: gpt2, modern, ..."})
     config_overrides: str | None = field(
         default=None, metadata={"help": "model settings over the preset's: hidden_size=64,num_hidden_layers=2"}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "fine-tune this GPT2-Modern model, a folder or a name on the Hub, not a preset"}
+    )
+    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank alone (PEFT); 0: every weight"})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "scale of the adapters, times the rank; default: twice the rank"}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "projections that get adapters: q_proj, ...; default: all in the layers"}
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "attention kernel: eager, sdpa, flash_attention_2, flex_attention, ..."}
@@ -199,6 +209,14 @@ class TrainConfig:
         self.check_hub_model_id()
         if self.data_dir and self.output_dir and Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
+        check_range("--lora_rank", self.lora_rank, 0)
+        check_range("--lora_alpha", self.lora_alpha, 0)
+        if not self.lora_rank and (self.lora_alpha is not None or self.lora_target_modules):
+            raise ValueError("--lora_alpha and --lora_target_modules need --lora_rank")
+        if self.lora_rank and self.model_name_or_path is None:
+            raise ValueError(f"--lora_rank {self.lora_rank} needs --model_name_or_path: a model worth freezing")
+        if self.lora_rank and self.optimizer == "muon":
+            raise ValueError("--optimizer muon is for whole matrices; use adamw with --lora_rank")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
         self.schedule()
@@ -286,10 +304,10 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
     import torch
 
     from training.blocks import PackedBlocks
+    from training.finetuning import starting_model
     from training.launch import RollCall
     from training.memory import largest_micro_batch_size
     from training.metrics import peak_flops
-    from training.models import build_model
     from training.optimizers import OptimizerChain, build_optimizers
     from training.run import Run
     from training.samples import check_sample_prompts
@@ -297,18 +315,14 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
     from training.trackers import check_trackers
 
     check_trackers(config.report_to)
+    if config.lora_rank and accelerator.is_fsdp2:
+        raise UserError("--lora_rank does not go with FSDP2: adapters are small; use a DDP configuration")
 
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
     eval_blocks = PackedBlocks(config.data_dir, "validation", config.block_size)
     plan = config.batch_plan(train_blocks.block_size, accelerator.num_processes)
     torch.manual_seed(config.seed)
-    unwrapped_model = build_model(
-        model_preset=config.model_preset,
-        config_overrides=config.config_overrides,
-        attn_implementation=config.attn_implementation,
-        gradient_checkpointing=config.gradient_checkpointing,
-        blocks=train_blocks,
-    )
+    unwrapped_model = starting_model(config, train_blocks)
     check_sample_prompts(
         config.sample_prompts,
         config.sample_max_new_tokens,
@@ -343,7 +357,8 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
         model = accelerator.prepare(model)
         model = torch.compile(model) if config.torch_compile else model
     accelerator.print(
-        f"{config.model_preset}: {unwrapped_model.num_parameters():,} parameters on {accelerator.num_processes} x "
+        f"{config.model_name_or_path or config.model_preset}: {unwrapped_model.num_parameters():,} parameters, "
+        f"{unwrapped_model.num_parameters(only_trainable=True):,} of them trained, on {accelerator.num_processes} x "
         f"{accelerator.device.type}{', sharded by FSDP2' if accelerator.is_fsdp2 else ''}, "
         f"precision {accelerator.mixed_precision}; {plan.samples_per_step} x "
         f"{train_blocks.block_size} tokens per step, {plan.grad_accum_steps(config.max_steps)} forward passes each"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from command_line import UserError
+from training.finetuning import is_adapted, load_adapter
 from training.sharding import shard_like, whole_tensor
 
 STATE_FILE = "trainer_state.json"
@@ -142,6 +143,15 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[tor
 
     Raises UserError, naming one, if the checkpoint's tensors are not those of this model.
     """
+    if is_adapted(model):
+        load_adapter(model, checkpoint)
+    else:
+        _load_weights(checkpoint, model)
+    if optimizers is not None:
+        load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
+
+
+def _load_weights(checkpoint: Path, model: nn.Module) -> None:
     saved = load_file(checkpoint / MODEL_FILE)
     parameters = dict(model.named_parameters())  # tied ones under the one name that is saved
     for name in sorted(saved.keys() | parameters.keys()):
@@ -153,8 +163,6 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[tor
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(saved[name], parameter))
-    if optimizers is not None:
-        load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 from training.batches import BatchPlan
 from training.blocks import PackedBlocks
+from training.finetuning import pretrained_config, starting_model
 from training.memory import FORMULA, estimate_memory, fits_by_estimate, largest_that_fits
 from training.metrics import model_flops_per_token
-from training.models import build_model
 from training.run import chosen_settings
 
 
@@ -30,7 +30,8 @@ def data_or_stand_in(config: Any) -> PackedBlocks | NoData:
     """The training blocks; without --data_dir, what the preset says of its vocabulary and context."""
     if config.data_dir is not None:
         return PackedBlocks(config.data_dir, "train", config.block_size)
-    preset = GPT2ModernConfig.from_preset(config.model_preset)
+    name = config.model_name_or_path
+    preset = GPT2ModernConfig.from_preset(config.model_preset) if name is None else pretrained_config(name)
     return NoData(
         preset.unpadded_vocab_size or preset.vocab_size,
         preset.eos_token_id,
@@ -46,13 +47,7 @@ def dry_run(config: Any, accelerator: Accelerator) -> None:
     """
     blocks = data_or_stand_in(config)
     with torch.device("meta"):
-        model = build_model(
-            model_preset=config.model_preset,
-            config_overrides=config.config_overrides,
-            attn_implementation=config.attn_implementation,
-            gradient_checkpointing=config.gradient_checkpointing,
-            blocks=blocks,
-        )
+        model = starting_model(config, blocks, load_weights=False)
     plan = config.batch_plan(blocks.block_size, accelerator.num_processes)
     if config.per_device_train_batch_size == "auto":
         needs = {"block_size": blocks.block_size, "optimizer": config.optimizer}

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from transformers import GenerationConfig, PreTrainedModel
 
+from training.finetuning import is_adapted, merged, save_adapter
+
 
 def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: Path, eos_token_id: int) -> None:
     """Weights, configuration, the model's code, tokenizer and generation defaults, as from_pretrained expects them."""
@@ -22,25 +24,32 @@ def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: P
         temperature=0.8,
         top_k=50,
     )
+    if is_adapted(model):
+        save_adapter(model, folder)
+        model = merged(model)
     model.save_pretrained(folder)
     shutil.copytree(tokenizer_path, folder, dirs_exist_ok=True)
     # safetensors creates files that only their owner can read; a model folder has the modes of its user.
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o666 & ~umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def export_model(model: PreTrainedModel, output_dir: Path, *, tokenizer_path: Path, eos_token_id: int) -> list[str]:
-    """Put the model folder's files beside a run's records; each file appears whole or not at all. Returns names."""
+    """Put the model folder's files beside a run's records; each file appears whole or not at all.
+
+    Returns the names of those that make up the model, without the folder of adapters.
+    """
     temporary = output_dir / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_model_folder(model, temporary, tokenizer_path=tokenizer_path, eos_token_id=eos_token_id)
-    names = sorted(path.name for path in temporary.iterdir())
-    for name in names:
-        (temporary / name).replace(output_dir / name)
-    temporary.rmdir()
-    return names
+    files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+    for path in files:
+        (output_dir / path).parent.mkdir(exist_ok=True)
+        (temporary / path).replace(output_dir / path)
+    shutil.rmtree(temporary)
+    return [path.name for path in files if len(path.parts) == 1]
 
 
 def write_resolved_config(path: Path, settings: dict[str, Any]) -> None:

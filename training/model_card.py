@@ -126,8 +126,10 @@ def write_model_card(
 def _description(
     preset: str, base_model: str | None, manifest: dict[str, Any], summary: dict[str, Any], max_steps: int
 ) -> str:
-    kind = f"A {summary['params']:,}-parameter GPT-2-class language model (preset `{preset}`)"
-    if base_model:
+    kind = f"A {summary['params']:,}-parameter GPT-2-class language model"
+    if base_model is None:
+        kind += f" (preset `{preset}`)"
+    else:
         kind += f", trained further from `{_hub_id(base_model) or Path(base_model).name}`"
     is_stdlib = _source_name(manifest) == "stdlib"
     corpus = "the source code of Python's standard library" if is_stdlib else f"`{_source_name(manifest)}`"

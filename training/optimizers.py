@@ -32,8 +32,9 @@ def build_optimizers(
     by_muon = muon_parameters(model) if optimizer == "muon" else []
     taken = {id(parameter) for parameter in [embedding, *by_muon]}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in taken]
+    embeddings = [embedding] if embedding.requires_grad else []
     groups = [
-        _group([embedding], _given(embedding_learning_rate, learning_rate), weight_decay),
+        _group(embeddings, _given(embedding_learning_rate, learning_rate), weight_decay),
         _group([p for p in rest if p.ndim >= 2], learning_rate, weight_decay),
         _group([p for p in rest if p.ndim < 2], _given(scalar_learning_rate, learning_rate), 0.0),
     ]

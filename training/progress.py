@@ -12,6 +12,7 @@ from tqdm import tqdm
 from command_line import warn
 from training.checkpoints import TRAINING_STATE_FILES, list_checkpoints
 from training.export import export_model
+from training.finetuning import ADAPTER_FOLDER, is_adapted
 from training.hub import stage_files, upload_last
 from training.metrics import (
     bits_per_byte,
@@ -136,7 +137,10 @@ def finish(run: Run, eval_loss: float) -> None:
         plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
         write_card(run, run.output_dir / "README.md", summary)
         files = [run.output_dir / name for name in [*names, *RECORDS] if (run.output_dir / name).exists()]
-        print(f"finished: validation loss {eval_loss:.4f} nats/token, model in {run.output_dir}")
+        where = f"model in {run.output_dir}"
+        if is_adapted(run.unwrapped_model):
+            where = f"merged {where}, adapters alone in {run.output_dir / ADAPTER_FOLDER}"
+        print(f"finished: validation loss {eval_loss:.4f} nats/token, {where}")
     run.accelerator.wait_for_everyone()
     run.model = None  # DistributedDataParallel must be gone before the process group it reduces over
     run.accelerator.free_memory()
@@ -157,7 +161,8 @@ def publish_checkpoint(run: Run) -> None:
     try:
         plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
         checkpoint = list_checkpoints(run.checkpoints_dir)[0]
-        model_files = [path for path in checkpoint.iterdir() if path.name not in TRAINING_STATE_FILES]
+        model_files = [path for path in checkpoint.iterdir() if path.is_file()]
+        model_files = [path for path in model_files if path.name not in TRAINING_STATE_FILES]
         records = [run.output_dir / name for name in RECORDS if name not in ("README.md", "summary.json")]
         stage_files([*model_files, *(path for path in records if path.exists())], staged)
         write_card(run, staged / "README.md", summarize(run, None))
