@@ -213,8 +213,6 @@ class TrainConfig:
         check_range("--lora_alpha", self.lora_alpha, 0)
         if not self.lora_rank and (self.lora_alpha is not None or self.lora_target_modules):
             raise ValueError("--lora_alpha and --lora_target_modules need --lora_rank")
-        if self.lora_rank and self.model_name_or_path is None:
-            raise ValueError(f"--lora_rank {self.lora_rank} needs --model_name_or_path: a model worth freezing")
         if self.lora_rank and self.optimizer == "muon":
             raise ValueError("--optimizer muon is for whole matrices; use adamw with --lora_rank")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:

@@ -164,6 +164,12 @@ def test_lora_without_peft_is_one_line(data_dir, base, tmp_path, capsys, monkeyp
     assert "--lora_rank needs peft" in capsys.readouterr().err
 
 
+def test_adapters_on_random_weights_are_refused(data_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(data_dir, tmp_path / "run", lora_rank=2)
+    assert "--lora_rank 2 needs --model_name_or_path" in capsys.readouterr().err
+
+
 def test_the_base_stays_as_it_was(data_dir, base, tmp_path):
     before = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
     finetune(data_dir, tmp_path, base, max_steps=2, save_steps=0)

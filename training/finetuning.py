@@ -31,6 +31,8 @@ def starting_model(config: Any, blocks: PackedBlocks, *, load_weights: bool = Tr
 
     load_weights: False gives a finished model's shape alone.
     """
+    if config.lora_rank and config.model_name_or_path is None:
+        raise UserError(f"--lora_rank {config.lora_rank} needs --model_name_or_path: a model worth freezing")
     if config.model_name_or_path is None:
         model = build_model(
             model_preset=config.model_preset,
