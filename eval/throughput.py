@@ -252,11 +252,19 @@ def serve(connection: Connection, row: Row, shape: Shape) -> None:
         pass  # the benchmark was stopped
 
 
+def process_context() -> multiprocessing.context.BaseContext:
+    """Where rows' processes come from: copies of one that has imported what they need but has touched no device."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.models", "training.optimizers", "transformers.models.gpt2.modeling_gpt2"])
+    return context
+
+
 class RowProcess:
     """The process of one row, as `measure` talks to it."""
 
-    def __init__(self, row: Row, shape: Shape):
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, row: Row, shape: Shape, context: multiprocessing.context.BaseContext):
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, row, shape), daemon=True)
         self._process.start()
@@ -284,7 +292,10 @@ class RowProcess:
         return answer
 
     def close(self) -> None:
-        self._connection.close()  # which ends it
+        """Let it end by itself, as it does where it waits for a number of steps; one that is in a step is ended."""
+        self._connection.close()
+        self._process.join(2)
+        self._process.terminate()
         self._process.join()
 
 
@@ -292,7 +303,8 @@ def measure(rows: Sequence[Row], shape: Shape, *, steps: int, repetitions: int) 
     """Of each row its measurement, or why there is none."""
     from tqdm import tqdm
 
-    processes = [RowProcess(row, shape) for row in rows]
+    context = process_context()
+    processes = [RowProcess(row, shape, context) for row in rows]
     seconds: list[list[float]] = [[] for _ in rows]
     try:
         with tqdm(total=len(rows) * (repetitions + 1), desc="measuring", unit="row") as bar:
