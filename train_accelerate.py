@@ -14,6 +14,7 @@ launcher; every hyperparameter comes from here.
 
 import contextlib
 import math
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from training.batches import BatchPlan
     from training.run import Run
     from training.schedules import Schedule
+    from training.stopping import StopRequest
 
 
 @dataclass
@@ -142,6 +144,16 @@ class TrainConfig:
     eval_blocks: int | None = field(default=None, metadata={"help": "validation sequences used; default: all of them"})
     save_steps: int = field(default=100, metadata={"help": "steps between checkpoints; 0: none"})
     save_total_limit: int = field(default=2, metadata={"help": "checkpoints kept; 0: all"})
+    save_failure: Literal["warn", "stop"] = field(
+        default="warn", metadata={"help": "a checkpoint cannot be written: go on with the older ones, or stop"}
+    )
+    max_train_time: str | None = field(
+        default=None, metadata={"help": "save and stop after this time: seconds, or hours:minutes:seconds"}
+    )
+    on_nonfinite: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "a loss or gradient that is no number: stop before it is applied, or skip it"}
+    )
+    max_nonfinite_steps: int = field(default=3, metadata={"help": "steps skipped so in a row before the run stops"})
     resume_from_checkpoint: str = field(
         default="auto", metadata={"help": "auto (the newest whole one in output_dir), none, or a checkpoint folder"}
     )
@@ -197,7 +209,7 @@ class TrainConfig:
             "batch_size_warmup_steps", "warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "eval_steps",
             "save_steps", "save_total_limit", "dataloader_num_workers", "learning_rate", "embedding_learning_rate",
             "scalar_learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
-            "z_loss",
+            "z_loss", "max_nonfinite_steps",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 0)
         most_of = {"min_lr_ratio": 1, "warmup_ratio": 1, "decay_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999}
@@ -217,6 +229,10 @@ class TrainConfig:
             raise ValueError("--optimizer muon is for whole matrices; use adamw with --lora_rank")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
+        if self.max_train_time is not None:
+            from training.stopping import parse_duration
+
+            parse_duration(self.max_train_time)
         self.schedule()
 
     def check_hub_model_id(self) -> None:
@@ -259,35 +275,40 @@ class TrainConfig:
 
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    started = time.monotonic()
     config = parse_arguments(TrainConfig, argv, __doc__)
 
     from training.dry_run import dry_run
     from training.launch import build_accelerator
     from training.progress import finish, progress_bar, publish_checkpoint, record, training_metrics
     from training.resume import resume, save
+    from training.stopping import StopRequest, leave
 
     accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
     if config.dry_run:
         return dry_run(config, accelerator)
-    run = build_run(config, accelerator)
+    stop_request = StopRequest(config.max_train_time, started)
+    run = build_run(config, accelerator, stop_request)
     resume(run)
     metrics = {}
-    with run.roll_call.on_failure(), progress_bar(run) as bar:
-        while run.step < config.max_steps:
+    with run.roll_call.on_failure(), run.stop_request, progress_bar(run) as bar:
+        while run.step < config.max_steps and not run.stopping:
             loss, grad_norm, learning_rate = train_step(run)
             run.step += 1
             last = run.step == config.max_steps
             metrics = {}
             if is_due(run.step, config.logging_steps) or run.step == 1 or last:
                 metrics |= training_metrics(run, loss, grad_norm, learning_rate)
-            if is_due(run.step, config.eval_steps) or last:
+            if (is_due(run.step, config.eval_steps) and not run.stopping) or last:
                 metrics |= evaluate(run)
             if metrics:
                 record(run, bar, metrics)
-            if is_due(run.step, config.save_steps) or (last and config.save_steps > 0):
+            if is_due(run.step, config.save_steps) or (last and config.save_steps > 0) or run.stopping:
                 save(run)
                 publish_checkpoint(run)
             bar.update()
+    if run.stopping and run.step < config.max_steps:
+        leave(run)
     if "eval_loss" not in metrics:  # nothing was left to train
         metrics = evaluate(run)
     finish(run, metrics["eval_loss"])
@@ -297,7 +318,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
+def build_run(config: TrainConfig, accelerator: "Accelerator", stop_request: "StopRequest") -> "Run":
     """Open the data, build the model and let Accelerate place and wrap it; print what will be trained."""
     import torch
 
@@ -310,6 +331,7 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
     from training.run import Run
     from training.samples import check_sample_prompts
     from training.sharding import shard_model
+    from training.stopping import Agreement
     from training.trackers import check_trackers
 
     check_trackers(config.report_to)
@@ -374,6 +396,8 @@ def build_run(config: TrainConfig, accelerator: "Accelerator") -> "Run":
         schedule=config.schedule(),
         device_flops=peak_flops(accelerator.device),
         roll_call=RollCall(accelerator, config.ddp_timeout),
+        agreement=Agreement(accelerator, config.ddp_timeout),
+        stop_request=stop_request,
     )
 
 
@@ -387,6 +411,7 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     import torch
 
     from training.batches import samples_of_step
+    from training.faults import may_update
     from training.models import objective_and_loss
     from training.optimizers import set_schedule
     from training.run import hash_seed
@@ -422,10 +447,11 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
             )
             accelerator.backward(objective)
         loss += micro_loss
-    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
-    run.optimizer.step()
+    grad_norm = whole_tensor(accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf))
+    if may_update(run, loss, grad_norm, samples):
+        run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return loss, whole_tensor(grad_norm), config.learning_rate * factor
+    return loss, grad_norm, config.learning_rate * factor
 
 
 def evaluate(run: "Run") -> dict[str, Any]:
@@ -444,7 +470,10 @@ def evaluate(run: "Run") -> dict[str, Any]:
         process_index=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
         max_blocks=run.config.eval_blocks,
+        should_stop=lambda: run.agreement.largest(run.stop_request.reason) != [0],
     )
+    if loss is None:  # a stop was asked for; the step that follows agrees on it
+        return {}
     stop_if_not_finite(run, "validation loss", loss)
     sample(run, generate_text)
     reshard(run.unwrapped_model)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from training.blocks import PackedBlocks
@@ -41,12 +43,14 @@ def evaluate_loss(
     process_index: int = 0,
     num_processes: int = 1,
     max_blocks: int | None = None,
-) -> float:
+    should_stop: "Callable[[], bool] | None" = None,
+) -> float | None:
     """Mean next-token loss (nats/token) of `model` over `blocks`, or over `max_blocks` of them at equal distances.
 
     The blocks are divided over the processes without padding, each sums in float64, and one reduction ends it; every
     process returns the same number. All make the same number of forward passes, because a sharded model is gathered by
     all together: one that has run out of blocks repeats one without counting it. The train/eval mode is put back.
+    should_stop: asked before each pass, and answered alike on every process; after a yes the result is None.
     """
     import torch
     from tqdm import tqdm
@@ -59,15 +63,20 @@ def evaluate_loss(
     passes = -(-len(chosen[::num_processes]) // batch_size)  # of process 0, which has the most blocks
     device = next(model.parameters()).device
     losses = []
+    stopped = False
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for index in tqdm(range(passes), desc="evaluating", unit="batch", leave=False, disable=process_index > 0):
+            if should_stop is not None and (stopped := should_stop()):
+                break
             part = mine[index * batch_size : (index + 1) * batch_size]
             loss = summed_loss(model, blocks.__getitems__(part or chosen[:1]).to(device))
             if part:
                 losses.append(loss)
     model.train(was_training)
+    if stopped:
+        return None
     nats = torch.tensor(sum(torch.stack(losses).tolist()) if losses else 0.0, dtype=torch.float64)
     if num_processes > 1:
         nats = nats.to(device)

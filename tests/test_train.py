@@ -419,7 +419,7 @@ def test_an_output_dir_that_cannot_be_made_is_refused(data_dir, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"max_steps": 8, "eval_steps": 0}, r"(loss|gradient norm) is (nan|inf) at step [2-8]"),
+        ({"max_steps": 8, "eval_steps": 0}, r"(loss|gradient norm) is (nan|inf).* at step [2-8]"),
         ({"max_steps": 2, "logging_steps": 100}, r"is (nan|inf) at step 2"),
         ({"max_steps": 8, "logging_steps": 100, "save_steps": 1}, r"norm of the weights is (nan|inf) at step 1"),
     ],

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from command_line import UserError
 from training.blocks import PackedBlocks
+from training.stopping import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def training_batches(
         pin_memory=pin_memory,
         # Its own generator: a loader without one draws a base seed from the global stream when it is created.
         generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
     )
     return iter(loader)
 

@@ -5,6 +5,7 @@ A process killed at any moment leaves the older checkpoints as they were. What i
 match their checksums. `checkpoints/step_0000100/` is at the same time a model folder for `from_pretrained`.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -37,12 +38,17 @@ def save_checkpoint(
     optimizer_state: dict[str, torch.Tensor],
     trainer_state: dict[str, Any],
     save_total_limit: int,
+    model_bytes: int = 0,
 ) -> Path:
     """Write checkpoint `step` and delete the oldest beyond `save_total_limit` (0: none). Call it on one process only.
 
-    save_model: writes the Hub-ready model folder into the path it is given.
+    save_model: writes the Hub-ready model folder, of about `model_bytes`, into the path it is given.
     trainer_state: JSON values; what `read_trainer_state` gives back.
+    Raises OSError, before anything is written, if the disk has less room than it takes, or for what the disk answers;
+    the temporary folder is then removed.
     """
+    checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    refuse_full_disk(checkpoints_dir, model_bytes + sum(tensor.nbytes for tensor in optimizer_state.values()))
     final = checkpoints_dir / f"step_{step:07d}"
     temporary = checkpoints_dir / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -65,6 +71,13 @@ def save_checkpoint(
         for old in list_checkpoints(checkpoints_dir)[save_total_limit:]:
             shutil.rmtree(old)
     return final
+
+
+def refuse_full_disk(folder: Path, needed: int) -> None:
+    """Raise OSError if there are less than `needed` free bytes where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it takes {needed:,} bytes, the disk has {free:,} left", str(folder))
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:

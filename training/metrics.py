@@ -190,7 +190,7 @@ def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train = [(row["tokens_seen"], row["loss"], row["learning_rate"]) for row in rows if "loss" in row]
+    train = [(row["tokens_seen"], row["loss"], row["learning_rate"]) for row in rows if row.get("loss") is not None]
     evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     figure, (loss_axis, rate_axis) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 1], layout="constrained"

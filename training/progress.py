@@ -1,6 +1,7 @@
 """What a run shows and records while it trains, and what it leaves behind at the end."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from command_line import warn
 from training.checkpoints import TRAINING_STATE_FILES, list_checkpoints
 from training.export import export_model
+from training.faults import spike_warning
 from training.finetuning import ADAPTER_FOLDER, is_adapted
 from training.hub import stage_files, upload_last
 from training.metrics import (
@@ -22,7 +24,7 @@ from training.metrics import (
     write_json,
 )
 from training.model_card import write_model_card
-from training.run import Run, chosen_settings, stop_if_not_finite
+from training.run import Run, chosen_settings
 from training.samples import on_one_line
 from training.sharding import whole_model
 
@@ -65,14 +67,11 @@ def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, lear
     run.roll_call()  # before a wait for the device that could last
     steps, seconds = run.stopwatch.lap(run.step)
     loss = run.accelerator.reduce(loss, reduction="mean").item()
-    stop_if_not_finite(run, "loss", loss)
-    if run.accelerator.scaler is None:  # with a loss scale, an overflow is a skipped step
-        stop_if_not_finite(run, "gradient norm", float(grad_norm))
     tokens_per_second = (run.tokens_seen - run.tokens_before(run.step - steps)) / seconds
     return {
-        "loss": loss,
+        "loss": loss if math.isfinite(loss) else None,  # of a step that --on_nonfinite skip left out
         "learning_rate": learning_rate,
-        "grad_norm": float(grad_norm),
+        "grad_norm": float(grad_norm) if math.isfinite(grad_norm) else None,
         "tokens_per_second": tokens_per_second,
         "mfu": model_flops_utilization(
             run.unwrapped_model,
@@ -90,6 +89,8 @@ def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
     if not run.accelerator.is_main_process:
         return
     row = {"tokens_seen": run.tokens_seen} | metrics
+    if metrics.get("loss") is not None and (warning := spike_warning(run.log.rows, metrics["loss"])):
+        bar.write(f"step {run.step}: {warning}")
     run.log.append({"step": run.step} | row)
     if "eval_loss" in metrics:
         plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
@@ -99,7 +100,7 @@ def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
             bar.write(f"  {on_one_line(sample)}")
             row[f"sample_{number}"] = sample["prompt"] + sample["text"]
     run.trackers.log(run.step, row)
-    if "loss" in metrics:
+    if metrics.get("loss") is not None:
         bar.set_postfix_str(bar_numbers(metrics, run.stopwatch.remaining_s(bar.total - run.step)), refresh=False)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
 from command_line import UserError
 from training.batches import training_batches
@@ -138,7 +139,11 @@ def settle_gradient_buckets(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; the other processes wait, so that none goes on with a half-written one."""
+    """Write a checkpoint; the other processes wait, so that none goes on with a half-written one.
+
+    A disk that is full, read-only or gone leaves the older checkpoints and, by --save_failure warn, the run alive; with
+    `stop` it raises UserError on every process.
+    """
     run.stopwatch.pause()
     main = run.accelerator.is_main_process
     norm = whole_tensor(torch.nn.utils.get_total_norm(run.unwrapped_model.parameters()))
@@ -146,27 +151,36 @@ def save(run: Run) -> None:
     model = whole_model(run.unwrapped_model, keep=main)
     gathered = is_sharded(run.unwrapped_model)  # by all processes together
     optimizer_tensors = optimizer_state(run.optimizers, run.unwrapped_model, keep=main) if main or gathered else None
+    problem = None
     if main:
         scaler = run.accelerator.scaler
-        save_checkpoint(
-            run.checkpoints_dir,
-            run.step,
-            save_model=lambda folder: save_model_folder(
-                model,
-                folder,
-                tokenizer_path=run.train_blocks.tokenizer_path,
-                eos_token_id=run.train_blocks.eos_token_id,
-            ),
-            optimizer_state=optimizer_tensors,
-            trainer_state={
-                "step": run.step,
-                "tokens_seen": run.tokens_seen,
-                "wall_time_s": run.wall_time_s + run.stopwatch.total_s,
-                "run_id": run.run_id,
-                "grad_scaler": scaler.state_dict() if scaler is not None else None,
-                "settings": settings_of_every_update(run),
-            },
-            save_total_limit=run.config.save_total_limit,
-        )
+        try:
+            save_checkpoint(
+                run.checkpoints_dir,
+                run.step,
+                save_model=lambda folder: save_model_folder(
+                    model,
+                    folder,
+                    tokenizer_path=run.train_blocks.tokenizer_path,
+                    eos_token_id=run.train_blocks.eos_token_id,
+                ),
+                optimizer_state=optimizer_tensors,
+                trainer_state={
+                    "step": run.step,
+                    "tokens_seen": run.tokens_seen,
+                    "wall_time_s": run.wall_time_s + run.stopwatch.total_s,
+                    "run_id": run.run_id,
+                    "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                    "settings": settings_of_every_update(run),
+                },
+                save_total_limit=run.config.save_total_limit,
+                model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+            )
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
+            problem = f"checkpoint {run.step} cannot be written to {run.checkpoints_dir}: {error}"
     run.accelerator.wait_for_everyone()
+    if run.agreement.largest(int(problem is not None)) != [0]:
+        if run.config.save_failure == "stop":
+            raise UserError(f"{problem or 'the main process could not save'}; the older checkpoints are as they were")
+        run.accelerator.print(f"warning: {problem}; the run goes on, the older checkpoints are as they were")
     run.stopwatch.resume()

@@ -19,6 +19,7 @@ from training.hub import HubUploader
 from training.launch import RollCall
 from training.metrics import MetricsLog, Stopwatch
 from training.schedules import Schedule
+from training.stopping import Agreement, StopRequest
 from training.trackers import Trackers
 
 
@@ -43,6 +44,10 @@ class Run:
     batches: Iterator[torch.Tensor] = None
     stopwatch: Stopwatch = None
     roll_call: RollCall = None
+    agreement: Agreement = None
+    stop_request: StopRequest = None
+    stopping: int = 0  # why all processes stop after this step, as `StopRequest.reason`
+    nonfinite_steps: int = 0  # in a row, up to this step
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:8])  # by which trackers know the run again
     # On the main process:
     log: MetricsLog = None
