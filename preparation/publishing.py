@@ -34,6 +34,7 @@ def dataset_card(manifest: dict, repo_id: str) -> str:
 
     from preparation.report import COLUMNS, split_row
 
+    source = manifest["source"]["name"]
     table = "| split | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|\n"
     for split, counts in manifest["splits"].items():
         table += f"| {split} | " + " | ".join(split_row(counts)) + " |\n"
@@ -41,7 +42,7 @@ def dataset_card(manifest: dict, repo_id: str) -> str:
         pretty_name=repo_id.split("/")[-1],
         tags=["gpt2-modern", "packed"],
         task_categories=["text-generation"],
-        source_datasets=[manifest["source"]["name"]] if isinstance(manifest["source"]["name"], str) else None,
+        source_datasets=[source] if isinstance(source, str) and source != "stdlib" else None,
         configs=[
             {
                 "config_name": "default",

@@ -1,0 +1,151 @@
+"""What a finished folder is to others: checked byte by byte, a dataset of the Hub, a page to look at."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+import yaml
+from prepared_folders import make_texts, refusal, rows_of, run, write_jsonl
+
+from preparation.publishing import dataset_card
+from prepare_data import main
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, corpus, tokenizer_dir) -> tuple[Path, tuple]:
+    folder = tmp_path_factory.mktemp("published")
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--block_size", 16, "--num_shards", 2)
+    run(folder / "data", *flags)
+    return folder / "data", flags
+
+
+# verify
+
+
+def test_verify_is_content_with_what_was_written(prepared, capsys):
+    main(["verify", str(prepared[0])])
+    assert capsys.readouterr().out == f"{prepared[0]}: every file is as it was written\n"
+
+
+def test_verify_names_every_wrong_file(prepared, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(prepared[0], folder)
+    first, second = sorted((folder / "train").iterdir())
+    altered = first / "data-00000-of-00001.arrow"
+    content = bytearray(altered.read_bytes())
+    content[len(content) // 2] ^= 1
+    altered.write_bytes(content)
+    with (second / "data-00000-of-00001.arrow").open("r+b") as file:
+        file.truncate(1000)
+    (folder / "validation" / "shard-00000-of-00001" / "state.json").unlink()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    line = refusal(capsys, "verify", folder)
+    assert f"{altered}: altered since it was written (sha256 differs)" in line
+    assert f"{second / 'data-00000-of-00001.arrow'}: has 1000 bytes, the manifest says " in line
+    assert f"{folder / 'validation' / 'shard-00000-of-00001' / 'state.json'}: missing" in line
+    assert f"{folder / 'tokenizer' / 'tokenizer.json'}: altered since it was written" in line
+    assert line.count("prepare the data again") == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "usage: python prepare_data.py verify FOLDER"), (["nowhere"], "nowhere/manifest.json: no such file")],
+)
+def test_verify_refuses_what_is_no_prepared_folder(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(capsys, "verify", *flags).startswith(message)
+
+
+# The Hub
+
+
+class Hub:
+    """Takes what is uploaded and writes it down."""
+
+    calls: list[tuple[str, dict]]
+
+    def create_repo(self, repo_id, **arguments):
+        self.calls.append(("create_repo", {"repo_id": repo_id} | arguments))
+
+    def upload_folder(self, **arguments):
+        self.calls.append(("upload_folder", arguments))
+
+
+class UnreachableHub(Hub):
+    def upload_folder(self, **arguments):
+        raise ConnectionError("the network is down\nand stays so")
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[tuple[str, dict]]:
+    Hub.calls = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return Hub.calls
+
+
+def test_push_to_hub_uploads_the_folder_as_a_dataset(prepared, hub):
+    folder, flags = prepared
+    run(folder, *flags, "--push_to_hub", "--hub_dataset_id", "someone/blocks", "--hub_private_repo")
+    (_, created), (_, uploaded) = hub
+    assert created == {"repo_id": "someone/blocks", "repo_type": "dataset", "private": True, "exist_ok": True}
+    assert (uploaded["repo_id"], uploaded["repo_type"]) == ("someone/blocks", "dataset")
+    assert uploaded["folder_path"] == folder and (folder / "README.md").is_file()
+
+
+def test_a_failing_upload_is_one_line_and_leaves_the_folder_whole(tmp_path, corpus, tokenizer_dir, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", UnreachableHub)
+    UnreachableHub.calls = []
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data")
+    line = refusal(capsys, *flags, "--push_to_hub", "--hub_dataset_id", "someone/blocks")
+    assert "someone/blocks: the upload failed (ConnectionError: the network is down)" in line
+    main(["verify", str(tmp_path / "data")])
+
+
+def test_the_card_tells_load_dataset_which_files_are_which_split(prepared, tmp_path):
+    folder = tmp_path / "blocks"
+    shutil.copytree(prepared[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "README.md").write_text(dataset_card(manifest, "someone/blocks"))
+    _, front_matter, text = (folder / "README.md").read_text().split("---\n", 2)
+    (config,) = yaml.safe_load(front_matter)["configs"]
+    assert [files["split"] for files in config["data_files"]] == ["train", "validation"]
+    assert 'load_dataset("someone/blocks")' in text and "block_size + 1 = 17" in text
+    loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    for split in ("train", "validation"):
+        assert (loaded[split].with_format("numpy")["input_ids"][:] == rows_of(folder, split)).all()
+        assert loaded[split].num_rows == manifest["splits"][split]["rows"]
+
+
+def test_only_a_dataset_of_the_hub_is_named_as_the_source_of_another(prepared):
+    manifest = json.loads((prepared[0] / "manifest.json").read_text())
+
+    def sources(name) -> list[str] | None:
+        card = dataset_card(manifest | {"source": manifest["source"] | {"name": name}}, "someone/blocks")
+        return yaml.safe_load(card.split("---\n")[1]).get("source_datasets")
+
+    assert sources("HuggingFaceFW/fineweb-edu") == ["HuggingFaceFW/fineweb-edu"]
+    assert sources("stdlib") is None and sources(["a.jsonl"]) is None
+
+
+# The page
+
+
+def test_report_has_the_counts_and_a_bar_for_each_length(prepared):
+    page = (prepared[0] / "report.html").read_text()
+    for counts in json.loads((prepared[0] / "manifest.json").read_text())["splits"].values():
+        assert f"<td>{counts['documents']:,}</td><td>{counts['bytes']:,}</td><td>{counts['tokens']:,}</td>" in page
+        assert sum(counts["document_lengths"].values()) == counts["documents"]
+        for least, count in counts["document_lengths"].items():
+            row = page.split(f"<tr><td>{int(least):,} to {2 * int(least) - 1:,}</td>")
+            assert any(part.startswith(f'<td>{count:,}</td><td><div style="width:') for part in row[1:])
+
+
+def test_report_shows_names_as_text(tmp_path, tokenizer_dir):
+    (tmp_path / "a<b>&c.jsonl").write_text(write_jsonl(tmp_path / "a.jsonl", make_texts(250)).read_text())
+    flags = ("--train_file", tmp_path / "a<b>&c.jsonl", "--tokenizer_name", tokenizer_dir, "--block_size", 16)
+    run(tmp_path / "data", *flags)
+    page = (tmp_path / "data" / "report.html").read_text()
+    assert "<h1>a&lt;b&gt;&amp;c.jsonl</h1>" in page and "a<b>" not in page
