@@ -67,10 +67,7 @@ class Encoder:
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
 
     def encode(self, documents: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Ids in `dtype` with EOS after each document, and the lengths with it. Lists of ids pass through.
-
-        Raises UserError for an id of a token file that `dtype` cannot hold.
-        """
+        """Ids in `dtype` with EOS after each document, and the lengths with it. Lists of ids pass through."""
         if pa.types.is_large_list(documents.type):
             ids, lengths = documents.flatten().to_numpy(), np.diff(documents.offsets.to_numpy())
         else:

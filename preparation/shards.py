@@ -283,6 +283,10 @@ def write_rows(
                 counts.bytes += pc.sum(pc.binary_length(documents)).as_py()
             else:
                 token_bytes = bytes_of_tokens(encoder.tokenizer_json) if token_bytes is None else token_bytes
+                if ids.max() >= len(token_bytes):
+                    raise UserError(
+                        f"{name}: holds the id {ids.max()}, but --tokenizer_name has {len(token_bytes)} entries"
+                    )
                 counts.bytes += int(token_bytes[ids].sum()) - len(lengths) * int(token_bytes[encoder.eos_token_id])
             write(packer.add(ids, lengths))
         write(packer.finish())

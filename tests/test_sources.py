@@ -1,13 +1,481 @@
 """Sources: what a document is in each format, wherever a file is cut, and what is said of files that are wrong."""
 
+import csv
+import gzip
+import io
 import json
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared_folders import documents_of, make_texts, pieces, run, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepared_folders import (
+    contents,
+    documents_of,
+    make_texts,
+    pieces,
+    refusal,
+    rows_of,
+    run,
+    write_jsonl,
+)
+from tokenizers import Tokenizer
 
-from preparation.sources import standard_library_files
+from preparation import sources, streaming
+from preparation.sources import ReadOptions, open_files, standard_library_files
+from prepare_data import main
+
+TEXTS = [
+    "one",
+    "two lines\nof text",
+    'a "quoted", comma',
+    "\u6771\u4eac \U0001f642",
+    " spaces\tand tab ",
+    "NULL",
+    "last",
+]
+
+
+def read(*paths: Path, num_shards: int | None = None, **options) -> list:
+    """Every document of the files, in order."""
+    source = open_files([str(path) for path in paths], ReadOptions(**options), num_shards)
+    return [document for piece in source.pieces for array in source.read(piece) for document in array.to_pylist()]
+
+
+def write_format(path: Path, texts: list[str]) -> None:
+    """The texts in the format that the extension names, compressed where it says so."""
+    stem, compression = (path.stem, path.suffix) if path.suffix in (".gz", ".zst") else (path.name, None)
+    kind = Path(stem).suffix
+    if kind == ".parquet":
+        pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path, row_group_size=2)
+        return
+    if kind == ".txt":
+        text = "<|sep|>".join(texts)
+    elif kind == ".jsonl":
+        text = "".join(
+            json.dumps({"id": i, "text": each}, ensure_ascii=i % 2 == 0) + "\n" for i, each in enumerate(texts)
+        )
+    elif kind == ".json":
+        text = json.dumps([{"text": each} for each in texts], indent=1)
+    else:
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer, delimiter="\t" if kind == ".tsv" else ",")
+        writer.writerows([["id", "text"], *enumerate(texts)])
+        text = buffer.getvalue()
+    if compression:
+        with pa.output_stream(path, compression={".gz": "gzip", ".zst": "zstd"}[compression]) as stream:
+            stream.write(text.encode())
+    else:
+        path.write_bytes(text.encode())
+
+
+# Formats
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "tsv"])
+def test_every_format_gives_its_documents(tmp_path, kind, compression):
+    write_format(tmp_path / f"a.{kind}{compression}", TEXTS)
+    assert read(tmp_path / f"a.{kind}{compression}", separator="<|sep|>") == TEXTS
+
+
+def test_parquet_and_arrow_give_their_documents(tmp_path):
+    write_format(tmp_path / "a.parquet", TEXTS)
+    table = datasets.Dataset.from_dict({"id": range(len(TEXTS)), "text": TEXTS})
+    table.save_to_disk(tmp_path / "saved")
+    table.select(range(len(TEXTS) - 1, -1, -1)).flatten_indices().save_to_disk(tmp_path / "reversed")
+    (arrow_file,) = (tmp_path / "saved").glob("*.arrow")
+    assert read(tmp_path / "a.parquet") == read(tmp_path / "saved") == read(arrow_file) == TEXTS
+    assert read(tmp_path / "reversed") == TEXTS[::-1]
+
+
+def test_globs_and_folders_are_read_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "deep/c.jsonl", "notes.pdf"):
+        write_format(tmp_path / name.replace("pdf", "txt"), [name])
+    (tmp_path / "notes.txt").rename(tmp_path / "notes.pdf")
+    assert read(tmp_path / "*.jsonl*") == ["a.jsonl.gz", "b.jsonl"]
+    assert read(tmp_path / "**" / "*.jsonl") == ["b.jsonl", "deep/c.jsonl"]
+    assert read(tmp_path) == ["a.jsonl.gz", "b.jsonl", "deep/c.jsonl"]
+
+
+def test_file_format_names_what_an_extension_does_not(tmp_path):
+    (tmp_path / "a.data").write_text('{"text": "a cat"}\n')
+    assert read(tmp_path / "a.data", file_format="json") == ["a cat"]
+    assert read(tmp_path / "a.data", file_format="text") == ['{"text": "a cat"}\n']
+
+
+def test_a_csv_row_can_be_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "READ_BYTES", 1000)
+    texts = ["short", "x" * 900, 'long "quoted"\n' * 20_000, "short again", "y" * 5000]
+    write_format(tmp_path / "a.csv", texts)
+    assert read(tmp_path / "a.csv") == texts
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf[{"text": "a"}, {"text": "b"}]')
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.json") == ["a", "b"]
+
+
+# Where a file is cut
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("separator", "options"),
+    [
+        ("\n", {"sample_by": "line"}), ("\n\n", {"sample_by": "paragraph"}), ("<|sep|>", {"separator": "<|sep|>"}),
+        ("aba", {"separator": "aba"}), ("\u00e9", {"separator": "\u00e9"}),
+    ],
+    ids=["line", "paragraph", "separator", "separator that overlaps itself", "separator of two bytes"],
+)  # fmt: skip
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(text=st.text("ab\n\u00e9\U0001f642<|sep|>", min_size=1, max_size=60), piece_bytes=st.integers(1, 9))
+def test_documents_are_those_of_str_split_wherever_pieces_end(
+    tmp_path_factory, compression, separator, options, text, piece_bytes
+):
+    text = text.replace("<", "<|sep|>")
+    path = tmp_path_factory.getbasetemp() / f"cut.txt{compression}"
+    with pa.output_stream(path, compression="gzip" if compression else None) as stream:
+        stream.write(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
+        patch.setattr(sources, "READ_BYTES", piece_bytes)
+        found = read(path, **options)
+    expected = text.split(separator)
+    # What ends with a separator has no further, empty document behind it.
+    assert found == (expected[:-1] if text.endswith(separator) else expected)
+
+
+def test_lines_end_with_or_without_a_carriage_return(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\r\n\r\ntw\u00f6\nthree".encode())
+    assert read(tmp_path / "a.txt", sample_by="line") == ["one", "", "tw\u00f6", "three"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(texts=st.lists(st.text(max_size=12), min_size=1, max_size=12), piece_bytes=st.integers(1, 40))
+def test_json_lines_are_read_wherever_pieces_end(tmp_path_factory, texts, piece_bytes):
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    write_format(path, texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
+        assert read(path) == texts
+
+
+def test_few_pieces_are_dealt_to_many_shards(tmp_path, tokenizer_dir):
+    texts = [text.replace("<|endoftext|>", "") for text in make_texts(30)]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2, 900))
+    flags = ("--train_file", path, "--validation_file", held_out, "--tokenizer_name", tokenizer_dir, "--block_size", 1)
+    manifest = run(tmp_path / "data", *flags, "--num_shards", 7)
+    assert sorted(documents_of(tmp_path / "data", "train")) == sorted(texts)
+    assert len(manifest["splits"]["train"]["shards"]) == 7 and manifest["source"]["documents"] == 30
+
+
+# Conversations
+
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+CHATS = [[{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "yes"}] for i in range(3)]
+
+
+@pytest.fixture
+def chat_flags(tmp_path, tokenizer_dir) -> tuple:
+    (tmp_path / "template.jinja").write_text(CHAT_TEMPLATE)
+    flags = ("--chat_template", tmp_path / "template.jinja", "--tokenizer_name", tokenizer_dir, "--block_size", 1)
+    return (*flags, "--chat_column", "messages")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_are_rendered_by_the_chat_template(tmp_path, chat_flags, kind):
+    path = tmp_path / f"chats.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
+    else:
+        pq.write_table(pa.table({"messages": CHATS}), path)
+    run(tmp_path / "data", "--train_file", path, "--validation_file", path, *chat_flags)
+    assert documents_of(tmp_path / "data", "validation") == [f"user: question {i}\nassistant: yes\n" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"messages": []}\n{"messages": "hello"}\n',
+            "the line at byte 17: 'messages' is not a list of mes",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": []}\n{"text": "hello"}\n',
+            "the line at byte 17: 'messages' is not a list of messag",
+        ),
+        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet and arrow"),
+        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet and arrow"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(tmp_path, chat_flags, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    line = refusal(capsys, "--train_file", tmp_path / name, *chat_flags, "--output_dir", tmp_path / "data")
+    assert line.startswith(f"{tmp_path / name}: {message}") and not (tmp_path / "data").exists()
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, corpus, tokenizer_dir, capsys):
+    flags = ("--train_file", corpus, "--chat_column", "text", "--tokenizer_name", tokenizer_dir)
+    line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert line == f"--tokenizer_name {tokenizer_dir}: has no chat template; give one by --chat_template"
+
+
+# Tokens of the speedrun community
+
+
+def write_tokens(path: Path, tokens: np.ndarray, magic: int = 20240520, version: int = 1, extra: int = 0) -> Path:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) + extra
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    return path
+
+
+@pytest.fixture
+def token_file(tmp_path) -> tuple[Path, np.ndarray]:
+    """20 documents, each after its EOS as published, ids 1 to 299; the last goes on behind the end of the file."""
+    rng = np.random.default_rng(0)
+    documents = [[0, *rng.integers(1, 300, size=rng.integers(1, 30))] for _ in range(20)]
+    tokens = np.concatenate(documents)
+    return write_tokens(tmp_path / "tokens.bin", tokens), tokens
+
+
+@pytest.mark.parametrize("piece_bytes", [2, 14, 1 << 20])
+def test_documents_of_a_token_file_lie_between_its_eos(token_file, monkeypatch, piece_bytes):
+    path, tokens = token_file
+    monkeypatch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
+    expected = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == 0)[1:])]
+    assert read(path, eos_token_id=0) == [part[1:] for part in expected]
+
+
+@pytest.mark.parametrize("block_size", [7, 64])
+def test_validation_blocks_of_a_token_file_are_those_of_the_published_layout(
+    tmp_path, token_file, tokenizer_dir, block_size
+):
+    path, tokens = token_file
+    flags = ("--train_file", path, "--validation_file", path, "--tokenizer_name", tokenizer_dir)
+    manifest = run(tmp_path / "data", *flags, "--block_size", block_size)
+    rows = rows_of(tmp_path / "data", "validation")
+    for i in range(len(tokens) // block_size):
+        window = tokens[i * block_size : (i + 1) * block_size + 1]
+        assert rows[i, : len(window)].tolist() == window.tolist()
+    assert manifest["splits"]["validation"]["documents"] == 20
+    decoder = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    sizes = {i: len(token) for token, i in decoder.get_vocab().items() if i}
+    assert manifest["splits"]["validation"]["bytes"] == sum(sizes[token] for token in tokens.tolist() if token)
+
+
+def test_tokens_of_another_vocabulary_are_refused(tmp_path, tokenizer_dir, capsys):
+    path = write_tokens(tmp_path / "tokens.bin", np.array([0, 5, 50_000, 6]))
+    flags = ("--train_file", path, "--validation_file", path, "--tokenizer_name", tokenizer_dir)
+    line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert "holds the id 50000, but --tokenizer_name has 400 entries" in line and not (tmp_path / "data").exists()
+
+
+# The Hub, streaming
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[dict]:
+    """`datasets.load_dataset` gives 300 local documents and writes down how it was asked."""
+    asked = []
+
+    def load_dataset(path, name=None, *, split, revision, streaming):
+        asked.append({"path": path, "name": name, "split": split, "revision": revision, "streaming": streaming})
+        table = datasets.Dataset.from_dict({"id": range(300), "text": make_texts(300)})
+        return table.to_iterable_dataset() if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+HUB_FLAGS = ("--dataset_name", "someone/corpus", "--dataset_config_name", "small", "--dataset_split", "test")
+HUB_FLAGS += ("--dataset_revision", "v2", "--block_size", 1)
+
+
+def test_a_hub_dataset_is_asked_for_by_configuration_split_and_revision(tmp_path, hub, tokenizer_dir):
+    manifest = run(tmp_path / "data", *HUB_FLAGS, "--tokenizer_name", tokenizer_dir)
+    expected = {"path": "someone/corpus", "name": "small", "split": "test", "revision": "v2", "streaming": False}
+    assert hub == [expected] and manifest["source"]["documents"] == 300
+    assert {"dataset_revision": "v2", "dataset_split": "test"}.items() <= manifest["settings"].items()
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_streaming_ends_with_the_document_that_reaches_max_tokens(tmp_path, hub, tokenizer_dir, monkeypatch, batch):
+    monkeypatch.setattr(streaming, "BATCH", batch)
+    encode = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode
+    totals = np.cumsum([len(encode(text).ids) + 1 for text in make_texts(300)])
+    for bound in (totals[220], totals[220] + 1):
+        flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_tokens", bound)
+        manifest = run(tmp_path / f"{bound}", *flags)
+        expected = 221 + (bound > totals[220])
+        assert manifest["source"]["documents"] == expected
+        assert sum(split["tokens"] for split in manifest["splits"].values()) == totals[expected - 1]
+
+
+def test_streaming_takes_max_documents_without_counting_tokens(tmp_path, hub):
+    flags = (*HUB_FLAGS, "--train_tokenizer", 300, "--streaming", "--max_documents", 260)
+    assert run(tmp_path / "data", *flags)["source"]["documents"] == 260
+
+
+def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatch):
+    flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 250, "--num_shards", 2)
+    run(tmp_path / "whole", *flags)
+    main([*map(str, flags), "--shard_index", "0", "--output_dir", str(tmp_path / "data")])
+
+    def no_stream(self, batch_size):
+        raise AssertionError("the stream is read again")
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", no_stream)
+    run(tmp_path / "data", *flags)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--text_column", "body"), "--dataset_name someone/corpus: no column 'body'; there is id, text"),
+        (("--text_column", "id"), "--dataset_name someone/corpus: column 'id' holds int64, not text"),
+    ],
+)
+def test_a_streamed_column_that_is_no_text_is_refused(tmp_path, hub, tokenizer_dir, capsys, flags, message):
+    flags = (*HUB_FLAGS, *flags, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 9)
+    assert refusal(capsys, *flags, "--output_dir", tmp_path / "data").startswith(message)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_stream_that_breaks_off_is_one_line(tmp_path, hub, tokenizer_dir, capsys, monkeypatch):
+    def broken(self, batch_size):
+        yield pa.table({"text": ["a cat"]})
+        raise ConnectionError("reset\nby peer")
+
+    monkeypatch.setattr(datasets.IterableDataset, "iter", broken)
+    flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 9)
+    line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert line.startswith(
+        "--dataset_name someone/corpus: the stream ended with an error after 1 documents (Connection"
+    )
+
+
+# Refusals
+
+
+LATIN = "caf\u00e9 au lait".encode("latin-1")
+
+
+@pytest.fixture(scope="module")
+def wrong_files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "latin.txt").write_bytes(b"fine\nfine\n" + LATIN)
+    (folder / "latin.txt.gz").write_bytes(gzip.compress(b"fine\nfine\n" + LATIN))
+    (folder / "latin.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": "' + LATIN + b'"}\n'))
+    (folder / "latin.json").write_bytes(b'[{"text": "' + LATIN + b'"}]')
+    (folder / "latin.csv").write_bytes(b"id,text\n0,fine\n1," + LATIN + b"\n")
+    latin = pa.Array.from_buffers(pa.string(), 1, pa.array([LATIN], pa.binary()).buffers())
+    pq.write_table(pa.table({"text": latin}), folder / "latin.parquet")
+    (folder / "surrogate.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    for kind in ("csv", "tsv", "json"):
+        write_format(folder / f"column.{kind}", ["a"])
+    datasets.Dataset.from_dict({"id": [1], "text": ["a"]}).save_to_disk(folder / "column")
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": ["a"]}) for name in ("train", "test")})
+    splits.save_to_disk(folder / "splits")
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(b"a cat\n" * 100)[:-9])
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a cat"}\n' * 100)[:-9])
+    (folder / "plain.jsonl.gz").write_bytes(b'{"text": "a cat"}\n')
+    (folder / "deep.jsonl").write_text('{"text": "a", "b": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    (folder / "array.json").write_text('["a cat"]')
+    (folder / "ragged.csv").write_text("text,id\na,1\nb\n")
+    tokens = np.array([0, 5, 6])
+    write_tokens(folder / "magic.bin", tokens, magic=20230417)
+    write_tokens(folder / "version.bin", tokens, version=2)
+    write_tokens(folder / "count.bin", tokens, extra=1)
+    write_tokens(folder / "tokens.bin", tokens)
+    (folder / "short.txt").write_text("a cat\na mat\na hat\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "latin.txt",
+            "latin.txt: byte 13 is not UTF-8 (invalid continuation byte); convert the file, or --encoding_err",
+        ),
+        ("latin.txt --sample_by line", "latin.txt: byte 13 is not UTF-8"),
+        ("latin.txt.gz", "latin.txt.gz: byte 13 is not UTF-8"),
+        ("latin.txt.gz --sample_by line", "latin.txt.gz: byte 13 is not UTF-8"),
+        ("latin.jsonl.gz", "latin.jsonl.gz: byte 30 is not UTF-8"),
+        ("latin.json", "latin.json: byte 14 is not UTF-8"),
+        ("latin.csv", "latin.csv: row 1: byte 3 is not UTF-8"),
+        ("latin.parquet", "latin.parquet: row 0: byte 3 is not UTF-8"),
+        (
+            "surrogate.jsonl",
+            "surrogate.jsonl: the line at byte 17: character 1 of its text is the lone surrogate '\\ud800'",
+        ),
+        ("column.csv --text_column body", "column.csv: no column 'body'; --text_column can be one of id, text"),
+        ("column.tsv --text_column body", "column.tsv: no column 'body'; --text_column can be one of id, text"),
+        ("column.json --text_column body", "column.json: no column 'body'; --text_column can be one of text"),
+        ("column --text_column body", "column: no column 'body'; --text_column can be one of id, text"),
+        ("column --text_column id", "column: column 'id' holds int64, not text; name another with --text_column"),
+        ("splits", "splits: holds the splits train, test; name one of its folders"),
+        ("cut.txt.gz", "cut.txt.gz: cannot be read as a file (OSError: Truncated compressed stream)"),
+        ("cut.txt.gz --sample_by line", "cut.txt.gz: cannot be read as a compressed file (OSError: Truncated compre"),
+        ("cut.jsonl.gz", "cut.jsonl.gz: cannot be read as json (OSError: Truncated compressed stream)"),
+        ("plain.jsonl.gz", "plain.jsonl.gz: cannot be read as json (OSError: zlib inflate failed"),
+        ("deep.jsonl", "deep.jsonl: byte 0: this line is not JSON (maximum recursion depth exceeded"),
+        ("array.json", "array.json: its array does not begin with an object"),
+        ("ragged.csv", "ragged.csv: cannot be read as csv (ArrowInvalid: CSV parse error: Row #3: Expected 2 columns"),
+        ("magic.bin", "magic.bin: not a file of GPT-2 tokens (its header should begin with 20240520 and version 1"),
+        ("version.bin", "version.bin: not a file of GPT-2 tokens"),
+        ("count.bin", "count.bin: has 1030 bytes, its header announces 4 tokens, which take 1032"),
+        ("tokens.bin short.txt", "tokens.bin: tokens cannot be mixed with text; prepare them separately"),
+        ("*.xyz", "*.xyz: no file matches"),
+        ("short.txt --validation_file latin.txt", "latin.txt: byte 13 is not UTF-8"),
+        ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv: no column 'body'"),
+        ("short.txt --shard_index 0", "--shard_index 0: must be in [0, --num_shards None)"),
+        ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2: must be in [0, --num_shards 2)"),
+        ("short.txt --max_tokens 5", "--max_tokens 5: is for --streaming; otherwise use --max_documents"),
+        ("short.txt --streaming --max_documents 5", "--streaming: is for a dataset of the Hub"),
+        ("short.txt --sample_by line --separator x", "give one of --separator and --sample_by line"),
+        ("short.txt --push_to_hub", "--push_to_hub: needs --hub_dataset_id user/name"),
+    ],
+)
+def test_a_wrong_file_gets_one_line_and_leaves_nothing(wrong_files, tokenizer_dir, capsys, monkeypatch, flags, message):
+    monkeypatch.chdir(wrong_files)
+    flags = ("--train_file", *flags.split(), "--tokenizer_name", tokenizer_dir, "--block_size", 4)
+    assert refusal(capsys, *flags, "--output_dir", "out").startswith(message)
+    assert not Path("out").exists()
+
+
+def test_streaming_without_a_bound_is_refused(tmp_path, tokenizer_dir, capsys):
+    flags = ("--dataset_name", "someone/corpus", "--streaming", "--tokenizer_name", tokenizer_dir)
+    line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert line == "--streaming: give --max_tokens (or --max_documents), or it would never end"
+
+
+def test_tokens_without_their_tokenizer_are_refused(wrong_files, tmp_path, capsys):
+    flags = ("--train_tokenizer", 300, "--output_dir", tmp_path / "data")
+    for files in (("tokens.bin",), ("short.txt", "--validation_file", wrong_files / "tokens.bin")):
+        line = refusal(capsys, "--train_file", wrong_files / files[0], *files[1:], *flags)
+        assert line == f"{wrong_files / 'tokens.bin'}: holds tokens; name their tokenizer with --tokenizer_name"
+
+
+@pytest.mark.parametrize(
+    "name", ["latin.txt", "latin.txt.gz", "latin.jsonl.gz", "latin.json", "latin.csv", "latin.parquet"]
+)
+def test_encoding_errors_replace_goes_on(wrong_files, name):
+    assert "".join(read(wrong_files / name, encoding_errors="replace")).endswith("caf\ufffd au lait")
+
 
 # In the blocks
 
