@@ -320,7 +320,7 @@ def test_a_folder_that_another_process_prepares_is_left_to_it(tmp_path, flags, c
 def test_nothing_is_written_outside_of_the_folder(tmp_path, flags):
     home = tmp_path / "home"
     home.mkdir()
-    environment = os.environ | {"HOME": str(home), "TMPDIR": str(home), "HF_HOME": str(home / "hf")}
+    environment = os.environ | {"HOME": str(home), "HF_HOME": str(home / "hf")}
     arguments = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, flags), "--num_proc", "2"]
     subprocess.run([*arguments, "--output_dir", str(tmp_path / "data")], env=environment, check=True)
     assert [path for path in home.rglob("*") if path.is_file()] == []
