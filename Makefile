@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint install bench-data clean
+.PHONY: demo test test-faults lint install bench-data clean
 
 install: $(INSTALLED)
 
@@ -33,7 +33,11 @@ demo: $(INSTALLED)
 	@echo "A real run:           README.md, section 'A real run'"
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not (fault and slow)"
+
+# Every fault, the slow ones too, and a table of how often each was tried and what was lost.
+test-faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -m fault --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

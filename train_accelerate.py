@@ -280,18 +280,33 @@ def main(argv: list[str] | None = None) -> None:
 
     from training.dry_run import dry_run
     from training.launch import build_accelerator
-    from training.progress import finish, progress_bar, publish_checkpoint, record, training_metrics
-    from training.resume import resume, save
+    from training.progress import finish
+    from training.resume import resume
+    from training.run import closed_batches
     from training.stopping import StopRequest, leave
 
     accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
     if config.dry_run:
         return dry_run(config, accelerator)
-    stop_request = StopRequest(config.max_train_time, started)
-    run = build_run(config, accelerator, stop_request)
-    resume(run)
-    metrics = {}
-    with run.roll_call.on_failure(), run.stop_request, progress_bar(run) as bar:
+    with StopRequest(config.max_train_time, started) as stop_request:
+        run = build_run(config, accelerator, stop_request)
+        with run.roll_call.on_failure(), closed_batches(run):
+            resume(run)
+            metrics = train(run)
+            if "eval_loss" not in metrics and not run.stopping:  # nothing was left to train
+                metrics = evaluate(run)
+            if "eval_loss" not in metrics:
+                leave(run)
+            finish(run, metrics["eval_loss"])
+
+
+def train(run: "Run") -> dict[str, Any]:
+    """The steps that are left, or those until all processes stop; returns what was measured at the last one."""
+    from training.progress import progress_bar, publish_checkpoint, record, training_metrics
+    from training.resume import save
+
+    config, metrics = run.config, {}
+    with progress_bar(run) as bar:
         while run.step < config.max_steps and not run.stopping:
             loss, grad_norm, learning_rate = train_step(run)
             run.step += 1
@@ -299,19 +314,15 @@ def main(argv: list[str] | None = None) -> None:
             metrics = {}
             if is_due(run.step, config.logging_steps) or run.step == 1 or last:
                 metrics |= training_metrics(run, loss, grad_norm, learning_rate)
-            if (is_due(run.step, config.eval_steps) and not run.stopping) or last:
+            if (is_due(run.step, config.eval_steps) or last) and not run.stopping:
                 metrics |= evaluate(run)
             if metrics:
                 record(run, bar, metrics)
-            if is_due(run.step, config.save_steps) or (last and config.save_steps > 0) or run.stopping:
-                save(run)
+            due = is_due(run.step, config.save_steps) or (last and config.save_steps > 0) or run.stopping
+            if due and save(run):
                 publish_checkpoint(run)
             bar.update()
-    if run.stopping and run.step < config.max_steps:
-        leave(run)
-    if "eval_loss" not in metrics:  # nothing was left to train
-        metrics = evaluate(run)
-    finish(run, metrics["eval_loss"])
+    return metrics
 
 
 def is_due(step: int, every: int) -> bool:
@@ -455,30 +466,39 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
 
 
 def evaluate(run: "Run") -> dict[str, Any]:
-    """Validation loss (nats/token) as a part of a row for metrics.jsonl, and samples; no training time."""
+    """Validation loss (nats/token) as a part of a row for metrics.jsonl, and samples; no training time.
+
+    Nothing, if the processes are asked to stop while it runs.
+    """
     from eval.generate import generate_text
     from eval.perplexity import evaluate_loss
     from training.run import stop_if_not_finite
     from training.samples import sample
     from training.sharding import reshard
 
+    def is_stopping() -> bool:
+        (run.stopping,) = run.agreement.largest(run.stop_request.reason)
+        return bool(run.stopping)
+
     run.stopwatch.pause()
-    loss = evaluate_loss(
-        run.unwrapped_model,
-        run.eval_blocks,
-        batch_size=run.config.per_device_eval_batch_size,
-        process_index=run.accelerator.process_index,
-        num_processes=run.accelerator.num_processes,
-        max_blocks=run.config.eval_blocks,
-        should_stop=lambda: run.agreement.largest(run.stop_request.reason) != [0],
-    )
-    if loss is None:  # a stop was asked for; the step that follows agrees on it
-        return {}
-    stop_if_not_finite(run, "validation loss", loss)
-    sample(run, generate_text)
-    reshard(run.unwrapped_model)
-    run.stopwatch.resume()
-    return {"eval_loss": loss}
+    try:
+        loss = evaluate_loss(
+            run.unwrapped_model,
+            run.eval_blocks,
+            batch_size=run.config.per_device_eval_batch_size,
+            process_index=run.accelerator.process_index,
+            num_processes=run.accelerator.num_processes,
+            max_blocks=run.config.eval_blocks,
+            should_stop=is_stopping,
+        )
+        if loss is None:
+            return {}
+        stop_if_not_finite(run, "validation loss", loss)
+        sample(run, generate_text)
+        return {"eval_loss": loss}
+    finally:
+        reshard(run.unwrapped_model)
+        run.stopwatch.resume()
 
 
 if __name__ == "__main__":

@@ -51,3 +51,40 @@ def text_dir() -> Path:
     if not folder:
         pytest.skip("GPT2_MODERN_TEXT_DIR names no folder with real texts")
     return Path(folder)
+
+
+@pytest.fixture
+def fault_log(request):
+    """Says what a test of faults has tried, for the table that `pytest -m fault` ends with."""
+
+    def report(fault: str, tried: int = 1, steps_again: int = 0) -> None:
+        """fault: the row's name. steps_again: the most steps that a restart had to make a second time."""
+        request.node.user_properties.append(("fault", (fault, tried, steps_again)))
+
+    return report
+
+
+def pytest_runtest_setup(item):
+    """`@pytest.mark.fault("name")` is a row of the table, tried once by the test; else it uses `fault_log`."""
+    for marker in item.iter_markers("fault"):
+        for name in marker.args:
+            item.user_properties.append(("fault", (name, 1, 0)))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if "fault" not in config.option.markexpr:
+        return
+    tried, again, failed = {}, {}, {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, count, steps in (value for key, value in report.user_properties if key == "fault"):
+                tried[name] = tried.get(name, 0) + count
+                again[name] = max(again.get(name, 0), steps)
+                failed[name] = failed.get(name, 0) + (outcome == "failed")
+    width = max(map(len, tried), default=0)
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'fault':{width}}  tried  lost")
+    for name in sorted(tried, key=lambda name: (int(name[1:].split()[0]) if name[1:2].isdigit() else 99, name)):
+        lost = "nothing" + (f"; at most {again[name]} steps made again" if again[name] else "")
+        lost = f"{failed[name]} TESTS FAILED" if failed[name] else lost
+        terminalreporter.write_line(f"{name:{width}}  {tried[name]:5}  {lost}")

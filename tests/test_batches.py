@@ -30,6 +30,7 @@ def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
     return result
 
 
+@pytest.mark.fault("F3 an epoch has every block once")
 def test_an_epoch_visits_every_block_of_whole_batches_once():
     seen = list(itertools.chain.from_iterable(steps(50, BatchPlan(8, 2, 2), 6)))
     assert len(seen) == 48 == len(set(seen)) and set(seen) <= set(range(50))
@@ -40,6 +41,7 @@ def test_epochs_are_different_permutations():
     assert sorted(first.ravel()) == sorted(second.ravel()) and (first != second).any()
 
 
+@pytest.mark.fault("F2 another number of processes or micro-batch")
 @pytest.mark.parametrize("plan", [BatchPlan(8, 8, 1), BatchPlan(8, 2, 1), BatchPlan(8, 2, 2), BatchPlan(8, 1, 4)])
 def test_the_global_order_does_not_depend_on_processes_or_micro_batches(plan):
     assert steps(50, plan, 15) == steps(50, BatchPlan(8, 4, 1), 15)
@@ -52,6 +54,7 @@ def test_seeking_gives_the_order_of_an_uninterrupted_run(consumed_steps):
     assert resumed == steps(50, plan, 15)[consumed_steps:]
 
 
+@pytest.mark.fault("F3 an epoch has every block once")
 @pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 5, "first_samples": 2}])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_samples_of_a_step_are_what_all_processes_read_in_it(warmup, num_processes):
@@ -80,6 +83,7 @@ def test_without_a_total_there_is_no_accumulation():
     assert (plan.samples_per_step, plan.grad_accum_steps(0)) == (16, 1)
 
 
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
 @pytest.mark.parametrize(("total", "choices"), [(1500, "use 1024 or 2048"), (100, "use 1024"), (0, "use 1024")])
 def test_a_total_that_does_not_divide_is_refused_with_the_nearest_ones(total, choices):
     with pytest.raises(UserError, match=choices):

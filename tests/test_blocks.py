@@ -211,6 +211,7 @@ def test_a_missing_tokenizer_is_refused(altered):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.fault("F14 tokens that the tokenizer or the model lacks")
 def test_a_token_id_beyond_the_vocabulary_is_refused(altered):
     change_manifest(altered, lambda manifest: manifest.update(vocab_size=10))
     with pytest.raises(UserError, match=r"token id \d+, but the manifest says vocab_size 10"):
@@ -222,12 +223,14 @@ def test_a_split_that_is_not_there_is_refused(prepared):
         PackedBlocks(prepared, "test")
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_missing_shard_is_refused(altered):
     shutil.rmtree(arrow_file(altered).parent)
     with pytest.raises(UserError, match=r"shard-00001-of-00003/.*: missing"):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
 def test_a_missing_file_is_refused(altered, name):
     (arrow_file(altered).parent / name).unlink()
@@ -235,6 +238,7 @@ def test_a_missing_file_is_refused(altered, name):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 @pytest.mark.parametrize("size_change", [-1, 8])
 def test_a_file_of_another_size_is_refused(altered, size_change):
     content = arrow_file(altered).read_bytes()
@@ -243,6 +247,7 @@ def test_a_file_of_another_size_is_refused(altered, size_change):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_another_number_of_rows_is_refused(altered):
     def change(manifest):
         manifest["splits"]["train"]["shards"][1]["rows"] += 1
@@ -260,6 +265,7 @@ def test_another_dtype_is_refused(altered):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_an_overwritten_header_is_refused(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[:256] = bytes(256)
@@ -268,6 +274,7 @@ def test_an_overwritten_header_is_refused(altered):
         PackedBlocks(altered, "train")
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_flipped_bit_is_found_by_the_checksums(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[len(content) // 4] ^= 1  # of a token; those of num_tokens are found at once
@@ -276,6 +283,7 @@ def test_a_flipped_bit_is_found_by_the_checksums(altered):
         PackedBlocks(altered, "train").verify_checksums()
 
 
+@pytest.mark.fault("F14 tokens that the tokenizer or the model lacks")
 def test_another_tokenizer_is_found_by_the_checksums(altered):
     path = altered / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
@@ -283,6 +291,7 @@ def test_another_tokenizer_is_found_by_the_checksums(altered):
         PackedBlocks(altered, "train").verify_checksums()
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 @pytest.mark.parametrize("key", ["rows", "tokens", "padding"])
 def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
     change_manifest(altered, lambda manifest: manifest["splits"]["train"].update({key: 1}))
@@ -333,6 +342,7 @@ def shorter_blocks(table: Dataset) -> Dataset:
     return narrow.cast(features)
 
 
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
 @pytest.mark.parametrize(
     ("change", "found"),
     [
@@ -364,6 +374,7 @@ def test_a_split_without_tokens_is_refused(prepared, tmp_path):
         PackedBlocks(empty, "validation")
 
 
+@pytest.mark.fault("F14 tokens that the tokenizer or the model lacks")
 def test_another_tokenizer_and_a_larger_vocabulary_than_the_models_are_refused(prepared, tmp_path):
     train = PackedBlocks(prepared, "train")
     refuse_other_tokenizer(str(prepared / "tokenizer"), train)

@@ -93,6 +93,7 @@ def test_the_newest_is_resumed(checkpoints):
     assert checkpoint_to_resume("auto", checkpoints, report=print).name == "step_0000010"
 
 
+@pytest.mark.fault("F9 a checkpoint's file is deleted, emptied, truncated, altered")
 @pytest.mark.parametrize("how", ["deleted", "emptied", "truncated", "one bit flipped"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "checksums.json"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, name, how):
@@ -110,6 +111,7 @@ def test_checksums_that_do_not_list_the_files_are_a_damage(checkpoints, checksum
     assert "checksums.json" in find_problem(checkpoints / "step_0000010")
 
 
+@pytest.mark.fault("F9 a checkpoint's file is deleted, emptied, truncated, altered")
 def test_if_none_is_whole_the_run_stops_instead_of_starting_over(checkpoints):
     for checkpoint in list_checkpoints(checkpoints):
         damage(checkpoint / "model.safetensors", "truncated")
@@ -127,6 +129,7 @@ def test_no_checkpoints_or_none_asked_for_is_a_fresh_start(checkpoints, tmp_path
     assert checkpoint_to_resume("none", checkpoints, report=print) is None
 
 
+@pytest.mark.fault("F8 full disk; F10 read-only, vanished folder: a save fails, the run goes on")
 def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints):
 
     def fail(path):

@@ -43,6 +43,7 @@ def test_a_bare_no_is_the_choice_and_not_false(tmp_path):
     assert parse(tmp_path, "precision: no\n").precision == "no"
 
 
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
 @pytest.mark.parametrize(
     ("yaml_text", "expected"),
     [
@@ -67,6 +68,7 @@ def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path, yaml_text, expected
     assert expected in str(caught.value)
 
 
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

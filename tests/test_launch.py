@@ -130,6 +130,7 @@ def test_two_nodes_train_like_one_process(whole, data_dir, tmp_path):
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
 
 
+@pytest.mark.fault("F6 a SLURM job at its time limit")
 def test_a_slurm_job_at_its_time_limit_stops_the_step_and_queues_again(tmp_path):
     stand_in(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')
     stand_in(tmp_path, "srun", f"echo $$ > {tmp_path}/srun.pid; exec sleep 60")
@@ -178,6 +179,7 @@ def test_a_sharded_model_is_sampled_from(sharded):
     assert len((sharded / "samples.jsonl").read_text().splitlines()) == 2  # of steps 3 and 6, from one process
 
 
+@pytest.mark.fault("F22 the folder loads elsewhere, tied")
 def test_a_sharded_run_leaves_the_folders_of_a_whole_one(sharded, whole):
     from modeling_gpt2modern import GPT2ModernForCausalLM
 
@@ -202,6 +204,7 @@ def test_a_sharded_run_resumes_bit_identical(sharded, data_dir, tmp_path):
     assert_same_weights(run, sharded)
 
 
+@pytest.mark.fault("F2 another number of processes or micro-batch")
 def test_a_sharded_run_goes_on_in_one_process(sharded, whole, data_dir, tmp_path):
     run = train(data_dir, tmp_path, resume_from_checkpoint=sharded / "checkpoints" / "step_0000003", **SETTINGS)
     assert losses(run) == pytest.approx(losses(whole)[3:], rel=1e-6)
@@ -283,6 +286,7 @@ def test_fsdp_without_a_launcher_is_refused(data_dir, tmp_path, monkeypatch, cap
     assert "needs processes started by accelerate launch or torchrun" in capsys.readouterr().err
 
 
+@pytest.mark.fault("F23 a process that hangs")
 def test_a_process_that_hangs_is_named_and_the_run_ends(data_dir, tmp_path):
     run = tmp_path / "run"
     changes = {"ddp_timeout": 10, "max_steps": 1_000_000, "eval_steps": 0, "save_steps": 0, "config_overrides": TINY}

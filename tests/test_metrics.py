@@ -69,6 +69,7 @@ def test_one_bit_per_byte_is_ln_2_nats_over_one_byte_tokens():
     assert bits_per_byte(math.log(2), bytes_per_token=4.0) == pytest.approx(0.25)
 
 
+@pytest.mark.fault("F20 a log with a step twice or half a line")
 def test_a_resumed_log_has_no_step_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, resumed_step=0)
@@ -80,6 +81,7 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.fault("F20 a log with a step twice or half a line")
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')

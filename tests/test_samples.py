@@ -31,6 +31,7 @@ def test_each_evaluation_continues_every_prompt(sampled):
     assert len({row["text"] for row in rows}) == len(rows)  # other steps and prompts draw other numbers
 
 
+@pytest.mark.fault("F21 samples and evaluations change nothing")
 def test_training_does_not_notice(sampled, data_dir, tmp_path):
     silent = train(data_dir, tmp_path, **settings())
     assert_same_weights(sampled, silent)
@@ -38,6 +39,7 @@ def test_training_does_not_notice(sampled, data_dir, tmp_path):
     assert not (silent / "samples.jsonl").exists()
 
 
+@pytest.mark.fault("F21 samples and evaluations change nothing")
 def test_the_generators_of_training_stay_as_they_were(data_dir, tmp_path, monkeypatch):
     import training.samples
 

@@ -109,6 +109,7 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, flags, undistur
     assert contents(tmp_path / "data") == undisturbed
 
 
+@pytest.mark.fault("F24 preparation killed, divided, out of disk")
 @pytest.mark.parametrize("packing", ["concat", "best_fit"])
 def test_machines_that_write_one_shard_each_make_what_one_machine_makes(tmp_path, flags, packing, capsys):
     flags = (*flags, "--num_shards", 3, "--packing", packing)
@@ -156,6 +157,7 @@ class MoreFiles:
         return len(self.look()) > self.seen_first + self.count or is_finished(self.data_dir)
 
 
+@pytest.mark.fault("F24 preparation killed, divided, out of disk")
 def test_a_run_killed_20_times_ends_with_the_bytes_of_an_undisturbed_one(tmp_path, flags, undisturbed, launcher):
     rng = np.random.default_rng(0)
     data_dir = tmp_path / "data"
@@ -186,6 +188,7 @@ def half_written(tmp_path, flags) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.fault("F24 preparation killed, divided, out of disk")
 def test_finished_shards_are_kept_and_altered_ones_written_again(half_written, flags, undisturbed, capsys):
     kept, altered, cut, without_held_out = shards_of(half_written)
     content = bytearray((altered / "data-00000-of-00001.arrow").read_bytes())
@@ -229,6 +232,7 @@ def test_no_worker_outlives_a_killed_process(tmp_path, flags, launcher):
     wait_until(lambda: not processes_of_group(process))
 
 
+@pytest.mark.fault("F24 preparation killed, divided, out of disk")
 def test_ctrl_c_is_one_line_and_the_run_can_go_on(tmp_path, flags, undisturbed, launcher):
     printed = Path(launcher.stderr.name)
     begin = printed.stat().st_size
@@ -277,6 +281,7 @@ def test_a_process_that_fails_tells_the_others(half_written, flags, monkeypatch)
     assert list((half_written / ".preparing").glob("stop-*"))
 
 
+@pytest.mark.fault("F24 preparation killed, divided, out of disk")
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, tokenizer_dir):
     path = write_jsonl(tmp_path / "a.jsonl", [*make_texts(400), "a cat sat on a mat " * 20_000])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(3, 5000))

@@ -82,6 +82,7 @@ def test_a_resumed_run_goes_on_under_its_name_and_logs_no_step_twice(tmp_path, f
     assert [call[1] for call in tensorboard.calls if call[0] == "log"] == [4, 5, 6, 7]
 
 
+@pytest.mark.fault("F18 a tracker fails")
 @pytest.mark.parametrize("fails_in", ["start", "settings", "log", "finish"])
 def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(tmp_path, fake, capsys, monkeypatch, fails_in):
     class BrokenTracker(FakeTracker):
@@ -159,6 +160,7 @@ def test_a_run_and_its_continuation_are_one_run_in_tensorboard_and_trackio(data_
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.fault("F18 a tracker fails")
 def test_a_tracker_that_cannot_write_does_not_stop_the_run(data_dir, tmp_path, capsys):
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"

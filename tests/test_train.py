@@ -112,6 +112,7 @@ def test_the_model_learns(finished):
     assert losses(finished)[-1] < losses(finished)[0] - 0.5
 
 
+@pytest.mark.fault("F1 resume from anywhere")
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_run_resumed_anywhere_ends_bit_identical(finished, data_dir, tmp_path, step):
     """Step 3 is in the middle of the first epoch, step 6 in the second; dropout is on, workers read ahead."""
@@ -126,6 +127,7 @@ def test_a_run_resumed_anywhere_ends_bit_identical(finished, data_dir, tmp_path,
     assert losses(resumed) == losses(finished)[step:]
 
 
+@pytest.mark.fault("F1 resume from anywhere")
 def test_a_second_resume_ends_bit_identical_too(finished, data_dir, tmp_path):
     flags = {"config_overrides": TINY + ",hidden_dropout=0.1"}
     first = train(data_dir, tmp_path / "1", resume_from_checkpoint=finished / "checkpoints" / "step_0000003", **flags)
@@ -134,6 +136,7 @@ def test_a_second_resume_ends_bit_identical_too(finished, data_dir, tmp_path):
     assert losses(second) == losses(finished)[6:]
 
 
+@pytest.mark.fault("F1 resume from anywhere")
 def test_muon_resumes_bit_identical_too(data_dir, tmp_path):
     settings = {"model_preset": "speedrun", "optimizer": "muon", "embedding_learning_rate": 0.1}
     whole = train(data_dir, tmp_path / "whole", **settings)
@@ -174,6 +177,7 @@ def test_a_micro_batch_that_was_found_trains_as_one_that_was_given(data_dir, tmp
 WARM_UP = {"batch_size_warmup_steps": 5, "initial_total_batch_size": 128, "total_batch_size": 512}
 
 
+@pytest.mark.fault("F1 resume from anywhere")
 def test_a_batch_size_warm_up_counts_its_tokens_and_resumes_bit_identical_from_its_middle(data_dir, tmp_path):
     """Steps take 128, 128, 256, 256, 384 and then 512 tokens."""
     whole = train(data_dir, tmp_path / "whole", **WARM_UP)
@@ -203,6 +207,7 @@ def test_document_masking_reaches_the_loss(data_dir, tmp_path):
     assert abs(losses(runs[0])[0] - losses(runs[1])[0]) > 1e-3
 
 
+@pytest.mark.fault("F4 kill -9 while training, saving, resuming")
 def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_path):
     whole = train(data_dir, tmp_path / "whole", max_steps=40)
     killed = tmp_path / "killed"
@@ -222,6 +227,7 @@ def test_a_killed_run_goes_on_by_itself_and_ends_bit_identical(data_dir, tmp_pat
     assert losses(killed) == losses(whole)
 
 
+@pytest.mark.fault("F1 resume from anywhere")
 @pytest.mark.slow
 def test_four_processes_resume_bit_identical(data_dir, tmp_path):
     """With more than two, the order in which gradients are summed shows in the last bit."""
@@ -234,6 +240,7 @@ def test_four_processes_resume_bit_identical(data_dir, tmp_path):
     assert_same_weights(whole, resumed)
 
 
+@pytest.mark.fault("F16 resume under other settings or data")
 def test_other_data_is_refused_at_resume(finished, data_dir, tmp_path, capsys):
     other = shutil.copytree(data_dir, tmp_path / "data")
     manifest = json.loads((other / "manifest.json").read_text())
@@ -280,6 +287,7 @@ def test_a_finished_run_is_not_trained_further(finished, data_dir):
     assert len(metrics(finished)) == 8
 
 
+@pytest.mark.fault("F16 resume under other settings or data")
 def test_changed_settings_are_refused_and_listed(finished, data_dir, capsys):
     with pytest.raises(SystemExit) as caught:
         train(data_dir, finished, learning_rate=5e-3)
@@ -288,6 +296,7 @@ def test_changed_settings_are_refused_and_listed(finished, data_dir, capsys):
     assert "learning_rate was 0.01, is 0.005" in message and "hidden_dropout was 0.1, is 0.0" in message
 
 
+@pytest.mark.fault("F16 resume under other settings or data")
 @pytest.mark.parametrize("changes", [{"learning_rate": 5e-3}, {"optimizer": "muon"}], ids=["rate", "optimizer"])
 def test_changed_settings_can_be_forced_and_are_listed(finished, data_dir, tmp_path, capsys, changes):
     checkpoint = finished / "checkpoints" / "step_0000006"
@@ -391,6 +400,7 @@ def test_two_processes_train_like_one(padded_dir, tmp_path):
     assert len((two / "samples.jsonl").read_text().splitlines()) == 2  # steps 4 and 8, from one process
 
 
+@pytest.mark.fault("F17 processes that would train apart")
 def test_processes_that_would_train_apart_are_refused(data_dir, tmp_path, monkeypatch, capsys):
     """Two processes of a launcher that takes this machine for one with GPUs: Accelerate would see one process each."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -401,6 +411,7 @@ def test_processes_that_would_train_apart_are_refused(data_dir, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("F17 processes that would train apart")
 @pytest.mark.parametrize("world_size", ["two", "-1"])
 def test_a_world_size_that_is_no_number_is_refused(data_dir, tmp_path, monkeypatch, capsys, world_size):
     monkeypatch.setenv("WORLD_SIZE", world_size)
@@ -409,6 +420,7 @@ def test_a_world_size_that_is_no_number_is_refused(data_dir, tmp_path, monkeypat
     assert caught.value.code == 2 and f"WORLD_SIZE='{world_size}'" in capsys.readouterr().err
 
 
+@pytest.mark.fault("F10 read-only or missing folder at the start")
 def test_an_output_dir_that_cannot_be_made_is_refused(data_dir, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as caught:
@@ -416,6 +428,7 @@ def test_an_output_dir_that_cannot_be_made_is_refused(data_dir, tmp_path, capsys
     assert caught.value.code == 2 and "cannot be created (Not a directory)" in capsys.readouterr().err
 
 
+@pytest.mark.fault("F11 weights that are no numbers are not saved")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -507,6 +520,7 @@ print(json.dumps({"module": type(model).__module__, "logits": logits.tolist(), "
 """
 
 
+@pytest.mark.fault("F22 the folder loads elsewhere, tied")
 def test_the_folder_loads_where_this_project_is_not(finished, tmp_path):
     """A process that cannot see the repository runs the code of the folder and computes the same logits."""
     from transformers import AutoTokenizer
@@ -541,6 +555,7 @@ sys.meta_path.insert(0, Absent())
 """
 
 
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

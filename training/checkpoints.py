@@ -48,11 +48,12 @@ def save_checkpoint(
     the temporary folder is then removed.
     """
     checkpoints_dir.mkdir(parents=True, exist_ok=True)
+    for left_by_a_kill in checkpoints_dir.glob(".step_*.tmp"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     refuse_full_disk(checkpoints_dir, model_bytes + sum(tensor.nbytes for tensor in optimizer_state.values()))
     final = checkpoints_dir / f"step_{step:07d}"
     temporary = checkpoints_dir / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         save_model(temporary)
         save_file(optimizer_state, temporary / OPTIMIZER_FILE)
@@ -97,9 +98,13 @@ def find_problem(checkpoint: Path) -> str | None:
         return f"{checkpoint / CHECKSUM_FILE} does not list {', '.join(sorted(needed))}"
     for name, expected in checksums.items():
         path = checkpoint / name
-        if not path.is_file():
+        try:
+            found = _sha256(path)
+        except FileNotFoundError:
             return f"{path} is missing"
-        if _sha256(path) != expected:
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if found != expected:
             return f"{path} was altered (its sha256 differs)"
     return None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from command_line import UserError
+from command_line import UserError, warn
 
 if TYPE_CHECKING:
     from training.run import Run
@@ -46,7 +46,7 @@ def may_update(run: "Run", loss: torch.Tensor, grad_norm: torch.Tensor, samples:
         )
     if run.nonfinite_steps > config.max_nonfinite_steps:
         raise UserError(
-            f"{what}, the {run.nonfinite_steps}th step in a row (--max_nonfinite_steps {config.max_nonfinite_steps}): "
+            f"{what}; steps in a row: {run.nonfinite_steps}, --max_nonfinite_steps {config.max_nonfinite_steps}: "
             "the weights themselves may be broken; go on from an earlier checkpoint with a lower learning rate"
         )
     run.accelerator.print(f"warning: {what}: left out")
@@ -68,8 +68,12 @@ def record_nonfinite(run: "Run", loss: float, grad_norm: float, samples: np.ndar
     }
     everybody = gather_object([seen])
     if run.accelerator.is_main_process:
-        with (run.output_dir / NONFINITE_LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": run.step + 1, "processes": everybody}) + "\n")
+        row = json.dumps({"step": run.step + 1, "processes": everybody})
+        try:
+            with (run.output_dir / NONFINITE_LOG).open("a", encoding="utf-8") as file:
+                file.write(row + "\n")
+        except OSError as error:
+            warn(f"{run.output_dir / NONFINITE_LOG} cannot be written ({error.strerror}): {row}")
 
 
 def json_number(value: float) -> float | str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from command_line import UserError
+from command_line import UserError, warn
 
 # Dense bf16 peak of the tensor cores in TFLOP/s with fp32 sums, from the vendors' data sheets (fp16 for V100 and T4,
 # which have no bf16). Names as torch reports them, without vendor and memory; MI250X and MI250 count one of two dies.
@@ -134,7 +134,8 @@ class Stopwatch:
 class MetricsLog:
     """metrics.jsonl: one JSON object per logged step, in order, without repeats after a resume.
 
-    `last_step` is the highest step that the file had before, which may lie beyond `resumed_step`.
+    `last_step` is the highest step that the file had before, which may lie beyond `resumed_step`. A disk that takes no
+    row is one warning: the rows are kept, and written as soon as it takes them.
     """
 
     def __init__(self, path: Path, *, resumed_step: int):
@@ -143,16 +144,31 @@ class MetricsLog:
             rows = read_metrics(path)
             self.last_step = max((row["step"] for row in rows), default=0)
             self.rows = [row for row in rows if row["step"] <= resumed_step]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            temporary.replace(path)
-        except (OSError, KeyError, TypeError) as error:
+            self._write_all()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        except (KeyError, TypeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: is not a log of metrics ({error!r}); move it away") from None
+        self.is_behind = False
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            if self.is_behind:  # the last row in the file may be a part of one
+                self._write_all()
+            else:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.is_behind = False
+        except OSError as error:
+            if not self.is_behind:
+                warn(f"{self.path} cannot be written ({error.strerror}); its rows are kept until it can")
+            self.is_behind = True
+
+    def _write_all(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        temporary.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from command_line import warn
+from command_line import UserError, warn
+from modeling_gpt2modern import GPT2ModernForCausalLM
 from training.checkpoints import TRAINING_STATE_FILES, list_checkpoints
 from training.export import export_model
 from training.faults import spike_warning
@@ -24,7 +26,7 @@ from training.metrics import (
     write_json,
 )
 from training.model_card import write_model_card
-from training.run import Run, chosen_settings
+from training.run import Run, chosen_settings, on_main_process
 from training.samples import on_one_line
 from training.sharding import whole_model
 
@@ -93,7 +95,7 @@ def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
         bar.write(f"step {run.step}: {warning}")
     run.log.append({"step": run.step} | row)
     if "eval_loss" in metrics:
-        plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
+        draw_curves(run)
         bar.write(f"step {run.step}: validation loss {metrics['eval_loss']:.4f}")
         samples = [sample for sample in run.samples if sample["step"] == run.step]
         for number, sample in enumerate(samples):
@@ -102,6 +104,14 @@ def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
     run.trackers.log(run.step, row)
     if metrics.get("loss") is not None:
         bar.set_postfix_str(bar_numbers(metrics, run.stopwatch.remaining_s(bar.total - run.step)), refresh=False)
+
+
+def draw_curves(run: Run) -> None:
+    """A disk that does not take the picture is a warning."""
+    try:
+        plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
+    except OSError as error:
+        warn(f"{run.output_dir / 'training_curves.png'} cannot be written ({error.strerror})")
 
 
 def bar_numbers(metrics: dict[str, Any], remaining_s: float) -> str:
@@ -125,19 +135,8 @@ def finish(run: Run, eval_loss: float) -> None:
     """
     run.stopwatch.pause()
     model = whole_model(run.unwrapped_model, keep=run.accelerator.is_main_process)
-    files = []
+    files = on_main_process(run, lambda: leave_everything(run, model, summarize(run, eval_loss)))
     if run.accelerator.is_main_process:
-        summary = summarize(run, eval_loss)
-        names = export_model(
-            model,
-            run.output_dir,
-            tokenizer_path=run.train_blocks.tokenizer_path,
-            eos_token_id=run.train_blocks.eos_token_id,
-        )
-        write_json(run.output_dir / "summary.json", summary)
-        plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
-        write_card(run, run.output_dir / "README.md", summary)
-        files = [run.output_dir / name for name in [*names, *RECORDS] if (run.output_dir / name).exists()]
         where = f"model in {run.output_dir}"
         if is_adapted(run.unwrapped_model):
             where = f"merged {where}, adapters alone in {run.output_dir / ADAPTER_FOLDER}"
@@ -148,6 +147,26 @@ def finish(run: Run, eval_loss: float) -> None:
     run.accelerator.end_training()
     if run.uploader is not None:  # when no other process waits: their patience is shorter than an upload may be
         print(upload_last(run.uploader, run.output_dir, commit_message=f"Model after {run.step} steps", files=files))
+
+
+def leave_everything(run: Run, model: GPT2ModernForCausalLM, summary: dict[str, Any]) -> list[Path]:
+    """The files of a finished run beside its checkpoints; UserError if the disk does not take them."""
+    try:
+        names = export_model(
+            model,
+            run.output_dir,
+            tokenizer_path=run.train_blocks.tokenizer_path,
+            eos_token_id=run.train_blocks.eos_token_id,
+        )
+        draw_curves(run)
+        write_card(run, run.output_dir / "README.md", summary)
+        write_json(run.output_dir / "summary.json", summary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the finished model cannot be written to {run.output_dir}: {error}; its checkpoints are as they were, "
+            "the same command tries again"
+        ) from None
+    return [run.output_dir / name for name in [*names, *RECORDS] if (run.output_dir / name).exists()]
 
 
 def publish_checkpoint(run: Run) -> None:
@@ -198,7 +217,8 @@ def write_card(run: Run, path: Path, summary: dict[str, Any]) -> None:
 
 def summarize(run: Run, eval_loss: float | None) -> dict[str, Any]:
     """The contents of summary.json; eval_loss None: that of the last evaluation, if there was one."""
-    last = {key: value for row in run.log.rows for key, value in row.items()}  # the newest value of each measure
+    # The newest value of each measure; a step that was left out has no loss.
+    last = {key: value for row in run.log.rows for key, value in row.items() if value is not None}
     eval_loss = last.get("eval_loss") if eval_loss is None else eval_loss
     wall_time_s = run.wall_time_s + run.stopwatch.total_s
     return {

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from command_line import UserError
@@ -24,7 +23,7 @@ from training.export import save_model_folder, write_resolved_config
 from training.hub import HubUploader
 from training.metrics import MetricsLog, Stopwatch
 from training.models import summed_loss
-from training.run import Run, chosen_settings, stop_if_not_finite
+from training.run import Run, chosen_settings, on_main_process, stop_if_not_finite
 from training.sharding import is_sharded, whole_model, whole_tensor
 from training.trackers import Trackers
 
@@ -32,10 +31,10 @@ from training.trackers import Trackers
 def resume(run: Run) -> None:
     """Load the checkpoint asked for, if there is one, and open what depends on the position: batches and the log."""
     config, accelerator = run.config, run.accelerator
-    checkpoint = None
-    if accelerator.is_main_process:
-        checkpoint = checkpoint_to_resume(config.resume_from_checkpoint, run.checkpoints_dir, report=accelerator.print)
-    (checkpoint,) = broadcast_object_list([checkpoint])
+    checkpoint = on_main_process(
+        run,
+        lambda: checkpoint_to_resume(config.resume_from_checkpoint, run.checkpoints_dir, report=accelerator.print),
+    )
     if checkpoint is not None:
         restore(run, checkpoint)
     run.batches = training_batches(
@@ -47,8 +46,7 @@ def resume(run: Run) -> None:
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    if accelerator.is_main_process:
-        open_output_dir(run)
+    on_main_process(run, lambda: open_output_dir(run))
     settle_gradient_buckets(run)
     accelerator.wait_for_everyone()
     run.stopwatch = Stopwatch(accelerator.device, run.step)
@@ -98,14 +96,17 @@ def open_output_dir(run: Run) -> None:
     """Make the folder, and let it hold nothing that lies beyond the position where this run begins."""
     try:
         run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+        set_aside_later_checkpoints(run.checkpoints_dir, run.step)
     except OSError as error:
         raise UserError(f"--output_dir {run.output_dir}: cannot be created ({error.strerror})") from None
-    set_aside_later_checkpoints(run.checkpoints_dir, run.step)
     run.log = MetricsLog(run.output_dir / "metrics.jsonl", resumed_step=run.step)
     if run.config.sample_prompts:
         run.sample_log = MetricsLog(run.output_dir / "samples.jsonl", resumed_step=run.step)
     settings = chosen_settings(run.config)
-    write_resolved_config(run.output_dir / "resolved_config.yaml", settings)
+    try:
+        write_resolved_config(run.output_dir / "resolved_config.yaml", settings)
+    except OSError as error:
+        raise UserError(f"--output_dir {run.output_dir}: cannot be written to ({error.strerror})") from None
     run.trackers = Trackers(
         run.config.report_to,
         project=run.config.project,
@@ -138,8 +139,8 @@ def settle_gradient_buckets(run: Run) -> None:
             optimizer.zero_grad(set_to_none=True)
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint; the other processes wait, so that none goes on with a half-written one.
+def save(run: Run) -> bool:
+    """Write a checkpoint, and say whether it is there; the other processes wait, so that none goes on with a half.
 
     A disk that is full, read-only or gone leaves the older checkpoints and, by --save_failure warn, the run alive; with
     `stop` it raises UserError on every process.
@@ -153,6 +154,8 @@ def save(run: Run) -> None:
     optimizer_tensors = optimizer_state(run.optimizers, run.unwrapped_model, keep=main) if main or gathered else None
     problem = None
     if main:
+        model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        bytes_needed = model_bytes + sum(tensor.nbytes for tensor in optimizer_tensors.values())
         scaler = run.accelerator.scaler
         try:
             save_checkpoint(
@@ -174,13 +177,17 @@ def save(run: Run) -> None:
                     "settings": settings_of_every_update(run),
                 },
                 save_total_limit=run.config.save_total_limit,
-                model_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+                model_bytes=model_bytes,
             )
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
-            problem = f"checkpoint {run.step} cannot be written to {run.checkpoints_dir}: {error}"
+            problem = (
+                f"checkpoint {run.step} ({bytes_needed:,} bytes) cannot be written to {run.checkpoints_dir}: {error}"
+            )
     run.accelerator.wait_for_everyone()
-    if run.agreement.largest(int(problem is not None)) != [0]:
+    failed = run.agreement.largest(int(problem is not None)) != [0]
+    if failed:
         if run.config.save_failure == "stop":
             raise UserError(f"{problem or 'the main process could not save'}; the older checkpoints are as they were")
         run.accelerator.print(f"warning: {problem}; the run goes on, the older checkpoints are as they were")
     run.stopwatch.resume()
+    return not failed

@@ -1,8 +1,9 @@
 """What a run holds while it trains: the parts that train_accelerate.py builds, and the position that is saved."""
 
+import contextlib
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from command_line import UserError
 from modeling_gpt2modern import GPT2ModernForCausalLM
@@ -89,6 +91,30 @@ def stop_if_not_finite(run: Run, name: str, value: float) -> None:
             f"the {name} is {value} at step {run.step}: lower the learning rate or --max_grad_norm, and go on from an "
             f"earlier checkpoint of {run.checkpoints_dir}"
         )
+
+
+def on_main_process(run: Run, action: Callable[[], Any]) -> Any:
+    """What `action` returns on the main process, on every process; a UserError that it raises is raised on all."""
+    answer, problem = None, None
+    if run.accelerator.is_main_process:
+        try:
+            answer = action()
+        except UserError as error:
+            problem = str(error)
+    answer, problem = broadcast_object_list([answer, problem])
+    if problem is not None:
+        raise UserError(problem)
+    return answer
+
+
+@contextlib.contextmanager
+def closed_batches(run: Run) -> Iterator[None]:
+    """End the processes that read data at the end of the block, for whatever reason: they ignore signals, also the one
+    that Python sends at exit, and would be waited for for ever."""
+    try:
+        yield
+    finally:
+        run.batches = None
 
 
 def hash_seed(*numbers: int) -> int:

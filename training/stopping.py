@@ -1,9 +1,9 @@
 """Stops that were asked for: a signal, or the end of the allotted time. All processes stop after the same step.
 
-The first SIGTERM, SIGINT or SIGUSR1 lets the step that runs end and be saved, the second one ends the process at once:
-the newest whole checkpoint is then the one before. `--max_train_time` is a signal that comes by itself. A run that
-stopped so exits with `STOPPED_EXIT_CODE` (torchrun and accelerate launch answer with their own code for a failed
-worker), and goes on when the same command is given again.
+The first SIGTERM, SIGINT or SIGUSR1 lets the step that runs end and be saved; another one, at least `SAME_REQUEST_S`
+later, ends the process at once: the newest whole checkpoint is then the one before. `--max_train_time` is a signal that
+comes by itself. A run that stopped so exits with `STOPPED_EXIT_CODE` (torchrun and accelerate launch answer with their
+own code for a failed worker), and goes on when the same command is given again.
 """
 
 import os
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 OUT_OF_TIME = 1 << 16  # a reason beside the numbers of signals
+SAME_REQUEST_S = 2.0  # a scheduler signals launcher and processes, and the launcher hands its own on: one request
 
 
 class StopRequest:
@@ -35,6 +36,7 @@ class StopRequest:
     def __init__(self, max_train_time: str | None, started: float):
         self.deadline = None if max_train_time is None else started + parse_duration(max_train_time)
         self.received = 0
+        self._received_at = 0.0
         self._replaced = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def __enter__(self) -> "StopRequest":
@@ -45,10 +47,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = number
 
     @property
     def reason(self) -> int:

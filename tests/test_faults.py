@@ -1,0 +1,595 @@
+"""What a fault does to a run: it stops or goes on as it says, and its weights end as if nothing had happened.
+
+The rows F1 to F24 of the table that `make test-faults` prints are tested all over this folder; here are those of the
+trainer. Its processes are forked from one that has imported everything (faulty_trainer.py).
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import pickletools
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import faulty_trainer
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from test_checkpoints import damage
+from test_launch import TORCHRUN, environment
+from test_train import REPOSITORY, assert_same_weights, command, flags_for, losses, metrics
+from torch.distributed import TCPStore
+
+from command_line import UserError
+from training.checkpoints import checkpoint_to_resume, find_problem, list_checkpoints
+from training.faults import spike_warning
+from training.stopping import STOPPED_EXIT_CODE
+
+pytestmark = pytest.mark.fault
+SETTINGS = {"max_steps": 24, "save_steps": 5, "save_total_limit": 3, "eval_steps": 0, "eval_blocks": 4}
+SETTINGS |= {"dataloader_num_workers": 0, "ddp_timeout": 30, "per_device_train_batch_size": 2}
+PROCESS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class Trainer:
+    """Processes that train together into `output_dir`; `faults`: a text for each, as FAULTS of faulty_trainer takes."""
+
+    def __init__(self, context, data_dir, output_dir, *faults, **changes):
+        output_dir.parent.mkdir(exist_ok=True)
+        self.log = output_dir.with_name(f"{output_dir.name}.log")
+        self.log.write_text("")
+        variables = [PROCESS] * len(faults)
+        if len(faults) > 1:  # this process is the launcher's agent: it holds the store, and survives
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+            together |= {"WORLD_SIZE": str(len(faults)), "LOCAL_WORLD_SIZE": str(len(faults))}
+            together |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+            variables = [PROCESS | together | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(faults))]
+        arguments = flags_for(data_dir, output_dir, **(SETTINGS | changes))
+        self.processes = [
+            context.Process(target=faulty_trainer.train_in_child, args=(arguments, its_variables, fault, self.log))
+            for its_variables, fault in zip(variables, faults, strict=True)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout=60):
+        """The exit codes; of a signal its negative number."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in self.processes]
+        assert None not in codes, f"still running: {codes}, {self.output}"
+        return codes
+
+    @property
+    def output(self):
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def context():
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faulty_trainer"])
+    return context
+
+
+@pytest.fixture
+def start(context, data_dir):
+    """`start(output_dir, fault of rank 0, fault of rank 1, ..., flag=value)`; what still runs in the end is killed."""
+    trainers = []
+
+    def begin(output_dir, *faults, **changes):
+        trainers.append(Trainer(context, data_dir, output_dir, *(faults or [""]), **changes))
+        return trainers[-1]
+
+    yield begin
+    for trainer in trainers:
+        for process in trainer.processes:
+            if process.is_alive():
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(context, data_dir, tmp_path_factory):
+    """`undisturbed(number of processes, flag=value)`: a finished run without a fault; made once."""
+    made = {}
+
+    def run(num_processes=1, faults="", **changes):
+        key = (num_processes, faults, *sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
+            trainer = Trainer(context, data_dir, made[key], *[faults] * num_processes, **changes)
+            assert trainer.wait() == [0] * num_processes, trainer.output
+        return made[key]
+
+    return run
+
+
+def saved_steps(run):
+    return [int(path.name[5:]) for path in reversed(list_checkpoints(run / "checkpoints"))]
+
+
+def assert_ends_like(run, expected):
+    assert_same_weights(run, expected)
+    assert losses(run) == losses(expected)
+    assert [row["step"] for row in metrics(run)] == list(range(1, len(metrics(expected)) + 1))
+    left = {path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()] if path.name.startswith(".")}
+    assert not left
+
+
+def newest_whole(run):
+    if not (run / "checkpoints").is_dir():
+        return 0
+    checkpoint = checkpoint_to_resume("auto", run / "checkpoints", report=lambda line: None)
+    return 0 if checkpoint is None else int(checkpoint.name[5:])
+
+
+def last_logged(run):
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max([json.loads(line)["step"] for line in lines if line.endswith("}")], default=0)
+
+
+def kill_during_a_save(trainer, run, delay_s):
+    """SIGKILL a little after a save has begun, if the process lives so long."""
+    process = trainer.processes[0]
+    left_by_a_kill = set(run.glob("checkpoints/.step_*.tmp"))  # one save is enough to remove them
+    deadline = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < deadline:
+        found = list(run.glob("checkpoints/.step_*.tmp"))
+        if found and not left_by_a_kill & set(found):
+            time.sleep(delay_s)
+            process.kill()
+            break
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize(
+    ("times", "max_steps"), [(4, 150), pytest.param(30, 800, marks=pytest.mark.slow)], ids=["4 times", "30 times"]
+)
+def test_a_run_killed_again_and_again_loses_one_interval_at_most(
+    start, undisturbed, tmp_path, fault_log, times, max_steps
+):
+    """In turn before an update, at a file operation of a save, a rotation or a resume, and from outside in a save."""
+    numbers, run, again = random.Random(0), tmp_path / "run", []
+    settings = {"max_steps": max_steps, "save_steps": 10, "save_total_limit": 2}
+    expected = undisturbed(**settings | {"save_steps": 0})
+    for count in range(times):
+        begin = newest_whole(run)
+        kind = count % 3
+        fault = [f"kill@{begin + numbers.randint(1, 25)}", f"kill_at_operation@{numbers.randint(0, 150)}", ""][kind]
+        trainer = start(run, fault, **settings)
+        if kind == 2:
+            kill_during_a_save(trainer, run, numbers.uniform(0, 0.1))
+        assert trainer.wait() == [-signal.SIGKILL], trainer.output
+        assert f"resumed from {run}/checkpoints/step_{begin:07d}" in trainer.output or begin == 0 or kind == 1
+        again.append(last_logged(run) - newest_whole(run))
+        assert 0 <= again[-1] <= settings["save_steps"]
+    assert start(run, **settings).wait() == [0]
+    assert_ends_like(run, expected)
+    fault_log("F4 kill -9 while training, saving, resuming", times, max(again))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", ["kill@7", "error@7"])
+def test_when_one_of_two_fails_the_other_ends_and_names_it(start, undisturbed, tmp_path, fault_log, fault, rank):
+    run, faults = tmp_path / "run", ["", ""]
+    faults[rank] = fault
+    trainer = start(run, *faults)
+    codes = trainer.wait(60)
+    assert codes[rank] == (-signal.SIGKILL if fault == "kill@7" else 1) and codes[1 - rank] == 2, trainer.output
+    assert f"of 2 processes these did not answer in --ddp_timeout 30 s: {rank} on " in trainer.output
+    assert ("this process is broken" in trainer.output) == (fault == "error@7")
+    if fault == "kill@7":
+        assert start(run, "", "").wait() == [0, 0]
+        assert_ends_like(run, undisturbed(2))
+    fault_log("F5 one process of two is killed or raises", steps_again=2)
+
+
+def launched(data_dir, run, *launcher, **variables):
+    arguments = command(data_dir, run, *launcher, **SETTINGS)
+    arguments[arguments.index(str(REPOSITORY / "train_accelerate.py"))] = faulty_trainer.__file__
+    variables = environment(PYTHONPATH=str(REPOSITORY), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="30", **variables)
+    return subprocess.Popen(
+        arguments, env=variables, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill@7", "SIGUSR1@7"])
+def test_torchrun_starts_a_broken_run_again_and_not_one_that_was_asked_to_stop(
+    data_dir, start, undisturbed, tmp_path, fault_log, fault
+):
+    run = tmp_path / "run"
+    launcher = (*TORCHRUN, "2", "--max_restarts", "2")
+    process = launched(data_dir, run, *launcher, FAULT=fault, FAULT_RANK="1", FAULT_ONCE=str(tmp_path / "once"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    assert output.count("resumed from") == (fault == "kill@7")
+    if fault == "SIGUSR1@7":
+        assert "stopped after step 7 as SIGUSR1 was received" in output
+        assert saved_steps(run) == [5, 7] and not (run / "model.safetensors").exists()
+        assert start(run, "", "").wait() == [0, 0]
+    assert_ends_like(run, undisturbed(2))
+    fault_log("F5 torchrun --max_restarts after a kill, after a stop", steps_again=2 * (fault == "kill@7"))
+
+
+@pytest.mark.slow
+def test_torchrun_hands_sigterm_on_to_processes_with_workers(data_dir, start, undisturbed, tmp_path, fault_log):
+    run = tmp_path / "run"
+    process = launched(data_dir, run, *TORCHRUN, "2", "--", FAULT="", FAULT_RANK="0", FAULT_ONCE=str(tmp_path / "once"))
+    deadline = time.monotonic() + 120
+    while last_logged(run) < 2 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    stopped = re.search(r"stopped after step (\d+) as SIGTERM was received; saved in", output)
+    assert stopped and process.returncode != 0, output[-3000:]
+    assert saved_steps(run)[-1] == int(stopped[1])
+    assert start(run, "", "").wait() == [0, 0]
+    assert_ends_like(run, undisturbed(2))
+    fault_log("F6 SIGTERM, SIGINT, SIGUSR1, with data-loader workers")
+
+
+STOPPED = "stopped after step {} as {} was received; saved in"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_processes"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGTERM", 2), ("SIGUSR1", 2)]
+)
+def test_a_signal_stops_all_processes_after_the_same_step(start, undisturbed, tmp_path, fault_log, name, num_processes):
+    """Only the last process gets it; workers read for all."""
+    run, workers = tmp_path / "run", {"dataloader_num_workers": 2 if num_processes == 1 else 1}
+    trainer = start(run, *[""] * (num_processes - 1), f"{name}@7", **workers)
+    assert trainer.wait() == [STOPPED_EXIT_CODE] * num_processes, trainer.output
+    assert trainer.output.count(STOPPED.format(7, name)) == 1 and "Traceback" not in trainer.output
+    assert saved_steps(run) == [5, 7] and last_logged(run) == 7
+    assert start(run, *[""] * num_processes, **workers).wait() == [0] * num_processes
+    assert_ends_like(run, undisturbed(num_processes))
+    fault_log("F6 SIGTERM, SIGINT, SIGUSR1, with data-loader workers")
+
+
+def children_of(pid):
+    """Those that all threads of a process have started."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
+
+
+@pytest.mark.parametrize("signals", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(start, undisturbed, tmp_path, fault_log, signals):
+    """As a terminal's Ctrl-C and a scheduler's SIGTERM are: to every process there is."""
+    run = tmp_path / "run"
+    trainer = start(run, max_steps=100_000, save_steps=0, dataloader_num_workers=2)
+    deadline = time.monotonic() + 60
+    while last_logged(run) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    pid = trainer.processes[0].pid
+    workers = children_of(pid)
+    for each in [*workers, pid]:
+        os.kill(each, getattr(signal, signals))
+    assert trainer.wait() == [STOPPED_EXIT_CODE], trainer.output
+    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    (step,) = saved_steps(run)
+    assert STOPPED.format(step, signals) in trainer.output
+    fault_log("F6 SIGTERM, SIGINT, SIGUSR1, with data-loader workers")
+
+
+@pytest.mark.parametrize(
+    ("fault", "stops_after", "saved"),
+    [
+        ("signal_in_save@SIGTERM", 6, [5, 6]),
+        ("signal_in_evaluation@SIGTERM", 8, [5, 8]),
+        ("SIGTERM@5", 5, [5]),
+        ("SIGTERM@24", 24, [15, 20, 24]),
+        ("handed_on@7", 7, [5, 7]),
+    ],
+)
+def test_a_signal_at_an_awkward_moment_stops_in_order(
+    start, undisturbed, tmp_path, fault_log, fault, stops_after, saved
+):
+    """In a save; in an evaluation, which is left; at a step that is saved anyway; at the last one; twice at once."""
+    run, changes = tmp_path / "run", {"eval_steps": 8, "per_device_eval_batch_size": 1}
+    trainer = start(run, fault, **changes)
+    assert trainer.wait() == [STOPPED_EXIT_CODE], trainer.output
+    assert STOPPED.format(stops_after, "SIGTERM") in trainer.output and saved_steps(run) == saved
+    assert not (run / "model.safetensors").exists()
+    if fault.startswith("signal_in_evaluation"):
+        assert not any("eval_loss" in row for row in metrics(run))
+    assert start(run, **changes).wait() == [0]
+    assert_ends_like(run, undisturbed())
+    fault_log("F7 a signal during a save, an evaluation, the last step")
+
+
+def test_a_second_signal_ends_the_process_at_once_without_damage(start, undisturbed, tmp_path, fault_log):
+    run = tmp_path / "run"
+    trainer = start(run, "two_signals@8")
+    assert trainer.wait() == [-signal.SIGTERM], trainer.output
+    assert saved_steps(run) == [5] and find_problem(run / "checkpoints" / "step_0000005") is None
+    assert start(run).wait() == [0]
+    assert_ends_like(run, undisturbed())
+    fault_log("F7 a second signal", steps_again=3)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_end_of_the_time_stops_like_a_signal(start, undisturbed, tmp_path, fault_log, num_processes):
+    """The time is over before the first step, and each start makes one nevertheless."""
+    run, none = tmp_path / "run", [""] * num_processes
+    for step in (1, 2):
+        trainer = start(run, *none, max_train_time=0.01)
+        assert trainer.wait() == [STOPPED_EXIT_CODE] * num_processes, trainer.output
+        assert f"stopped after step {step} as --max_train_time is over; saved in" in trainer.output
+    assert start(run, *none).wait() == [0] * num_processes
+    assert_ends_like(run, undisturbed(num_processes))
+    fault_log("F6 --max_train_time", 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "missing", "says"),
+    [
+        ("file_size_limit@9-14", [10], "File too large"),
+        ("few_bytes_free@9-14", [10], "the disk has 1,000 left"),
+        ("unwritable_folder@9-14", [10], "Permission denied"),
+        ("records_refused@4-12", [], "metrics.jsonl cannot be written (Is a directory)"),
+        ("vanished_folder@7", [5], "metrics.jsonl cannot be written (No such file or directory)"),
+    ],
+)
+def test_a_disk_that_fails_costs_a_warning(start, undisturbed, tmp_path, fault_log, fault, missing, says):
+    """Afterwards everything is there again, also the rows that could not be written when they were made."""
+    run, changes = tmp_path / "run", {"save_total_limit": 0, "eval_steps": 10}
+    trainer = start(run, fault, **changes)
+    assert trainer.wait() == [0], trainer.output
+    assert f"warning: {'' if not missing or missing == [5] else 'checkpoint 10 ('}" in trainer.output
+    assert says in trainer.output and trainer.output.count("metrics.jsonl cannot be written") <= 1
+    if missing == [10]:
+        assert re.search(
+            r"checkpoint 10 \([\d,]+ bytes\) cannot be written to " + str(run / "checkpoints"), trainer.output
+        )
+    assert saved_steps(run) == sorted({5, 10, 15, 20, 24} - set(missing))
+    assert_ends_like(run, undisturbed())
+    fault_log("F8 full disk; F10 read-only, vanished folder: a save fails, the run goes on")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("fault", ["file_size_limit@9", "few_bytes_free@9"])
+def test_a_failed_save_stops_the_run_where_that_is_asked_for(
+    start, undisturbed, tmp_path, fault_log, fault, num_processes
+):
+    run = tmp_path / "run"
+    trainer = start(run, fault, *[""] * (num_processes - 1), save_failure="stop")
+    assert trainer.wait() == [2] * num_processes, trainer.output
+    assert "error: checkpoint 10 (" in trainer.output and "the older checkpoints are as they were" in trainer.output
+    assert saved_steps(run) == [5] and "Traceback" not in trainer.output
+    assert start(run, *[""] * num_processes).wait() == [0] * num_processes
+    assert_ends_like(run, undisturbed(num_processes))
+    fault_log("F8 full disk: --save_failure stop", steps_again=5)
+
+
+def test_a_model_that_cannot_be_exported_is_one_line_and_the_next_start_exports_it(
+    start, undisturbed, tmp_path, fault_log
+):
+    run = tmp_path / "run"
+    trainer = start(run, "file_size_limit@22", "")
+    assert trainer.wait() == [2, 2], trainer.output
+    assert "error: the finished model cannot be written to" in trainer.output and "Traceback" not in trainer.output
+    assert saved_steps(run) == [10, 15, 20]
+    assert start(run, "", "").wait() == [0, 0]
+    assert_ends_like(run, undisturbed(2))
+    fault_log("F8 full disk at the end of a run", steps_again=4)
+
+
+def test_a_folder_that_takes_no_file_is_refused_at_the_start(start, tmp_path, fault_log):
+    run = tmp_path / "run"
+    assert start(run, "SIGTERM@2").wait() == [STOPPED_EXIT_CODE]
+    (run / "resolved_config.yaml").unlink()
+    (run / "resolved_config.yaml").mkdir()
+    trainer = start(run, "", "")
+    assert trainer.wait() == [2, 2], trainer.output
+    assert f"error: --output_dir {run}: cannot be written to" in trainer.output and "Traceback" not in trainer.output
+    fault_log("F10 read-only or missing folder at the start")
+
+
+HOW = ("deleted", "emptied", "truncated", "one bit flipped")
+
+
+def test_every_altered_file_of_a_checkpoint_is_named_and_the_one_before_is_taken(undisturbed, tmp_path, fault_log):
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(undisturbed() / "checkpoints", checkpoints)
+    newest, before = list_checkpoints(checkpoints)[:2]
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert {path.name for path in files} >= {"model.safetensors", "modeling_gpt2modern.py", "tokenizer.json"}
+    for path in files:
+        whole = path.read_bytes()
+        for how in HOW:
+            damage(path, how)
+            reports = []
+            assert checkpoint_to_resume("auto", checkpoints, report=reports.append) == before
+            assert len(reports) == 1 and (path.name in reports[0] or path.name == "checksums.json")
+            path.write_bytes(whole)
+    assert checkpoint_to_resume("auto", checkpoints, report=print) == newest
+    fault_log("F9 a checkpoint's file is deleted, emptied, truncated, altered", len(files) * len(HOW))
+
+
+def test_an_altered_checkpoint_costs_its_interval_only(start, undisturbed, tmp_path, fault_log):
+    run = tmp_path / "run"
+    assert start(run, "kill@13").wait() == [-signal.SIGKILL]
+    damage(run / "checkpoints" / "step_0000010" / "optimizer.safetensors", "one bit flipped")
+    trainer = start(run)
+    assert trainer.wait() == [0]
+    assert "passing over step_0000010" in trainer.output and "optimizer.safetensors was altered" in trainer.output
+    assert_ends_like(run, undisturbed())
+    fault_log("F9 a checkpoint's file is deleted, emptied, truncated, altered", steps_again=7)
+
+
+def test_no_file_of_a_run_is_a_pickle_and_nothing_here_reads_one(undisturbed, fault_log):
+    files = [path for path in undisturbed().rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {
+        ".safetensors", ".json", ".jsonl", ".py", ".yaml", ".md", ".png", ".jinja", ".txt",
+    }  # fmt: skip
+    for path in files:
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, IndexError, KeyError, AttributeError)):
+            pickletools.dis(path.read_bytes(), out=io.StringIO())
+    for source in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("[!.t]*/*.py"), *REPOSITORY.glob("training/*.py")]:
+        text = source.read_text()
+        assert "torch.load(" not in text and "import pickle" not in text, source
+    fault_log("a checkpoint with a pickle in it", len(files))
+
+
+def test_the_code_in_a_model_folder_is_never_run(undisturbed, start, data_dir, tmp_path, fault_log):
+    """Neither by evaluation nor by fine-tuning, and a folder that is nothing but its code is refused."""
+    from eval import generate
+    from eval.loading import load_model, load_tokenizer
+
+    folder, marker = shutil.copytree(undisturbed(), tmp_path / "model"), tmp_path / "was_run"
+    shutil.rmtree(folder / "checkpoints")
+    for path in folder.glob("*.py"):
+        path.write_text(f"open({str(marker)!r}, 'w')\n" + path.read_text())
+    load_model(str(folder))
+    load_tokenizer(str(folder))
+    tune = {"model_name_or_path": folder, "config_overrides": "hidden_dropout=0.0", "warmup_steps": 0, "max_steps": 1}
+    trainer = start(tmp_path / "run", **tune)
+    assert trainer.wait() == [0], trainer.output
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "something_else"}))
+    with pytest.raises(UserError, match=r"--model .* cannot be loaded"):
+        load_model(str(folder))
+    with pytest.raises(SystemExit):
+        generate.main(["--model", str(folder), "--prompt", "x"])
+    trainer = start(tmp_path / "refused", **tune)
+    assert trainer.wait() == [2], trainer.output
+    assert not marker.exists()
+    fault_log("hostile code in a model folder", 5)
+
+
+@pytest.mark.parametrize(("fault", "num_processes"), [("nonfinite@7", 2), ("infinite_norm@7", 1)])
+def test_a_step_that_is_no_number_stops_all_before_its_update(
+    start, undisturbed, data_dir, tmp_path, fault_log, fault, num_processes
+):
+    """Only the last process has the fault; the blocks that are written are those of each."""
+    from training.batches import BatchPlan, samples_of_step
+    from training.blocks import PackedBlocks
+
+    run = tmp_path / "run"
+    trainer = start(run, *[""] * (num_processes - 1), fault)
+    assert trainer.wait() == [2] * num_processes, trainer.output
+    assert re.search(r"error: the loss is \S+ and the gradient norm is (nan|inf) at step 7", trainer.output)
+    assert "Traceback" not in trainer.output and saved_steps(run) == [5] and last_logged(run) == 6
+    (row,) = [json.loads(line) for line in (run / "nonfinite_steps.jsonl").read_text().splitlines()]
+    plan = BatchPlan(8, 2, num_processes)
+    samples = samples_of_step(len(PackedBlocks(data_dir, "train")), plan, seed=42, step=6)
+    assert row["step"] == 7 and [seen["process"] for seen in row["processes"]] == list(range(num_processes))
+    expected = samples.reshape(-1, num_processes, 2).swapaxes(0, 1).reshape(num_processes, -1).tolist()
+    assert [seen["blocks"] for seen in row["processes"]] == expected
+    assert row["processes"][-1]["grad_norm"] in ("nan", "inf")
+    assert start(run, *[""] * num_processes).wait() == [0] * num_processes
+    assert_same_weights(run, undisturbed(num_processes))
+    fault_log("F11 a loss or gradient that is no number: stop", steps_again=2)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_step_that_is_skipped_is_as_if_it_had_been_left_out(start, undisturbed, tmp_path, fault_log, num_processes):
+    run = tmp_path / "run"
+    faults = "nonfinite@7 nonfinite@8 nonfinite@24"
+    trainer = start(run, *[""] * (num_processes - 1), faults, on_nonfinite="skip", max_nonfinite_steps=2)
+    assert trainer.wait() == [0] * num_processes, trainer.output
+    assert trainer.output.count(": left out") == 3
+    assert_same_weights(run, undisturbed(num_processes, "left_out@7 left_out@8 left_out@24"))
+    assert [row["step"] for row in metrics(run) if row["loss"] is None] == [7, 8, 24]
+    assert len((run / "nonfinite_steps.jsonl").read_text().splitlines()) == 3
+    fault_log("F11 a loss or gradient that is no number: skip", 3)
+
+
+def test_more_skipped_steps_in_a_row_than_allowed_stop_the_run(start, tmp_path, fault_log):
+    run = tmp_path / "run"
+    trainer = start(run, "nonfinite@7 nonfinite@8 nonfinite@9", on_nonfinite="skip", max_nonfinite_steps=2)
+    assert trainer.wait() == [2] and "steps in a row: 3, --max_nonfinite_steps 2" in trainer.output
+    assert saved_steps(run) == [5]
+    fault_log("F11 a loss or gradient that is no number: skip", 3)
+
+
+def test_an_infinite_gradient_is_left_to_the_loss_scale(tmp_path, fault_log):
+    """fp16: the scaler refuses the step and lowers itself; a loss that is no number is ours all the same."""
+    from training.batches import BatchPlan
+    from training.faults import may_update
+
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(scaler=object(), process_index=0, is_main_process=True, print=print),
+        agreement=SimpleNamespace(largest=lambda *numbers: list(numbers)),
+        stop_request=SimpleNamespace(reason=0),
+        config=SimpleNamespace(on_nonfinite="stop", max_nonfinite_steps=1),
+        plan=BatchPlan(2, 2, 1),
+        output_dir=tmp_path,
+        step=0,
+        nonfinite_steps=0,
+    )
+    loss, infinite = torch.tensor(1.0), torch.tensor(float("inf"))
+    assert may_update(run, loss, infinite, np.arange(2)) and not (tmp_path / "nonfinite_steps.jsonl").exists()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    with pytest.raises(UserError, match="the loss is inf"):
+        may_update(run, infinite, infinite, np.arange(2))
+    fault_log("F11 a loss or gradient that is no number: fp16", 2)
+
+
+@pytest.mark.parametrize(("loss", "warns"), [(3.9, True), (3.15, False), (float("nan"), False), (1.0, False)])
+def test_a_jump_of_the_loss_is_a_warning(fault_log, loss, warns):
+    rows = [{"step": step, "loss": 3.0 + 0.05 * (step % 2)} for step in range(40)]
+    rows[-2] = {"step": 38, "loss": 9.0}  # an earlier one does not hide it
+    rows[-1] = {"step": 39, "loss": None}
+    warning = spike_warning(rows, loss)
+    assert (warning is not None) == warns
+    assert not warns or "jumped to 3.900; the median of the 20 logged before is 3.0" in warning
+    assert spike_warning(rows[:10], loss) is None
+    fault_log("F12 a jump of the loss")
+
+
+def alter_newest(run, numbers):
+    newest = list_checkpoints(run / "checkpoints")[0]
+    path = numbers.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
+    damage(path, numbers.choice(HOW))
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_with_a_fault_every_fifty_end_as_without(start, undisturbed, tmp_path, fault_log):
+    numbers, run, again = random.Random(1), tmp_path / "run", []
+    settings = {"max_steps": 2000, "save_steps": 20, "save_total_limit": 3}
+    expected = undisturbed(**settings | {"save_steps": 0})
+    tried = 0
+    while newest_whole(run) < 1950:
+        step = newest_whole(run) + numbers.randint(30, 70)
+        end = step + numbers.randint(5, 40)
+        kind, code = numbers.choice(
+            [
+                (f"kill@{step}", -signal.SIGKILL),
+                (f"error@{step}", 1),
+                (f"SIGTERM@{step}", STOPPED_EXIT_CODE),
+                (f"SIGINT@{step}", STOPPED_EXIT_CODE),
+                (f"SIGUSR1@{step}", STOPPED_EXIT_CODE),
+                (f"two_signals@{step}", -signal.SIGTERM),
+                (f"nonfinite@{step}", 2),
+                (f"file_size_limit@{step}-{end} kill@{end + 1}", -signal.SIGKILL),
+                (f"few_bytes_free@{step}-{end} kill@{end + 1}", -signal.SIGKILL),
+                (f"records_refused@{step}-{end} kill@{end + 1}", -signal.SIGKILL),
+                (f"kill_at_operation@{numbers.randint(150, 400)}", -signal.SIGKILL),
+            ]
+        )
+        trainer = start(run, kind, **settings)
+        codes = trainer.wait()
+        assert codes == [code] or (codes == [0] and end >= 2000), (kind, trainer.output)
+        again.append(max(0, last_logged(run) - newest_whole(run)))
+        tried += 1
+        if numbers.random() < 0.25 and len(saved_steps(run)) > 1:
+            alter_newest(run, numbers)
+            tried += 1
+    assert start(run, **settings).wait() == [0]
+    assert_ends_like(run, expected)
+    fault_log("soak: 2,000 steps with a fault about every 50", tried, max(again))
