@@ -8,6 +8,7 @@ made first, and where it exists already, in a process that was started again, th
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import resource
 import shutil
@@ -219,6 +220,7 @@ def prepare(given):
 
 def train_in_child(argv, environment, given, log):
     """The target of a forked process."""
+    multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a trainer that a shell starts
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

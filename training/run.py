@@ -109,8 +109,11 @@ def on_main_process(run: Run, action: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def closed_batches(run: Run) -> Iterator[None]:
-    """End the processes that read data at the end of the block, for whatever reason: they ignore signals, also the one
-    that Python sends at exit, and would be waited for for ever."""
+    """End the processes that read data at the end of the block, for whatever reason.
+
+    They ignore signals, also the one that Python ends child processes with: were the run still held by a traceback when
+    the process exits, it would wait for them for ever.
+    """
     try:
         yield
     finally:
