@@ -52,7 +52,9 @@ def check_range(name: str, value: float | None, least: float, most: float | None
     """Raise ValueError unless `value` is None or a finite number in [least, most]."""
     if value is None:
         return
-    if not (value >= least and math.isfinite(value)):
+    if not math.isfinite(value):
+        raise ValueError(f"{name} {value} must be a finite number")
+    if value < least:
         raise ValueError(f"{name} {value} must be at least {least}")
     if most is not None and value > most:
         raise ValueError(f"{name} {value} must be at most {most}")

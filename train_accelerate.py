@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @dataclass
 class TrainConfig:
     # Settings that decide which update follows which: a checkpoint is continued only under the same ones. The rest (the
-    # micro-batch, the number of processes, what is logged, how long the run lasts) may change at any restart.
+    # micro-batch, the number of processes, what is logged) may change at any restart; max_steps where the learning rate
+    # has not depended on it yet (training/resume.py).
     SETTINGS_OF_EVERY_UPDATE: ClassVar[tuple[str, ...]] = (
         "seed", "document_masking", "batch_size_warmup_steps", "optimizer",
         "learning_rate", "embedding_learning_rate", "scalar_learning_rate", "muon_learning_rate",
@@ -61,7 +62,8 @@ class TrainConfig:
     )
     lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank alone (PEFT); 0: every weight"})
     lora_alpha: float | None = field(
-        default=None, metadata={"help": "scale of the adapters, times the rank; default: twice the rank"}
+        default=None,
+        metadata={"help": "what adapters add is scaled by lora_alpha / lora_rank; default: twice the rank"},
     )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "projections that get adapters: q_proj, ...; default: all in the layers"}
@@ -91,7 +93,12 @@ class TrainConfig:
         default=False,
         metadata={"help": "a token sees its own document only, not those before it in the block (validation: all)"},
     )
-    max_steps: int = field(default=1000, metadata={"help": "optimizer steps"})
+    max_steps: int = field(
+        default=1000,
+        metadata={
+            "help": "optimizer steps; a run goes on to another number if its learning rate so far stays the same"
+        },
+    )
 
     optimizer: Literal["adamw", "muon"] = field(
         default="adamw", metadata={"help": "muon: Muon for the matrices inside the layers, AdamW for the rest"}
@@ -103,9 +110,12 @@ class TrainConfig:
     scalar_learning_rate: float | None = field(
         default=None, metadata={"help": "AdamW's for gains, biases and scalars; default: learning_rate"}
     )
-    muon_learning_rate: float = field(default=0.02, metadata={"help": "peak learning rate of Muon"})
+    muon_learning_rate: float = field(
+        default=0.02, metadata={"help": "peak learning rate of Muon; without --optimizer muon of no effect"}
+    )
     muon_momentum_warmup_steps: int = field(
-        default=300, metadata={"help": "steps over which Muon's momentum goes from 0.85 to 0.95"}
+        default=300,
+        metadata={"help": "steps over which Muon's momentum goes from 0.85 to 0.95; without it of no effect"},
     )
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = field(
         default="cosine", metadata={"help": "fall of the learning rate after the warm-up"}
@@ -116,10 +126,12 @@ class TrainConfig:
         default=None, metadata={"help": "last steps, in which warmup_stable_decay falls; default: a fifth of max_steps"}
     )
     decay_ratio: float | None = field(default=None, metadata={"help": "the same as a share of max_steps"})
-    decay_type: Literal["1-sqrt", "linear", "cosine"] = field(
-        default="1-sqrt", metadata={"help": "shape of warmup_stable_decay's fall"}
+    decay_type: Literal["1-sqrt", "linear", "cosine"] | None = field(
+        default=None, metadata={"help": "shape of warmup_stable_decay's fall; default: 1-sqrt"}
     )
-    min_lr_ratio: float = field(default=0.1, metadata={"help": "last learning rate, as a share of the peak"})
+    min_lr_ratio: float = field(
+        default=0.1, metadata={"help": "last learning rate, as a share of the peak; without effect on constant"}
+    )
     weight_decay: float = field(default=0.1, metadata={"help": "decay of matrices, times the learning rate"})
     adam_beta1: float = field(default=0.9, metadata={"help": "decay of the gradient average"})
     adam_beta2: float = field(default=0.95, metadata={"help": "decay of the squared-gradient average"})
@@ -142,6 +154,9 @@ class TrainConfig:
     logging_steps: int = field(default=10, metadata={"help": "steps between lines of metrics.jsonl"})
     eval_steps: int = field(default=100, metadata={"help": "steps between evaluations; 0: only at the end"})
     eval_blocks: int | None = field(default=None, metadata={"help": "validation sequences used; default: all of them"})
+    eval_blocks_at: Literal["equal_distances", "start"] = field(
+        default="equal_distances", metadata={"help": "which these are: spread over the split, or its first ones"}
+    )
     save_steps: int = field(default=100, metadata={"help": "steps between checkpoints; 0: none"})
     save_total_limit: int = field(default=2, metadata={"help": "checkpoints kept; 0: all"})
     save_failure: Literal["warn", "stop"] = field(
@@ -286,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     from training.stopping import StopRequest, leave
 
     accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
+    config.mixed_precision = accelerator.mixed_precision  # the launcher's, where none was given: for what is recorded
     if config.dry_run:
         return dry_run(config, accelerator)
     with StopRequest(config.max_train_time, started) as stop_request:
@@ -335,7 +351,7 @@ def build_run(config: TrainConfig, accelerator: "Accelerator", stop_request: "St
 
     from training.blocks import PackedBlocks
     from training.finetuning import starting_model
-    from training.launch import RollCall
+    from training.launch import RollCall, refuse_fp16_on_cpu
     from training.memory import largest_micro_batch_size
     from training.metrics import peak_flops
     from training.optimizers import OptimizerChain, build_optimizers
@@ -345,6 +361,7 @@ def build_run(config: TrainConfig, accelerator: "Accelerator", stop_request: "St
     from training.stopping import Agreement
     from training.trackers import check_trackers
 
+    refuse_fp16_on_cpu(accelerator)
     check_trackers(config.report_to)
     if config.lora_rank and accelerator.is_fsdp2:
         raise UserError("--lora_rank does not go with FSDP2: adapters are small; use a DDP configuration")
@@ -489,6 +506,7 @@ def evaluate(run: "Run") -> dict[str, Any]:
             process_index=run.accelerator.process_index,
             num_processes=run.accelerator.num_processes,
             max_blocks=run.config.eval_blocks,
+            from_start=run.config.eval_blocks_at == "start",
             should_stop=is_stopping,
         )
         if loss is None:

@@ -43,9 +43,11 @@ def evaluate_loss(
     process_index: int = 0,
     num_processes: int = 1,
     max_blocks: int | None = None,
+    from_start: bool = False,
     should_stop: "Callable[[], bool] | None" = None,
 ) -> float | None:
-    """Mean next-token loss (nats/token) of `model` over `blocks`, or over `max_blocks` of them at equal distances.
+    """Mean next-token loss (nats/token) of `model` over `blocks`, or over `max_blocks` of them: at equal distances,
+    or the first ones `from_start`.
 
     The blocks are divided over the processes without padding, each sums in float64, and one reduction ends it; every
     process returns the same number. All make the same number of forward passes, because a sharded model is gathered by
@@ -58,7 +60,7 @@ def evaluate_loss(
     from training.models import summed_loss
 
     count = len(blocks) if max_blocks is None else min(max_blocks, len(blocks))
-    chosen = [index * len(blocks) // count for index in range(count)]
+    chosen = [index if from_start else index * len(blocks) // count for index in range(count)]
     mine = chosen[process_index::num_processes]
     passes = -(-len(chosen[::num_processes]) // batch_size)  # of process 0, which has the most blocks
     device = next(model.parameters()).device

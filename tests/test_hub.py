@@ -91,6 +91,25 @@ def test_checkpoints_arrive_without_their_optimizer(fake, data_dir, tmp_path, st
     assert final.path_in_repo is None and "checkpoint: step" not in final.card
 
 
+@pytest.mark.parametrize("unsaved", [2, 4])
+def test_a_checkpoint_that_could_not_be_saved_is_not_uploaded(fake, data_dir, tmp_path, monkeypatch, unsaved):
+    """Neither the first one, when there is none, nor a later one, when an older one lies there."""
+    from training import resume
+
+    save_checkpoint = resume.save_checkpoint
+
+    def full_disk(folder, step, **rest):
+        if step == unsaved:
+            raise OSError("No space left on device")
+        return save_checkpoint(folder, step, **rest)
+
+    monkeypatch.setattr(resume, "save_checkpoint", full_disk)
+    monkeypatch.setattr(hub.HubUploader, "is_busy", False)
+    train(data_dir, tmp_path, push_to_hub=True, hub_strategy="every_save", save_steps=2, max_steps=6)
+    steps = [upload.commit_message for upload in fake.uploads[:-1]]
+    assert steps == [f"Checkpoint of step {6 - unsaved}"]
+
+
 @pytest.mark.fault("F19 an upload fails")
 def test_uploads_that_fail_are_one_warning_and_the_command_to_type(fake, data_dir, tmp_path, capsys):
     fake.fails = True
@@ -165,6 +184,7 @@ def test_the_card_says_what_it_was_trained_on_and_from(data_dir, tmp_path):
         license="mit",
         manifest=manifest,
         summary=summary,
+        evaluated_blocks="8 of 12, at equal distances",
         max_steps=3,
         samples=[{"step": 2, "prompt": "of an earlier step", "text": ""}, {"step": 3, "prompt": "a ```", "text": " b"}],
         settings={"learning_rate": 0.1},
@@ -176,3 +196,4 @@ def test_the_card_says_what_it_was_trained_on_and_from(data_dir, tmp_path):
     assert measured == {"loss": 3.1416, "bits_per_byte": 1.5}
     assert "````text\na ``` b\n````" in card.text and "of an earlier step" not in card.text
     assert "| learning_rate | 0.1 |" in card.text
+    assert "| validation blocks | 8 of 12, at equal distances |" in card.text

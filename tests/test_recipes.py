@@ -57,6 +57,20 @@ def test_published_sizes(name, tokens, parameters):
     assert parameters is None or facts["parameters"] == f"{parameters:,}"
 
 
+def test_adapters_are_counted_as_what_is_trained():
+    recipe = next(path for path in RECIPES if path.stem == "lora-finetune")
+    _, facts = dry_run("--config", recipe, "--model_preset", "gpt2")
+    _, whole = dry_run("--model_preset", "gpt2")
+    trained = 12 * 16 * (4 * (768 + 768) + 2 * (768 + 3072))  # layers, rank, widths in and out of the six projections
+    assert facts["trained parameters"].startswith(f"{trained:,} (2.09%)")
+    assert facts["model"].startswith("preset gpt2, in place of the --model_name_or_path")
+    frozen, attention = 124_439_808, 12 * 12 * 768 * 1024
+    assert facts["FLOPs per token"].startswith(f"{6 * trained + 4 * frozen + attention:,} (6 P + 4 (N - P)")
+    assert whole["FLOPs per token"].startswith(f"{6 * frozen + attention:,} (6 N")
+    for name, bytes_each in (("gradients", 4), ("optimizer states", 8)):
+        assert facts[name] == f"{bytes_each * trained / 2**30:.2f} GiB" != whole[name]
+
+
 def test_a_dry_run_with_data_counts_its_epochs_and_is_itself_a_recipe(data_dir, tmp_path):
     from training.blocks import PackedBlocks
 

@@ -17,6 +17,7 @@ from prepared_folders import random_rows, write_prepared
 from safetensors.torch import load_file
 
 from command_line import UserError
+from train_accelerate import TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
@@ -105,6 +106,7 @@ def test_the_summary_agrees_with_the_log(finished):
     summary, rows = json.loads((finished / "summary.json").read_text()), metrics(finished)
     assert (summary["train_loss"], summary["eval_loss"]) == (rows[-1]["loss"], rows[-1]["eval_loss"])
     assert (summary["steps"], summary["tokens_seen"]) == (8, 2048)
+    assert (summary["mixed_precision"], summary["num_processes"], summary["eval_blocks"]) == ("no", 1, 8)
     assert 0 < summary["bits_per_byte"] < summary["eval_loss"] / 0.69
 
 
@@ -306,6 +308,60 @@ def test_changed_settings_can_be_forced_and_are_listed(finished, data_dir, tmp_p
     assert f"{name} was" in printed and f"is {value!r}" in printed and "hidden_dropout was 0.1, is 0.0" in printed
     assert [row["step"] for row in metrics(forced)] == [7, 8]
     assert losses(forced)[0] < losses(finished)[3] and losses(forced)[0] != losses(finished)[6]
+
+
+def test_the_launchers_precision_is_recorded(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = train(data_dir, tmp_path, max_steps=2, save_steps=0)
+    assert json.loads((run / "summary.json").read_text())["mixed_precision"] == "bf16"
+    resolved, card = ((run / name).read_text() for name in ("resolved_config.yaml", "README.md"))
+    assert "mixed_precision: bf16" in resolved and "# num_processes: 1\n" in resolved
+    assert "| mixed_precision | bf16 |" in card and "| num_processes | 1 |" in card
+
+
+COSINE = {"lr_scheduler_type": "cosine"}
+STABLE = {"lr_scheduler_type": "warmup_stable_decay"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_steps", "goes_on"),
+    [
+        (COSINE, 12, False),
+        (COSINE, 6, False),
+        ({"lr_scheduler_type": "linear"}, 12, False),
+        ({"lr_scheduler_type": "constant"}, 12, True),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.25}, 9, True),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.25}, 40, False),
+        (STABLE | {"decay_steps": 2}, 12, True),
+        (STABLE | {"decay_ratio": 0.25}, 6, True),
+        (STABLE | {"decay_steps": 6}, 9, False),
+    ],
+)
+def test_a_run_is_lengthened_where_its_learning_rate_did_not_depend_on_its_length(settings, max_steps, goes_on):
+    """After four of eight steps."""
+    common = {"data_dir": "data", "output_dir": "out", "warmup_steps": 2} | settings
+    common |= {"warmup_steps": None} if "warmup_ratio" in settings else {}
+    schedules = [TrainConfig(**common, max_steps=steps).schedule() for steps in (8, max_steps)]
+    assert schedules[0].gave_the_same(schedules[1], 4) == goes_on
+    rates = [[schedule.factor(step) for step in range(4)] for schedule in schedules]
+    assert (rates[0] == rates[1]) == goes_on
+
+
+def test_another_length_is_refused_where_the_learning_rate_would_jump(finished, data_dir, tmp_path, capsys):
+    flags = {"config_overrides": TINY + ",hidden_dropout=0.1", "max_steps": 12}
+    flags["resume_from_checkpoint"] = finished / "checkpoints" / "step_0000006"
+    with pytest.raises(SystemExit):
+        train(data_dir, tmp_path, **flags)
+    assert "other settings: max_steps was 8, is 12; put them back" in capsys.readouterr().err
+    run = train(data_dir, tmp_path, force_resume=True, save_steps=0, **flags)
+    assert "--force_resume: max_steps was 8, is 12" in capsys.readouterr().out and metrics(run)[-1]["step"] == 12
+
+
+def test_a_constant_run_is_lengthened(data_dir, tmp_path):
+    flags = {"lr_scheduler_type": "constant", "save_steps": 4}
+    whole = train(data_dir, tmp_path / "whole", max_steps=8, **flags)
+    train(data_dir, tmp_path / "run", max_steps=4, **flags)
+    assert losses(train(data_dir, tmp_path / "run", max_steps=8, **flags)) == losses(whole)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
@@ -584,10 +640,13 @@ sys.meta_path.insert(0, Absent())
         ({"config_overrides": TINY + ",max_position_embeddings=16"}, "--block_size 32 is longer than"),
         ({"attn_implementation": "fast"}, "--attn_implementation fast"),
         ({"resume_from_checkpoint": "nowhere"}, "--resume_from_checkpoint nowhere"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 is for GPUs, and there is none here: use bf16 or no"),
+        ({"decay_type": "linear"}, "--decay_type linear is the shape of warmup_stable_decay's fall; remove it"),
+        ({"max_grad_norm": "inf"}, "--max_grad_norm inf must be a finite number"),
         ({"mixed_precision": "int4"}, "--mixed_precision: invalid choice: 'int4'"),
         ({"adam_beta1": 1.5}, "--adam_beta1 1.5 must be at most"),
         ({"adam_epsilon": -1}, "--adam_epsilon -1.0 must be at least 0"),
-        ({"learning_rate": "nan"}, "--learning_rate nan"),
+        ({"learning_rate": "nan"}, "--learning_rate nan must be a finite number"),
         ({"learning_rate": "inf"}, "--learning_rate inf"),
         ({"total_batch_size": -64}, "--total_batch_size -64 must be at least 1"),
         ({"config_overrides": TINY + ",initializer_range=-1"}, "error: "),

@@ -51,7 +51,7 @@ def save_checkpoint(
     for left_by_a_kill in checkpoints_dir.glob(".step_*.tmp"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     refuse_full_disk(checkpoints_dir, model_bytes + sum(tensor.nbytes for tensor in optimizer_state.values()))
-    final = checkpoints_dir / f"step_{step:07d}"
+    final = checkpoint_path(checkpoints_dir, step)
     temporary = checkpoints_dir / f".{final.name}.tmp"
     temporary.mkdir()
     try:
@@ -72,6 +72,10 @@ def save_checkpoint(
         for old in list_checkpoints(checkpoints_dir)[save_total_limit:]:
             shutil.rmtree(old)
     return final
+
+
+def checkpoint_path(checkpoints_dir: Path, step: int) -> Path:
+    return checkpoints_dir / f"step_{step:07d}"
 
 
 def refuse_full_disk(folder: Path, needed: int) -> None:

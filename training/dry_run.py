@@ -42,8 +42,9 @@ def data_or_stand_in(config: Any) -> PackedBlocks | NoData:
 def dry_run(config: Any, accelerator: Accelerator) -> None:
     """Print the settings as a recipe, then what follows from them as comments: the output is a file for --config.
 
-    Without --data_dir the preset's own vocabulary and context are assumed. The model is built on the meta device: no
-    size of it takes memory. Raises what the run itself would raise for its settings and its data.
+    Without --data_dir the preset's own vocabulary and context are assumed, and without --model_name_or_path the preset
+    for the model that adapters stand on. It is built on the meta device: no size of it takes memory. Raises what the
+    run itself would raise for its settings and its data.
     """
     blocks = data_or_stand_in(config)
     with torch.device("meta"):
@@ -70,6 +71,8 @@ def facts(
     samples = plan.consumed_samples(last)
     epochs = f"{samples / len(blocks):.2f} epochs of the data" if isinstance(blocks, PackedBlocks) else "no --data_dir"
     flops = model_flops_per_token(model, block_size)
+    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    formula = "6 N + 12 L D T" if trained == parameters else "6 P + 4 (N - P) + 12 L D T, P of N parameters trained"
     memory = estimate_memory(
         model,
         optimizer=config.optimizer,
@@ -79,15 +82,18 @@ def facts(
         gradient_checkpointing=config.gradient_checkpointing,
         shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
     )
+    stand_in = ", in place of the --model_name_or_path that a run with --lora_rank needs" if config.lora_rank else ""
     return {
-        "parameters": f"{model.num_parameters():,}",
+        "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
+        "parameters": f"{parameters:,}",
+        "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
         "processes": f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}",
         "tokens per step": f"{plan.samples_per_step * block_size:,} = {accelerator.num_processes} x "
         f"{plan.grad_accum_steps(last)} x {plan.micro_batch_size} x {block_size} "
         "(processes, passes, sequences, tokens)",
         "steps": f"{last:,}",
         "tokens": f"{samples * block_size:,} ({epochs})",
-        "FLOPs per token": f"{flops:,} (6 N + 12 L D T)",
+        "FLOPs per token": f"{flops:,} ({formula})",
         "FLOPs": f"{flops * samples * block_size:.3e}",
         "memory per process": f"{memory.total / 2**30:.2f} GiB (estimate)",
         "  weights": f"{memory.weights / 2**30:.2f} GiB",

@@ -52,9 +52,11 @@ def export_model(model: PreTrainedModel, output_dir: Path, *, tokenizer_path: Pa
     return [path.name for path in files if len(path.parts) == 1]
 
 
-def write_resolved_config(path: Path, settings: dict[str, Any]) -> None:
-    """Every setting of a run as a recipe that `--config` takes, with the versions and the command it ran under."""
+def write_resolved_config(path: Path, settings: dict[str, Any], *, num_processes: int) -> None:
+    """Every setting of a run as a recipe that `--config` takes, with the versions, the processes and the command it ran
+    under."""
     versions = {package: version(package) for package in ("torch", "transformers", "accelerate")}
-    header = {"python": platform.python_version(), **versions, "command": " ".join(sys.argv)}
+    header = {"python": platform.python_version(), **versions, "num_processes": num_processes}
+    header["command"] = " ".join(sys.argv)
     comments = "".join(f"# {name}: {value}\n" for name, value in header.items())
     path.write_text(comments + yaml.safe_dump(settings, sort_keys=False))

@@ -29,9 +29,9 @@ DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 def starting_model(config: Any, blocks: PackedBlocks, *, load_weights: bool = True) -> GPT2ModernForCausalLM:
     """The model that a TrainConfig begins with: a preset's with random weights or a finished one; with its adapters.
 
-    load_weights: False gives a finished model's shape alone.
+    load_weights: False gives a finished model's shape alone; adapters may then stand on a preset's shape too.
     """
-    if config.lora_rank and config.model_name_or_path is None:
+    if config.lora_rank and config.model_name_or_path is None and load_weights:
         raise UserError(f"--lora_rank {config.lora_rank} needs --model_name_or_path: a model worth freezing")
     if config.model_name_or_path is None:
         model = build_model(
@@ -98,7 +98,12 @@ def pretrained_model(config: Any, blocks: PackedBlocks, *, load_weights: bool) -
 
 
 def add_adapters(
-    model: GPT2ModernForCausalLM, *, rank: int, alpha: float | None, target_modules: Sequence[str] | None, base: str
+    model: GPT2ModernForCausalLM,
+    *,
+    rank: int,
+    alpha: float | None,
+    target_modules: Sequence[str] | None,
+    base: str | None,
 ) -> None:
     """Freeze the model and put adapters of `rank` beside its linear layers; alpha / rank scales what they add.
 

@@ -54,6 +54,12 @@ def build_accelerator(*, mixed_precision: str | None, ddp_timeout: int) -> Accel
     return accelerator
 
 
+def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
+    """Raise UserError where Accelerate would train in fp32 without a word, its fp16 being for GPUs alone."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 is for GPUs, and there is none here: use bf16 or no")
+
+
 def refuse_emulated_bf16(device: torch.device) -> None:
     """Raise UserError on GPUs older than the A100's generation, which have no matrix units for bf16 and emulate it."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -24,11 +24,12 @@ CPU_TOKENS_PER_PASS = 8192
 # also its three factors; relu2, also between relu and square; swiglu, the gate, its silu, up and their product.
 MLP_WIDTHS = {"gelu_new": 5, "gelu": 2, "relu2": 3, "swiglu": 4}
 FORMULA = (
-    "memory: weights 4 N (under autocast 6 N, with copies), gradients 4 N, optimizer 8 N (Muon: 4 per weight); "
-    "activations per token L (8 D + a (i D + 2 Q + 2 K + m F)) + 8 D, and for the loss 4 V (D + C); N parameters, "
-    "L layers, D hidden_size, Q and K widths of queries and keys, F intermediate_size, V vocab_size, a bytes per "
-    "number, i inputs of matrix products (2; under autocast a copy for each: 4, gated 5), m 2 gelu, 5 gelu_new, "
-    "3 relu2, 4 swiglu, C tokens whose logits exist at once; checkpointed: 4 D per layer and all of one layer"
+    "memory: weights 4 N (under autocast 6 N, with copies), gradients 4 P, optimizer 8 P (Muon: 4 per weight); "
+    "activations per token L (8 D + a (i D + 2 Q + 2 K + m F)) + 8 D, and for the loss 4 V (D + C); N parameters, P "
+    "of them trained, L layers, D hidden_size, Q and K widths of queries and keys, F intermediate_size, V vocab_size, "
+    "a bytes per number, i inputs of matrix products (2; under autocast a copy for each: 4, gated 5), m 2 gelu, "
+    "5 gelu_new, 3 relu2, 4 swiglu, C tokens whose logits exist at once; checkpointed: 4 D per layer and "
+    "all of one layer"
 )
 
 
@@ -64,7 +65,7 @@ def estimate_memory(
     parameters = model.num_parameters()
     return MemoryEstimate(
         weights=(4 if mixed_precision == "no" else 6) * parameters // shards,
-        gradients=4 * parameters // shards,
+        gradients=4 * model.num_parameters(only_trainable=True) // shards,
         optimizer_states=optimizer_state_bytes(model, optimizer) // shards,
         activations=activation_bytes(
             model.config,

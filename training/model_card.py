@@ -77,13 +77,15 @@ def write_model_card(
     license: str | None,
     manifest: dict[str, Any],
     summary: dict[str, Any],
+    evaluated_blocks: str,
     max_steps: int,
     samples: list[dict[str, Any]],
     settings: dict[str, Any],
 ) -> None:
     """Write the card of a model that was trained from scratch or from `base_model` (Hub id or folder).
 
-    summary: the contents of summary.json; samples: rows of samples.jsonl, of which the last step's are shown.
+    summary: the contents of summary.json; evaluated_blocks: those that its loss is of; samples: rows of samples.jsonl,
+    of which the last step's are shown.
     """
     dataset_id, base_id = _hub_id(_source_name(manifest)), _hub_id(base_model)
     eval_results = _eval_results(dataset_id, manifest, summary)
@@ -106,6 +108,7 @@ def write_model_card(
         results=[
             ("validation loss (nats/token)", _rounded(summary["eval_loss"])),
             ("validation bits per byte", _rounded(summary["bits_per_byte"])),
+            ("validation blocks", evaluated_blocks),
             ("tokens seen", f"{summary['tokens_seen']:,}"),
             ("optimizer steps", f"{summary['steps']:,}"),
             ("training time (s)", _rounded(summary["wall_time_s"])),

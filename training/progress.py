@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from command_line import UserError, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
-from training.checkpoints import TRAINING_STATE_FILES, list_checkpoints
+from training.checkpoints import TRAINING_STATE_FILES, checkpoint_path
 from training.export import export_model
 from training.faults import spike_warning
 from training.finetuning import ADAPTER_FOLDER, is_adapted
@@ -170,7 +170,7 @@ def leave_everything(run: Run, model: GPT2ModernForCausalLM, summary: dict[str, 
 
 
 def publish_checkpoint(run: Run) -> None:
-    """Start to upload the newest checkpoint's model folder, unless the upload before it is still going on or the
+    """Start to upload the model folder of this step's checkpoint, unless the upload before it is still going on or the
     finished model follows at once."""
     if run.uploader is None or run.config.hub_strategy == "end":
         return
@@ -180,7 +180,7 @@ def publish_checkpoint(run: Run) -> None:
     staged = run.output_dir / ".hub_upload"
     try:
         plot_training_curves(run.log.rows, run.output_dir / "training_curves.png")
-        checkpoint = list_checkpoints(run.checkpoints_dir)[0]
+        checkpoint = checkpoint_path(run.checkpoints_dir, run.step)
         model_files = [path for path in checkpoint.iterdir() if path.is_file()]
         model_files = [path for path in model_files if path.name not in TRAINING_STATE_FILES]
         records = [run.output_dir / name for name in RECORDS if name not in ("README.md", "summary.json")]
@@ -201,6 +201,7 @@ def write_card(run: Run, path: Path, summary: dict[str, Any]) -> None:
     settings = {name: value for name, value in chosen_settings(run.config).items() if name not in NOT_OF_THE_RECIPE}
     if run.config.optimizer == "adamw":
         settings = {name: value for name, value in settings.items() if not name.startswith("muon_")}
+    settings["num_processes"] = run.accelerator.num_processes
     write_model_card(
         path,
         name=run.uploader.repo_id if run.uploader else run.output_dir.resolve().name,
@@ -209,10 +210,17 @@ def write_card(run: Run, path: Path, summary: dict[str, Any]) -> None:
         license=run.config.license,
         manifest=run.train_blocks.manifest,
         summary=summary,
+        evaluated_blocks=evaluated_blocks(run),
         max_steps=run.config.max_steps,
         samples=run.sample_log.rows if run.sample_log else [],
         settings=settings,
     )
+
+
+def evaluated_blocks(run: Run) -> str:
+    every, used = len(run.eval_blocks), run.num_eval_blocks
+    where = "the first" if run.config.eval_blocks_at == "start" else "at equal distances"
+    return f"all {every:,}" if used == every else f"{used:,} of {every:,}, {where}"
 
 
 def summarize(run: Run, eval_loss: float | None) -> dict[str, Any]:
@@ -230,5 +238,8 @@ def summarize(run: Run, eval_loss: float | None) -> dict[str, Any]:
         "bits_per_byte": None if eval_loss is None else bits_per_byte(eval_loss, run.eval_blocks.bytes_per_token),
         "tokens_per_second": run.tokens_seen / wall_time_s,
         "wall_time_s": wall_time_s,
+        "mixed_precision": run.accelerator.mixed_precision,
+        "num_processes": run.accelerator.num_processes,
+        "eval_blocks": run.num_eval_blocks,
         "peak_memory_gib": max([row.get("peak_memory_gib", 0.0) for row in run.log.rows], default=None),
     }

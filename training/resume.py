@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from training.hub import HubUploader
 from training.metrics import MetricsLog, Stopwatch
 from training.models import summed_loss
 from training.run import Run, chosen_settings, on_main_process, stop_if_not_finite
+from training.schedules import Schedule
 from training.sharding import is_sharded, whole_model, whole_tensor
 from training.trackers import Trackers
 
@@ -55,11 +57,18 @@ def resume(run: Run) -> None:
 def restore(run: Run, checkpoint: Path) -> None:
     """Weights, optimizer state, loss scale and step of a checkpoint that was made under this run's settings.
 
-    Under others only with --force_resume, and then with fresh optimizer state where the optimizer is another one.
+    Another length is the same setting as long as the schedule gives the updates so far the learning rates they had: a
+    constant one, or the stable part of warmup_stable_decay, is lengthened; a cosine, whose every rate says how far the
+    end is, is not. Under other settings only with --force_resume, and then with fresh optimizer state where the
+    optimizer is another one.
     Raises UserError listing every setting that differs.
     """
     state = read_trainer_state(checkpoint)
-    differing = "; ".join(changed_settings(state["settings"], settings_of_every_update(run)))
+    differing = changed_settings(state["settings"], settings_of_every_update(run))
+    schedule = Schedule(**state["schedule"])
+    if schedule.max_steps != run.schedule.max_steps and not schedule.gave_the_same(run.schedule, state["step"]):
+        differing.append(f"max_steps was {schedule.max_steps}, is {run.schedule.max_steps}")
+    differing = "; ".join(differing)
     if differing and not run.config.force_resume:
         raise UserError(
             f"{checkpoint} was made under other settings: {differing}; put them back, go on all the same with "
@@ -104,7 +113,9 @@ def open_output_dir(run: Run) -> None:
         run.sample_log = MetricsLog(run.output_dir / "samples.jsonl", resumed_step=run.step)
     settings = chosen_settings(run.config)
     try:
-        write_resolved_config(run.output_dir / "resolved_config.yaml", settings)
+        write_resolved_config(
+            run.output_dir / "resolved_config.yaml", settings, num_processes=run.accelerator.num_processes
+        )
     except OSError as error:
         raise UserError(f"--output_dir {run.output_dir}: cannot be written to ({error.strerror})") from None
     run.trackers = Trackers(
@@ -175,6 +186,7 @@ def save(run: Run) -> bool:
                     "run_id": run.run_id,
                     "grad_scaler": scaler.state_dict() if scaler is not None else None,
                     "settings": settings_of_every_update(run),
+                    "schedule": asdict(run.schedule),
                 },
                 save_total_limit=run.config.save_total_limit,
                 model_bytes=model_bytes,

@@ -68,6 +68,10 @@ class Run:
         return self.plan.consumed_samples(step) * self.train_blocks.block_size
 
     @property
+    def num_eval_blocks(self) -> int:
+        return min(self.config.eval_blocks or len(self.eval_blocks), len(self.eval_blocks))
+
+    @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 

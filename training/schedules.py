@@ -42,7 +42,7 @@ class Schedule:
     max_steps: int
     warmup_steps: int = 0
     decay_steps: int | None = None  # of warmup_stable_decay alone
-    decay_type: str = "1-sqrt"
+    decay_type: str | None = None  # of warmup_stable_decay alone; None: "1-sqrt"
     min_lr_ratio: float = 0.0
 
     def __post_init__(self):
@@ -53,11 +53,18 @@ class Schedule:
                 f"--decay_steps and --decay_ratio belong to --lr_scheduler_type warmup_stable_decay; "
                 f"{self.lr_scheduler_type} has no stable part"
             )
+        if self.decay_type is not None and self.lr_scheduler_type != "warmup_stable_decay":
+            raise ValueError(f"--decay_type {self.decay_type} is the shape of warmup_stable_decay's fall; remove it")
         if self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
             raise ValueError(
                 f"{self.warmup_steps} steps of warm-up and {self.decay_steps} of decay are more than --max_steps "
                 f"{self.max_steps}"
             )
+
+    def gave_the_same(self, other: "Schedule", steps: int) -> bool:
+        """Whether the first `steps` updates had the same learning rates under `other`, which differs in its length and
+        what follows from it: then the warm-up shows at the first update, and the fall at the last."""
+        return all(self.factor(step) == other.factor(step) for step in (0, steps - 1))
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate at update number `step` (the first update is step 0).
@@ -68,7 +75,7 @@ class Schedule:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.lr_scheduler_type == "warmup_stable_decay":
-            length, shape = self.decay_steps or 0, DECAYS[self.decay_type]
+            length, shape = self.decay_steps or 0, DECAYS[self.decay_type or "1-sqrt"]
         else:
             length, shape = self.max_steps - self.warmup_steps, SCHEDULES[self.lr_scheduler_type]
         progress = (step - (self.max_steps - length)) / max(1, length)
