@@ -62,7 +62,7 @@ class Trainer:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=100):
         """The exit codes; of a signal its negative number."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
@@ -110,7 +110,7 @@ def undisturbed(context, data_dir, tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
             trainer = Trainer(context, data_dir, made[key], *[faults] * num_processes, **changes)
-            assert trainer.wait() == [0] * num_processes, trainer.output
+            assert trainer.wait(400) == [0] * num_processes, trainer.output
         return made[key]
 
     return run
@@ -176,7 +176,7 @@ def test_a_run_killed_again_and_again_loses_one_interval_at_most(
         assert f"resumed from {run}/checkpoints/step_{begin:07d}" in trainer.output or begin == 0 or kind == 1
         again.append(last_logged(run) - newest_whole(run))
         assert 0 <= again[-1] <= settings["save_steps"]
-    assert start(run, **settings).wait() == [0]
+    assert start(run, **settings).wait(300) == [0]
     assert_ends_like(run, expected)
     fault_log("F4 kill -9 while training, saving, resuming", times, max(again))
 
@@ -215,7 +215,7 @@ def test_torchrun_starts_a_broken_run_again_and_not_one_that_was_asked_to_stop(
     launcher = (*TORCHRUN, "2", "--max_restarts", "2")
     process = launched(data_dir, run, *launcher, FAULT=fault, FAULT_RANK="1", FAULT_ONCE=str(tmp_path / "once"))
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == 0, output
     assert output.count("resumed from") == (fault == "kill@7")
     if fault == "SIGUSR1@7":
         assert "stopped after step 7 as SIGUSR1 was received" in output
@@ -583,13 +583,13 @@ def test_two_thousand_steps_with_a_fault_every_fifty_end_as_without(start, undis
             ]
         )
         trainer = start(run, kind, **settings)
-        codes = trainer.wait()
+        codes = trainer.wait(300)
         assert codes == [code] or (codes == [0] and end >= 2000), (kind, trainer.output)
         again.append(max(0, last_logged(run) - newest_whole(run)))
         tried += 1
         if numbers.random() < 0.25 and len(saved_steps(run)) > 1:
             alter_newest(run, numbers)
             tried += 1
-    assert start(run, **settings).wait() == [0]
+    assert start(run, **settings).wait(300) == [0]
     assert_ends_like(run, expected)
     fault_log("soak: 2,000 steps with a fault about every 50", tried, max(again))

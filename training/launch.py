@@ -26,6 +26,7 @@ def build_accelerator(*, mixed_precision: str | None, ddp_timeout: int) -> Accel
     if not launched.isdigit():
         raise UserError(f"the environment has WORLD_SIZE={launched!r}, which is no number: unset it, or use a launcher")
     refuse_other_engines()
+    join_after_restart(ddp_timeout)
     try:
         # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
         accelerator = Accelerator(
@@ -58,6 +59,25 @@ def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
     """Raise UserError where Accelerate would train in fp32 without a word, its fp16 being for GPUs alone."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 is for GPUs, and there is none here: use bf16 or no")
+
+
+def join_after_restart(ddp_timeout: int) -> None:
+    """Form the process group of a run that torchrun --max_restarts has started again; otherwise Accelerate does.
+
+    The launcher's key-value store outlives its processes, with the addresses of those that are gone; torch would read
+    these (seen with 2.13 and --standalone: connection refused). The group therefore meets under keys of its own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and not torch.distributed.is_initialized():
+        store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        torch.distributed.init_process_group(
+            torch.distributed.get_default_backend_for_device(device),
+            store=torch.distributed.PrefixStore(f"attempt/{attempt}", store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(seconds=ddp_timeout),
+        )
 
 
 def refuse_emulated_bf16(device: torch.device) -> None:
