@@ -365,10 +365,50 @@ def test_a_constant_run_is_lengthened(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
-def test_accumulation_gives_the_losses_of_one_big_batch(data_dir, tmp_path, micro_batch):
+def test_under_adamw_accumulation_gives_the_losses_of_one_big_batch(data_dir, tmp_path, micro_batch):
     big = train(data_dir, tmp_path / "big", per_device_train_batch_size=8, save_steps=0)
     small = train(data_dir, tmp_path / "small", per_device_train_batch_size=micro_batch, save_steps=0)
     assert losses(small) == pytest.approx(losses(big), abs=1e-6)
+
+
+def newton_schulz_in_fp32(gradient, coefficients, steps, eps):
+    """Of torch.optim.Muon, which computes it in bf16; for matrices of any shape."""
+    a, b, c = coefficients
+    matrix = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+    matrix = matrix / matrix.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = matrix @ matrix.T
+        matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
+    return matrix if gradient.shape[0] <= gradient.shape[1] else matrix.T
+
+
+@pytest.mark.parametrize(("in_fp32", "tolerance"), [(True, 5e-6), (False, 1e-3)], ids=["fp32", "as it is"])
+def test_under_muon_accumulation_differs_by_its_products_in_bf16_alone(
+    data_dir, tmp_path, monkeypatch, in_fp32, tolerance
+):
+    """At the speedrun recipe's rates. Sums of another order round otherwise, which bf16 makes a thousand times larger;
+    with the same products in fp32 the losses are nearly as near as AdamW's."""
+    if in_fp32:
+        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz_in_fp32)
+    recipe = {
+        "model_preset": "speedrun", "optimizer": "muon", "muon_learning_rate": 0.04, "embedding_learning_rate": 0.6,
+        "learning_rate": 8e-3, "scalar_learning_rate": 0.04, "weight_decay": 0.0, "max_grad_norm": 0.0,
+        "warmup_steps": 0, "lr_scheduler_type": "constant", "save_steps": 0,
+    }  # fmt: skip
+    big, small = (
+        losses(train(data_dir, tmp_path / str(size), per_device_train_batch_size=size, **recipe)) for size in (8, 2)
+    )
+    assert small == pytest.approx(big, abs=tolerance)
+    assert big[-1] < big[0] - 0.5
+
+
+def test_under_dropout_another_division_draws_other_masks(data_dir, tmp_path):
+    """Of the same probability: the losses are near, not equal."""
+    flags = {"config_overrides": TINY + ",hidden_dropout=0.1", "save_steps": 0}
+    big, small = (
+        losses(train(data_dir, tmp_path / str(size), per_device_train_batch_size=size, **flags)) for size in (8, 2)
+    )
+    assert small != big and small == pytest.approx(big, abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -432,6 +472,7 @@ def test_unevenly_padded_micro_batches_add_up_to_one_big_batch(padded_dir, tmp_p
 
 
 def test_two_processes_train_like_one(padded_dir, tmp_path):
+    """Under AdamW and without dropout."""
     one = train(padded_dir, tmp_path / "one", per_device_train_batch_size=2)
     two = tmp_path / "two"
     configuration = REPOSITORY / "accelerate_configs" / "cpu_two_processes.yaml"
