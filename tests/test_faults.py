@@ -35,6 +35,7 @@ from training.faults import spike_warning
 from training.stopping import STOPPED_EXIT_CODE
 
 pytestmark = pytest.mark.fault
+SLOW = {"marks": pytest.mark.slow}  # not slow alone, but together: `make test` has one of each kind
 SETTINGS = {"max_steps": 24, "save_steps": 5, "save_total_limit": 3, "eval_steps": 0, "eval_blocks": 4}
 SETTINGS |= {"dataloader_num_workers": 0, "ddp_timeout": 30, "per_device_train_batch_size": 2}
 PROCESS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
@@ -181,8 +182,10 @@ def test_a_run_killed_again_and_again_loses_one_interval_at_most(
     fault_log("F4 kill -9 while training, saving, resuming", times, max(again))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("fault", ["kill@7", "error@7"])
+@pytest.mark.parametrize(
+    ("fault", "rank"),
+    [("kill@7", 1), ("error@7", 0), pytest.param("kill@7", 0, **SLOW), pytest.param("error@7", 1, **SLOW)],
+)
 def test_when_one_of_two_fails_the_other_ends_and_names_it(start, undisturbed, tmp_path, fault_log, fault, rank):
     run, faults = tmp_path / "run", ["", ""]
     faults[rank] = fault
@@ -246,7 +249,14 @@ STOPPED = "stopped after step {} as {} was received; saved in"
 
 
 @pytest.mark.parametrize(
-    ("name", "num_processes"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGUSR1", 1), ("SIGTERM", 2), ("SIGUSR1", 2)]
+    ("name", "num_processes"),
+    [
+        ("SIGTERM", 1),
+        pytest.param("SIGINT", 1, **SLOW),
+        pytest.param("SIGUSR1", 1, **SLOW),
+        pytest.param("SIGTERM", 2, **SLOW),
+        ("SIGUSR1", 2),
+    ],
 )
 def test_a_signal_stops_all_processes_after_the_same_step(start, undisturbed, tmp_path, fault_log, name, num_processes):
     """Only the last process gets it; workers read for all."""
@@ -265,7 +275,7 @@ def children_of(pid):
     return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]
 
 
-@pytest.mark.parametrize("signals", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("signals", ["SIGTERM", pytest.param("SIGINT", **SLOW)])
 def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(start, undisturbed, tmp_path, fault_log, signals):
     """As a terminal's Ctrl-C and a scheduler's SIGTERM are: to every process there is."""
     run = tmp_path / "run"
@@ -320,7 +330,7 @@ def test_a_second_signal_ends_the_process_at_once_without_damage(start, undistur
     fault_log("F7 a second signal", steps_again=3)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, **SLOW)])
 def test_the_end_of_the_time_stops_like_a_signal(start, undisturbed, tmp_path, fault_log, num_processes):
     """The time is over before the first step, and each start makes one nevertheless."""
     run, none = tmp_path / "run", [""] * num_processes
@@ -359,8 +369,15 @@ def test_a_disk_that_fails_costs_a_warning(start, undisturbed, tmp_path, fault_l
     fault_log("F8 full disk; F10 read-only, vanished folder: a save fails, the run goes on")
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-@pytest.mark.parametrize("fault", ["file_size_limit@9", "few_bytes_free@9"])
+@pytest.mark.parametrize(
+    ("fault", "num_processes"),
+    [
+        ("few_bytes_free@9", 1),
+        ("file_size_limit@9", 2),
+        pytest.param("file_size_limit@9", 1, **SLOW),
+        pytest.param("few_bytes_free@9", 2, **SLOW),
+    ],
+)
 def test_a_failed_save_stops_the_run_where_that_is_asked_for(
     start, undisturbed, tmp_path, fault_log, fault, num_processes
 ):
@@ -495,7 +512,7 @@ def test_a_step_that_is_no_number_stops_all_before_its_update(
     fault_log("F11 a loss or gradient that is no number: stop", steps_again=2)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, **SLOW), 2])
 def test_a_step_that_is_skipped_is_as_if_it_had_been_left_out(start, undisturbed, tmp_path, fault_log, num_processes):
     run = tmp_path / "run"
     faults = "nonfinite@7 nonfinite@8 nonfinite@24"
