@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,15 +51,58 @@ def warn(message: str) -> None:
 
 
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
-    """Raise ValueError unless `value` is None or a finite number in [least, most]."""
+    """Raise ValueError unless `value` is None or a finite number in [least, most]; counts end at 2^31 - 1 anyway."""
     if value is None:
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} {value} must be a finite number")
     if value < least:
         raise ValueError(f"{name} {value} must be at least {least}")
+    if most is None and isinstance(value, int):
+        most = 2**31 - 1
     if most is not None and value > most:
         raise ValueError(f"{name} {value} must be at most {most}")
+
+
+def check_writable_folder(flag: str, path: str | None) -> None:
+    """Raise ValueError, before any work is done, unless `path` is None, a folder, or can become one. Makes nothing."""
+    if path is not None:
+        _check_writable(f"{flag} {path}", Path(os.path.abspath(path)))
+
+
+def _check_writable(given: str, place: Path) -> None:
+    try:
+        while not _exists(place):
+            place = place.parent
+        if not stat.S_ISDIR(place.stat().st_mode):
+            raise ValueError(f"{given}: {place} is a file, not a folder; name another place")
+    except OSError as error:
+        raise ValueError(f"{given}: {error.strerror}; name another place") from None
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{given}: {place} is not a folder that you may write to; name another place")
+
+
+def _exists(path: Path) -> bool:
+    """As os.path.lexists, which also says no where the name is too long or symbolic links go round."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def check_writable_file(flag: str, path: str | None) -> None:
+    """Raise ValueError, before any work is done, unless `path` is None or a file can stand there. Makes nothing."""
+    if path is None:
+        return
+    if os.path.isdir(path):
+        raise ValueError(f"{flag} {path}: is a folder; name a file in it")
+    _check_writable(f"{flag} {path}", Path(os.path.abspath(path)).parent)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, as a part of one line of ours; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
@@ -82,9 +127,12 @@ class _Parser(HfArgumentParser):
     def __init__(self, arguments: type, **kwargs):
         super().__init__(arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
-    def add_argument(self, *flags, **kwargs):
+    def add_argument(self, *flags, may_be_empty: bool = False, **kwargs):
+        """may_be_empty: from the field's metadata; whether an empty text means something for this flag."""
         # HfArgumentParser adds a hyphenated twin to every flag, which doubles each line of --help and of an error.
-        return super().add_argument(*(flag for flag in flags if "-" not in flag[2:]), **kwargs)
+        action = super().add_argument(*(flag for flag in flags if "-" not in flag[2:]), **kwargs)
+        action.may_be_empty = may_be_empty
+        return action
 
     def takes_a_list(self, flag: str) -> bool:
         return self._option_string_actions[flag].nargs == "+"
@@ -101,13 +149,23 @@ class _Parser(HfArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             raise UserError(f"unknown argument {flag!r}{nearest(flag, self._option_string_actions)}")
+        for name, value in vars(namespace).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    self._check_text(f"--{name}", text)
         return namespace
 
+    def _check_text(self, flag: str, text: str) -> None:
+        if not text.strip() and not self._option_string_actions[flag].may_be_empty:
+            raise UserError(f"{flag} {text!r} is empty; give it a value, or leave the flag out")
+        if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
+            raise UserError(f"{flag} {text!r} has bytes that are not text (UTF-8)")
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """' (did you mean X?)' for the closest of `known`, or the way to the full list."""
+
+def nearest(name: str, known: Sequence[str], otherwise: str = " (--help lists every flag)") -> str:
+    """' (did you mean X?)' for the closest of `known`, or `otherwise`, the way to the full list."""
     matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else " (--help lists every flag)"
+    return f" (did you mean {matches[0]!r}?)" if matches else otherwise
 
 
 def parse_arguments(
@@ -150,6 +208,8 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"--config {path}: nested too deeply; expected 'flag: value' lines") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: expected 'flag: value' lines, found {type(values).__name__}")
 
@@ -161,7 +221,8 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
         if value is False and parser.has_choice(f"--{key}", "no"):
             value = "no"  # YAML 1.1 reads a bare no as false
         is_list = parser.takes_a_list(f"--{key}")
-        if value is None or isinstance(value, dict) or (isinstance(value, list) and not (is_list and value)):
+        each = value if is_list and isinstance(value, list) else [value]
+        if not each or any(one is None or isinstance(one, dict | list) for one in each):
             raise UserError(f"--config {path}: {key}: expected a value, found {value!r}")
         # `flag=value` keeps a negative number or a leading dash from being read as a flag.
         flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]

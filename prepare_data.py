@@ -40,7 +40,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_range, check_writable_folder, exit_code_2_on_user_error, parse_arguments, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -135,6 +135,8 @@ class PrepareConfig:
     hub_private_repo: bool = field(default=False, metadata={"help": "Create it as a private dataset."})
 
     def __post_init__(self):
+        from preparation.manifest import MOST_TOKENS
+
         if (self.dataset_name is None) == (self.train_file is None):
             raise ValueError("give exactly one of --dataset_name (such as stdlib) and --train_file")
         if (self.train_tokenizer is None) == (self.tokenizer_name is None):
@@ -144,9 +146,12 @@ class PrepareConfig:
                 f"--train_tokenizer {self.train_tokenizer}: a byte-level BPE has at least 257 entries, "
                 "256 bytes and <|endoftext|>"
             )
-        for name in ("block_size", "num_shards", "num_proc", "max_documents", "max_tokens"):
-            check_range(f"--{name}", getattr(self, name), 1)
-        check_range("--shuffle_seed", self.shuffle_seed, 0)
+        check_range("--train_tokenizer", self.train_tokenizer, 257, MOST_TOKENS)
+        most_of = {"block_size": 1 << 24, "num_shards": 100_000, "num_proc": 4096, "max_documents": 2**63 - 1}
+        for name, most in (most_of | {"max_tokens": 2**63 - 1}).items():
+            check_range(f"--{name}", getattr(self, name), 1, most)
+        check_range("--shuffle_seed", self.shuffle_seed, 0, 2**63 - 1)
+        check_writable_folder("--output_dir", self.output_dir)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: must be in (0, 100)")
         if self.separator == "":
@@ -474,10 +479,14 @@ def open_source(
 
 
 def open_validation_files(config: PrepareConfig, options: "ReadOptions") -> "Source | None":
-    from preparation.sources import open_files
+    from preparation.sources import expand, open_files
 
     if config.validation_file is None:
         return None
+    trained_on = {os.path.realpath(path) for path in expand(config.train_file or [])}
+    for path in expand(config.validation_file):
+        if os.path.realpath(path) in trained_on:
+            warn(f"--validation_file {path}: is trained on too; its loss says nothing of other text")
     source = open_files(config.validation_file, options, None)
     _refuse_tokens_without_tokenizer(source, options)
     return source

@@ -14,12 +14,20 @@ launcher; every hyperparameter comes from here.
 
 import contextlib
 import math
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from command_line import UserError, check_range, exit_code_2_on_user_error, number_or_auto, parse_arguments
+from command_line import (
+    UserError,
+    check_range,
+    check_writable_folder,
+    exit_code_2_on_user_error,
+    number_or_auto,
+    parse_arguments,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +63,8 @@ class TrainConfig:
 
     model_preset: str = field(default="modern", metadata={"help": "architecture and size: gpt2, modern, ..."})
     config_overrides: str | None = field(
-        default=None, metadata={"help": "model settings over the preset's: hidden_size=64,num_hidden_layers=2"}
+        default=None,
+        metadata={"help": "model settings over the preset's: hidden_size=64,num_hidden_layers=2", "may_be_empty": True},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "fine-tune this GPT2-Modern model, a folder or a name on the Hub, not a preset"}
@@ -184,7 +193,11 @@ class TrainConfig:
     project: str = field(default="gpt2-modern", metadata={"help": "project of trackio and wandb"})
     run_name: str | None = field(default=None, metadata={"help": "name in the trackers; default: made of output_dir"})
     sample_prompts: list[str] | None = field(
-        default=None, metadata={"help": "texts that the model continues at each evaluation; '': a document's start"}
+        default=None,
+        metadata={
+            "help": "texts that the model continues at each evaluation; '': a document's start",
+            "may_be_empty": True,
+        },
     )
     sample_max_new_tokens: int = field(default=64, metadata={"help": "tokens of each sample at most"})
 
@@ -222,20 +235,19 @@ class TrainConfig:
             check_range(f"--{name}", getattr(self, name), 1)
         for name in (
             "batch_size_warmup_steps", "warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "eval_steps",
-            "save_steps", "save_total_limit", "dataloader_num_workers", "learning_rate", "embedding_learning_rate",
+            "save_steps", "save_total_limit", "learning_rate", "embedding_learning_rate",
             "scalar_learning_rate", "muon_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
             "z_loss", "max_nonfinite_steps",
         ):  # fmt: skip
             check_range(f"--{name}", getattr(self, name), 0)
         most_of = {"min_lr_ratio": 1, "warmup_ratio": 1, "decay_ratio": 1, "adam_beta1": 0.99999, "adam_beta2": 0.99999}
-        for name, most in (most_of | {"seed": 2**63 - 1}).items():
+        for name, most in (most_of | {"seed": 2**63 - 1, "dataloader_num_workers": 256}).items():
             check_range(f"--{name}", getattr(self, name), 0, most)
         for name in self.report_to:
             if name not in ("none", "trackio", "tensorboard", "wandb"):
                 raise ValueError(f"--report_to {name}: there are none, trackio, tensorboard and wandb")
+        self.check_output_dir()
         self.check_hub_model_id()
-        if self.data_dir and self.output_dir and Path(self.data_dir).resolve() == Path(self.output_dir).resolve():
-            raise ValueError(f"--output_dir {self.output_dir} is the --data_dir; name another folder")
         check_range("--lora_rank", self.lora_rank, 0)
         check_range("--lora_alpha", self.lora_alpha, 0)
         if not self.lora_rank and (self.lora_alpha is not None or self.lora_target_modules):
@@ -250,12 +262,23 @@ class TrainConfig:
             parse_duration(self.max_train_time)
         self.schedule()
 
+    def check_output_dir(self) -> None:
+        check_writable_folder("--output_dir", self.output_dir)
+        output_dir = os.path.realpath(self.output_dir or "")
+        for flag, name, also in (
+            ("--data_dir", self.data_dir, " or inside of it"),
+            ("--model_name_or_path", self.model_name_or_path, ""),
+        ):
+            taken = name and os.path.isdir(name) and os.path.realpath(name)
+            if self.output_dir and taken and (output_dir == taken or (also and output_dir.startswith(taken + os.sep))):
+                raise ValueError(f"--output_dir {self.output_dir} is the {flag}{also}; name another folder")
+
     def check_hub_model_id(self) -> None:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         name = self.hub_model_id or (self.output_dir and Path(self.output_dir).resolve().name)
-        if self.push_to_hub and name:
+        if (self.push_to_hub or self.hub_model_id) and name:
             try:
                 validate_repo_id(name)
             except HFValidationError:

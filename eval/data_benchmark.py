@@ -418,15 +418,15 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("memory is read from /proc, which only Linux has")
+    if config.output and Path(config.output).exists():
+        raise UserError(f"--output {config.output}: is there already; name another file")
+    if config.output and not os.access(Path(config.output).parent, os.W_OK):
+        raise UserError(f"--output {config.output}: its folder is not there or cannot be written to")
     megabytes = 3 * (config.sample_megabytes + config.unique_megabytes) + 4 * config.megabytes
     megabytes += 3 * config.memory_megabytes
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(config.work_dir).free < megabytes * MEGABYTE:
         raise UserError(f"--work_dir {config.work_dir}: less than {megabytes:.0f} MB free; name another folder")
-    if config.output and Path(config.output).exists():
-        raise UserError(f"--output {config.output}: is there already; name another file")
-    if config.output and not os.access(Path(config.output).parent, os.W_OK):
-        raise UserError(f"--output {config.output}: its folder is not there or cannot be written to")
     with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=config.work_dir) as folder:
         benchmark(config, command_without_folders(argv), Path(folder).resolve())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_range, check_writable_file, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @dataclass
 class GenerateConfig:
     model: str = field(metadata={"help": "model folder, or a repository id on the Hub"})
-    prompt: list[str] = field(metadata={"help": "one or more texts to continue"})
+    prompt: list[str] = field(metadata={"help": "one or more texts to continue", "may_be_empty": True})
     max_new_tokens: int = field(default=100, metadata={"help": "tokens to write at most"})
     temperature: float = field(default=0.8, metadata={"help": "0 takes the likeliest token each time"})
     top_k: int = field(default=50, metadata={"help": "sample among this many likeliest tokens; 0: all"})
@@ -31,6 +31,7 @@ class GenerateConfig:
             raise ValueError(f"--temperature {self.temperature} must be 0 or at least 0.01")
         check_range("--top_k", self.top_k, 0)
         check_range("--seed", self.seed, 0, 2**63 - 1)
+        check_writable_file("--output", self.output)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1")
 
@@ -49,7 +50,7 @@ def generate_text(
     """The continuation of `prompt` (without it), sampled with `seed`; stops early at the end-of-text token.
 
     An empty prompt starts from the end-of-text token, which is what precedes a document in training. Raises UserError
-    for more tokens than a model with learned positions has.
+    for more tokens than a model with learned positions has, and for a tokenizer of another model.
     """
     import torch
 
@@ -58,6 +59,12 @@ def generate_text(
     input_ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt else None
     if input_ids is None or input_ids.shape[1] == 0:
         input_ids = torch.tensor([[tokenizer.eos_token_id]])
+    vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+    if input_ids.max() >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives token id {input_ids.max()}, the model's vocab_size is only {vocab_size}; use the "
+            "tokenizer that it was trained with"
+        )
     longest = longest_sequence(model)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise UserError(

@@ -10,21 +10,29 @@ if TYPE_CHECKING:
 
 
 def load_model(name: str) -> "PreTrainedModel":
-    """The causal language model `name` in fp32 and eval mode. Code from the folder is not run: this package is used."""
+    """The causal language model `name` in fp32 and eval mode. Code from the folder is not run: this package is used.
+
+    Raises UserError, naming one, unless the tensors of the file are exactly those of the architecture and finite:
+    transformers would fill in random ones.
+    """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     import modeling_gpt2modern  # noqa: F401  registers the architecture with the Auto classes
+    from training.finetuning import reason, tensor_problem
 
     _check_model_folder(name)
     transformers_logging.set_verbosity_error()  # a broken file is one line of ours
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {name} cannot be loaded: {_first_line(error)}") from None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # OSError, KeyError, UnpicklingError, ... by what is wrong with the folder
+        raise UserError(f"--model {name} cannot be loaded: {reason(error)}") from error
+    if problem := tensor_problem(model, report):
+        raise UserError(f"--model {name} cannot be loaded: {problem}")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval()
 
@@ -33,11 +41,12 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     import modeling_gpt2modern  # noqa: F401
+    from training.finetuning import reason
 
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name} has no tokenizer that can be loaded: {_first_line(error)}") from None
+    except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with its files
+        raise UserError(f"--model {name} has no tokenizer that can be loaded: {reason(error)}") from error
 
 
 def longest_sequence(model: "PreTrainedModel") -> int | None:
@@ -53,7 +62,3 @@ def _check_model_folder(name: str) -> None:
         raise UserError(f"--model {name} is not a model folder: it has no config.json")
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") != 1):
         raise UserError(f"--model {name}: no such folder, and not a Hub repository id (owner/name)")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from command_line import UserError, check_range, exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_range, check_writable_file, exit_code_2_on_user_error, parse_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +33,7 @@ class PerplexityConfig:
     def __post_init__(self):
         check_range("--block_size", self.block_size, 1)
         check_range("--per_device_eval_batch_size", self.per_device_eval_batch_size, 1)
+        check_writable_file("--output", self.output)
 
 
 def evaluate_loss(

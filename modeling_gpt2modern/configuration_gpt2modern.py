@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -48,6 +49,21 @@ TRANSFORMERS_KEYS = {
 GATED_MLP_TYPES = ("swiglu",)
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_KEYS = tuple(RopeParameters.__annotations__)
+# The numbers among them, with the least that each may be; 0: anything above 0.
+ROPE_NUMBERS = {
+    "rope_theta": 0,
+    "factor": 1,
+    "attention_factor": 0,
+    "beta_fast": 0,
+    "beta_slow": 0,
+    "low_freq_factor": 0,
+    "high_freq_factor": 0,
+    "original_max_position_embeddings": 1,
+}
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_value_error(method: Callable) -> Callable:
@@ -303,14 +319,31 @@ class GPT2ModernConfig(PreTrainedConfig):
         return kwargs
 
     def validate_rope(self):
-        """As in transformers, which raises KeyError for a key that the rope_type needs."""
+        """As in transformers, which raises KeyError for a key that the rope_type needs; and refuses what it only warns
+        of, and values with which angles would be no numbers."""
         try:
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from None
+        parameters = self.rope_parameters or {}
+        for key, least in ROPE_NUMBERS.items():
+            value = parameters.get(key)
+            if value is not None and not (_is_finite_number(value) and value >= least and value > 0):
+                limit = f"of at least {least}" if least else "above 0"
+                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a number {limit}")
+        for key in ("short_factor", "long_factor"):
+            factors = parameters.get(key)
+            count = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0)) // 2
+            are_numbers = isinstance(factors, list) and all(map(_is_finite_number, factors))
+            if factors is not None and not (are_numbers and len(factors) == count):
+                raise ValueError(f"rope_parameters has {key}={factors!r}; it must be a list of {count} numbers")
 
     def validate_architecture(self):
         """Refuse values that contradict each other; called by `@strict` after construction and before saving."""
+        for name in type(self).__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}={value} must be a finite number")
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         positive += ("num_key_value_heads", "head_dim", "max_position_embeddings")
         for name in positive:
@@ -325,6 +358,11 @@ class GPT2ModernConfig(PreTrainedConfig):
             raise ValueError(
                 f"unpadded_vocab_size={self.unpadded_vocab_size} must be between 1 and vocab_size={self.vocab_size}"
             )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name}={value} must be between 0 and {self.vocab_size - 1}, the last token id")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries, num_hidden_layers={self.num_hidden_layers}"

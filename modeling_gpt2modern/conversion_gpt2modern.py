@@ -55,11 +55,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+from command_line import UserError, check_writable_folder, exit_code_2_on_user_error, first_line, parse_arguments
 
 from .configuration_gpt2modern import GATED_MLP_TYPES, ROPE_TYPES, GPT2ModernConfig
 from .layers_gpt2modern import NORMS
@@ -968,6 +967,7 @@ class ConversionConfig:
         output_dir = Path(self.output_dir)
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ValueError(f"--output_dir {self.output_dir} exists; delete it, or name another folder")
+        check_writable_folder("--output_dir", self.output_dir)
 
 
 CARD = """\
@@ -1036,8 +1036,8 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
 def _load_or_user_error(model_dir: Path) -> PreTrainedModel:
     try:
         return _load(model_dir)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(f"--model {model_dir} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # OSError, KeyError, UnpicklingError, ... by what is wrong with the folder
+        raise UserError(f"--model {model_dir} cannot be loaded: {first_line(error)}") from error
 
 
 def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> None:
@@ -1046,9 +1046,8 @@ def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> Non
         return
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {model_dir} has a tokenizer that cannot be loaded: {reason}") from None
+    except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with its files
+        raise UserError(f"--model {model_dir} has a tokenizer that cannot be loaded: {first_line(error)}") from error
     tokenizer.save_pretrained(output_dir)
     kept = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
     if kept(TOKENIZER_SAMPLE).input_ids != tokenizer(TOKENIZER_SAMPLE).input_ids:

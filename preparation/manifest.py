@@ -14,6 +14,7 @@ from command_line import UserError
 FORMAT_VERSION = 2
 DTYPES = ("uint16", "uint32")
 PACKINGS = ("concat", "best_fit")
+MOST_TOKENS = 1 << 24  # entries of a vocabulary; a tokenizer that claims more is damaged
 
 
 def local_folder(data_dir: str | Path) -> Path:

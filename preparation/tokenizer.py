@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import UserError
+from preparation.manifest import MOST_TOKENS
 from preparation.sources import cause_of
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         raise UserError(f"--tokenizer_name {name}: has no fast version (tokenizer.json); choose another tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--tokenizer_name {name}: has no EOS token; set eos_token in its tokenizer_config.json")
+    if (size := vocabulary_size(tokenizer)) > MOST_TOKENS:  # tables are as long as the largest id
+        raise UserError(f"--tokenizer_name {name}: has token id {size - 1}; its tokenizer.json is damaged")
     return tokenizer
 
 

@@ -177,22 +177,3 @@ def test_a_program_that_fails_ends_the_benchmark_with_its_last_line(data_dir, tm
     config = data_benchmark.DataBenchmarkConfig(tokenizer_name="-", quick=True)
     with pytest.raises(UserError, match=r"tiktoken on unique ended with exit code 1: json\.decoder\.JSONDecodeError"):
         data_benchmark.measure(Case("tiktoken", "unique"), broken, data_dir / "tokenizer", tmp_path / "out", config)
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ("--text_dir nowhere", "--text_dir nowhere: no such folder"),
-        ("--repetitions 0", "--repetitions 0 must be at least 1"),
-        ("--output report.txt", "--output report.txt: must end with .md"),
-        ("--output README.md", "--output README.md: is there already"),
-        ("--output nowhere/report.md", "--output nowhere/report.md: its folder is not there"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys, flags, expected):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "README.md").touch()
-    with pytest.raises(SystemExit, match="2"):
-        data_benchmark.main(f"--tokenizer_name gpt2 {flags}".split())
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and expected in error and error.count("\n") == 1

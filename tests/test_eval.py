@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -131,56 +130,3 @@ def test_several_prompts_and_the_empty_one_are_continued(model_dir, tmp_path, ca
     texts = samples(model_dir, tmp_path, "--prompt", "def f", "", "--seed", 1)
     assert len(texts) == 2 and all(texts)
     assert "def f" + texts[0] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("main", "flags", "expected"),
-    [
-        (generate.main, ["--prompt", "x", "--model", "nowhere/at/all"], "--model nowhere/at/all: no such folder"),
-        (generate.main, ["--prompt", "x", "--model", "{empty}"], "is not a model folder: it has no config.json"),
-        (generate.main, ["--prompt", "x", "--model", "{no_weights}"], "cannot be loaded"),
-        (generate.main, ["--prompt", "x", "--model", "{model}", "--temperature", "-1"], "--temperature -1.0"),
-        (generate.main, ["--prompt", "x", "--model", "{model}", "--top_p", "0"], "--top_p 0.0"),
-        (generate.main, ["--model", "{model}"], "required: --prompt"),
-        (generate.main, ["--prompt", "x", "--model", "{model}", "--temperature", "nan"], "--temperature nan"),
-        (generate.main, ["--prompt", "x", "--model", "{model}", "--temperature", "1e-9"], "0 or at least 0.01"),
-        (generate.main, ["--prompt", "x", "--model", "{model}", "--seed", "-1"], "--seed -1"),
-        (generate.main, ["--prompt", "x", "--model", "{truncated}"], "cannot be loaded"),
-        (perplexity.main, ["--model", "{model}", "--data", "{data}", "--per_device_eval_batch_size", "0"], "0 must be"),
-        (
-            perplexity.main,
-            ["--model", "{model}", "--data", "{data}", "--output", "{data}/manifest.json/x"],
-            "cannot be written",
-        ),
-        (perplexity.main, ["--model", "{other_tokenizer}", "--data", "{data}"], "another tokenizer than"),
-        (perplexity.main, ["--model", "{model}", "--data", "{empty}"], "manifest.json"),
-        (perplexity.main, ["--model", "{model}", "--data", "{data}", "--split", "test"], "invalid choice: 'test'"),
-        (perplexity.main, ["--model", "{model}", "--data", "{data}", "--blok_size", "3"], "'--block_size'"),
-    ],
-)
-def test_a_mistake_is_one_line(data_dir, model_dir, tmp_path, capsys, main, flags, expected):
-    places = {"model": model_dir, "data": data_dir}
-    for name in ("empty", "no_weights", "truncated", "other_tokenizer"):
-        places[name] = tmp_path / name
-    places["empty"].mkdir()
-    for name in ("no_weights", "truncated", "other_tokenizer"):
-        shutil.copytree(model_dir, places[name])
-    (places["no_weights"] / "model.safetensors").unlink()
-    (places["truncated"] / "model.safetensors").write_bytes(b"half")
-    (places["other_tokenizer"] / "tokenizer.json").write_text("{}")
-    with pytest.raises(SystemExit) as caught:
-        main([flag.format(**places) for flag in flags])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.splitlines()[-1].startswith("error: ") and expected in error and "Traceback" not in error
-
-
-def test_learned_positions_have_an_end_that_is_named(data_dir, tmp_path, capsys):
-    export_fresh_model(data_dir, tmp_path, "gpt2")
-    for main, flags, expected in [
-        (generate.main, ["--prompt", "x", "--max_new_tokens", "99"], "more than the 32 positions"),
-        (perplexity.main, ["--data", str(data_dir), "--block_size", "64"], "use --block_size 32"),
-    ]:
-        with pytest.raises(SystemExit) as caught:
-            main(["--model", str(tmp_path), *flags])
-        assert caught.value.code == 2 and expected in capsys.readouterr().err

@@ -1,14 +1,11 @@
 """Fine-tuning begins with the model's weights; adapters alone are trained, resume exactly, are saved in two forms."""
 
 import hashlib
-import json
-import shutil
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import TINY, assert_same_weights, losses, metrics, train
+from test_train import assert_same_weights, losses, metrics, train
 
 from eval.loading import load_model
 from training.blocks import PackedBlocks
@@ -110,39 +107,6 @@ def test_a_dry_run_names_the_model(base, data_dir, tmp_path, capsys):
     assert "model_name_or_path: " in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"model_name_or_path": "{empty}"}, "--model_name_or_path {empty}"),
-        ({"model_name_or_path": "{llama}"}, "is a llama model; convert it first"),
-        ({"model_name_or_path": "{other_tokenizer}"}, "another tokenizer than"),
-        ({"model_name_or_path": "{no_weights}"}, "cannot be loaded"),
-        ({"config_overrides": TINY}, "--config_overrides hidden_size is fixed by --model_name_or_path"),
-        ({"block_size": 64}, "--block_size 64 is longer than max_position_embeddings=32"),
-        ({"lora_rank": -1}, "--lora_rank -1 must be at least 0"),
-        ({"lora_rank": 2, "optimizer": "muon"}, "use adamw with --lora_rank"),
-        ({"lora_rank": 2, "lora_target_modules": "c_attn"}, "--lora_target_modules c_attn: this model's layers have"),
-        ({"lora_target_modules": "q_proj"}, "--lora_alpha and --lora_target_modules need --lora_rank"),
-    ],
-)
-def test_a_mistake_is_one_line_and_leaves_nothing(data_dir, base, tmp_path, capsys, changes, expected):
-    places = {name: tmp_path / name for name in ("empty", "llama", "other_tokenizer", "no_weights")}
-    places["empty"].mkdir()
-    for name in ("llama", "other_tokenizer", "no_weights"):
-        shutil.copytree(base, places[name], ignore=shutil.ignore_patterns("checkpoints"))
-    (places["llama"] / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (places["other_tokenizer"] / "tokenizer.json").write_text("{}")
-    (places["no_weights"] / "model.safetensors").unlink()
-    changes = {key: str(value).format(**places) for key, value in changes.items()}
-    settings = {"model_name_or_path": base, "config_overrides": ""} | changes
-    with pytest.raises(SystemExit) as caught:
-        train(data_dir, tmp_path / "run", **settings)
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.splitlines()[-1].startswith("error: ") and expected.format(**places) in error
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_larger_vocabulary_is_refused(data_dir, base, tmp_path, capsys):
     from prepared_folders import write_prepared
 
@@ -155,19 +119,6 @@ def test_a_larger_vocabulary_is_refused(data_dir, base, tmp_path, capsys):
     with pytest.raises(SystemExit):
         finetune(data, tmp_path / "run", base)
     assert "the data has 999 token ids" in capsys.readouterr().err
-
-
-def test_lora_without_peft_is_one_line(data_dir, base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit):
-        finetune(data_dir, tmp_path / "run", base, lora_rank=2)
-    assert "--lora_rank needs peft" in capsys.readouterr().err
-
-
-def test_adapters_on_random_weights_are_refused(data_dir, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train(data_dir, tmp_path / "run", lora_rank=2)
-    assert "--lora_rank 2 needs --model_name_or_path" in capsys.readouterr().err
 
 
 def test_the_base_stays_as_it_was(data_dir, base, tmp_path):

@@ -94,27 +94,3 @@ def test_prepared_data_is_read_and_fp32_repeats_itself(data_dir, tmp_path):
     config = TINY.replace("vocab_size=256", "vocab_size=320")
     text = check(data_dir, tmp_path, "--config_overrides", config, "--precision", "fp32", "--tolerance", "0")
     assert text.count("| +0.0000 | 0.0000 |") == 2
-
-
-@pytest.mark.parametrize(
-    ("main", "flags", "expected"),
-    [
-        (throughput.main, "--model_preset gpt5", "gpt5"),
-        (throughput.main, "--repetitions 2", "--repetitions 2 must be at least 3"),
-        (throughput.main, "--device cpu --precision tf32", "--precision tf32"),
-        (throughput.main, "--device tpu", "--device tpu"),
-        (throughput.main, "--attn_implementation fast", "fast"),
-        (throughput.main, "--config_overrides num_key_value_heads=2", "add --peer false"),
-        (throughput.main, "--output {file}", "cannot be created"),
-        (precision_check.main, "--data nowhere", "--data nowhere: No such file"),
-        (precision_check.main, "--data {file}", "has 0 blocks"),
-        (precision_check.main, "--data {file} --steps 3", "--steps 3 must be at least 10"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path, capsys, main, flags, expected):
-    (tmp_path / "file").write_text("short")
-    with pytest.raises(SystemExit) as caught:
-        main(flags.format(file=tmp_path / "file").split())
-    error = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert error.splitlines()[-1].startswith("error: ") and expected in error

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from command_line import UserError
+from training.export import give_users_modes
 from training.finetuning import is_adapted, load_adapter
 from training.sharding import shard_like, whole_tensor
 
@@ -58,6 +59,7 @@ def save_checkpoint(
         save_model(temporary)
         save_file(optimizer_state, temporary / OPTIMIZER_FILE)
         (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2))
+        give_users_modes(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
         (temporary / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=2))
@@ -70,7 +72,10 @@ def save_checkpoint(
         raise
     if save_total_limit > 0:
         for old in list_checkpoints(checkpoints_dir)[save_total_limit:]:
-            shutil.rmtree(old)
+            if old.is_symlink():  # what it names is not of this run alone
+                old.unlink()
+            else:
+                shutil.rmtree(old)
     return final
 
 
@@ -102,6 +107,8 @@ def find_problem(checkpoint: Path) -> str | None:
         return f"{checkpoint / CHECKSUM_FILE} does not list {', '.join(sorted(needed))}"
     for name, expected in checksums.items():
         path = checkpoint / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{checkpoint / CHECKSUM_FILE} was altered: {name!r} is outside of the checkpoint"
         try:
             found = _sha256(path)
         except FileNotFoundError:

@@ -29,10 +29,14 @@ def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: P
         model = merged(model)
     model.save_pretrained(folder)
     shutil.copytree(tokenizer_path, folder, dirs_exist_ok=True)
-    # safetensors creates files that only their owner can read; a model folder has the modes of its user.
+    give_users_modes(folder)
+
+
+def give_users_modes(folder: Path) -> None:
+    """Modes as the user's umask has them, also for what safetensors creates, which only its owner could read."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.rglob("*"):
+    for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 

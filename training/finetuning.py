@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from command_line import UserError
+from command_line import UserError, first_line
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 from training.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from training.models import build_model, parse_config_overrides
@@ -58,8 +57,8 @@ def pretrained_config(name: str) -> GPT2ModernConfig:
     """Of a folder or Hub repository; raises UserError for anything but a GPT2-Modern model. Runs no code from there."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: {_first_line(error)}") from None
+    except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with the folder
+        raise UserError(f"--model_name_or_path {name}: {reason(error)}") from error
     if not isinstance(config, GPT2ModernConfig):
         raise UserError(
             f"--model_name_or_path {name} is a {config.model_type} model; convert it first: python -m "
@@ -87,14 +86,44 @@ def pretrained_model(config: Any, blocks: PackedBlocks, *, load_weights: bool) -
     arguments = {"config": model_config, "attn_implementation": config.attn_implementation}
     try:
         if load_weights:
-            model = GPT2ModernForCausalLM.from_pretrained(name, dtype=torch.float32, **arguments)
+            model, report = GPT2ModernForCausalLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+            )
         else:
             model = GPT2ModernForCausalLM._from_config(**arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model_name_or_path {name} cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {reason(error)}") from error
+    if load_weights and (problem := tensor_problem(model, report)):
+        raise UserError(f"--model_name_or_path {name} cannot be loaded: {problem}")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def reason(error: Exception) -> str:
+    """Why transformers could not load a folder, in one line with a way out where its own has none."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "its architecture is neither gpt2modern nor one of transformers, and code from the folder is never run"
+    if "Couldn't instantiate the backend tokenizer" in text:
+        return "it has no tokenizer.json; save the tokenizer beside the model"
+    return first_line(error)
+
+
+def tensor_problem(model: PreTrainedModel, report: dict) -> str | None:
+    """What is wrong with the tensors that a model was loaded from, naming one; None if they are all there and numbers.
+
+    report: of `from_pretrained` with `output_loading_info`.
+    """
+    for name, in_file, here in sorted(report["mismatched_keys"]):
+        return f"tensor {name} is {tuple(in_file)} in the file, {tuple(here)} by config.json"
+    for key, what in {"missing_keys": "is missing", "unexpected_keys": "does not belong to it"}.items():
+        if names := sorted(report[key]):
+            return f"tensor {names[0]} {what} ({model.config.model_type} by config.json)"
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"tensor {name} has values that are not finite numbers; use an earlier checkpoint"
+    return None
 
 
 def add_adapters(
@@ -182,7 +211,3 @@ def merged(model: GPT2ModernForCausalLM) -> GPT2ModernForCausalLM:
         model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     return model.requires_grad_(True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.utils.logging import disable_progress_bar
 
-from command_line import UserError
+from command_line import UserError, first_line, warn
 
 
 def build_accelerator(*, mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
@@ -26,6 +27,7 @@ def build_accelerator(*, mixed_precision: str | None, ddp_timeout: int) -> Accel
     if not launched.isdigit():
         raise UserError(f"the environment has WORLD_SIZE={launched!r}, which is no number: unset it, or use a launcher")
     refuse_other_engines()
+    check_visible_devices()
     join_after_restart(ddp_timeout)
     try:
         # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
@@ -34,8 +36,13 @@ def build_accelerator(*, mixed_precision: str | None, ddp_timeout: int) -> Accel
             mixed_precision=mixed_precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
         )
-    except ValueError as error:
-        raise UserError(f"cannot set up {launched} process(es), precision {mixed_precision}: {error}") from None
+    except (ValueError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.distributed.DistError):
+            raise
+        raise UserError(
+            f"cannot set up {launched} process(es), precision {mixed_precision}: {first_line(error)}; check the "
+            "environment (ACCELERATE_*, RANK, MASTER_ADDR, ...) or use a launcher"
+        ) from None
     if int(launched) != accelerator.num_processes:
         raise UserError(
             f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
@@ -78,6 +85,17 @@ def join_after_restart(ddp_timeout: int) -> None:
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(seconds=ddp_timeout),
         )
+
+
+def check_visible_devices() -> None:
+    """Raise UserError for a CUDA_VISIBLE_DEVICES that no GPU can be named by: CUDA would see none, without a word."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not re.fullmatch(r"|-1|NoDevFiles|(\d+|(GPU|MIG)-[\w/-]+)(, *(\d+|(GPU|MIG)-[\w/-]+|-1))*,?", names.strip()):
+        raise UserError(
+            f"the environment has CUDA_VISIBLE_DEVICES={names!r}; give numbers as 0,1, or nothing to train on the CPU"
+        )
+    if names.strip()[:1].isdigit() and torch.version.cuda and not torch.cuda.is_available():
+        warn(f"CUDA_VISIBLE_DEVICES={names}: there is no such GPU, or no driver; the CPU is used")
 
 
 def refuse_emulated_bf16(device: torch.device) -> None:

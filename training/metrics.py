@@ -212,6 +212,7 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw train and evaluation loss (nats/token) and the learning rate over tokens seen."""
+    os.environ["MPLBACKEND"] = "Agg"  # one of the user's that is not there would stop the import
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,9 +7,12 @@ import torch
 import yaml
 from torch import nn
 
-from command_line import UserError
+from command_line import UserError, nearest
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 from training.blocks import PackedBlocks, refuse_larger_vocabulary
+
+# What the architecture reads: not what transformers keeps in every configuration, such as return_dict.
+MODEL_SETTINGS = (*GPT2ModernConfig.__annotations__, *GPT2ModernConfig.attribute_map, "rope_theta", "rope_scaling")
 
 
 def build_model(
@@ -58,12 +61,17 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
     overrides = {}
     for pair in re.split(r",(?=\s*\w+=)", text) if text else []:
         key, separator, value = pair.partition("=")
+        key = key.strip()
         if not separator:
             raise UserError(f"--config_overrides: expected key=value, found {pair!r}")
+        if key in overrides:
+            raise UserError(f"--config_overrides: {key!r} is given twice; keep one")
+        if key not in MODEL_SETTINGS:
+            raise UserError(f"--config_overrides: the model has no setting {key!r}{nearest(key, MODEL_SETTINGS, '')}")
         try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--config_overrides: cannot read the value of {key.strip()!r}: {value!r}") from None
+            overrides[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError):
+            raise UserError(f"--config_overrides: cannot read the value of {key!r}: {value!r}") from None
     return overrides
 
 

@@ -29,6 +29,8 @@ from training.schedules import Schedule
 from training.sharding import is_sharded, whole_model, whole_tensor
 from training.trackers import Trackers
 
+SETTINGS_FILE = "resolved_config.yaml"
+
 
 def resume(run: Run) -> None:
     """Load the checkpoint asked for, if there is one, and open what depends on the position: batches and the log."""
@@ -102,7 +104,14 @@ def settings_of_every_update(run: Run) -> dict[str, Any]:
 
 
 def open_output_dir(run: Run) -> None:
-    """Make the folder, and let it hold nothing that lies beyond the position where this run begins."""
+    """Make the folder, and let it hold nothing that lies beyond the position where this run begins.
+
+    Raises UserError if the folder holds files of somebody else that the run would replace.
+    """
+    if not (run.output_dir / SETTINGS_FILE).exists():
+        for name in ("README.md", "config.json", "model.safetensors", "metrics.jsonl"):
+            if (run.output_dir / name).exists():
+                raise UserError(f"--output_dir {run.output_dir}: has a {name} of no run; name another folder")
     try:
         run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         set_aside_later_checkpoints(run.checkpoints_dir, run.step)
@@ -113,9 +122,7 @@ def open_output_dir(run: Run) -> None:
         run.sample_log = MetricsLog(run.output_dir / "samples.jsonl", resumed_step=run.step)
     settings = chosen_settings(run.config)
     try:
-        write_resolved_config(
-            run.output_dir / "resolved_config.yaml", settings, num_processes=run.accelerator.num_processes
-        )
+        write_resolved_config(run.output_dir / SETTINGS_FILE, settings, num_processes=run.accelerator.num_processes)
     except OSError as error:
         raise UserError(f"--output_dir {run.output_dir}: cannot be written to ({error.strerror})") from None
     run.trackers = Trackers(

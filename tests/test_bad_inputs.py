@@ -1,0 +1,200 @@
+"""Every wrong input of bad_inputs.py is one line and exit code 2, leaves nothing behind, and is in docs/errors.md."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import bad_inputs
+import pytest
+import torch
+from bad_inputs import PAGE, PREPARE, TABLE, TRAIN, VERIFY
+from safetensors.torch import load_file, save_file
+
+MODULES = {TRAIN: "train_accelerate", PREPARE: "prepare_data", VERIFY: "prepare_data"}
+RECIPES = {
+    "typo.yaml": "sed: 1\n",
+    "twice.yaml": "seed: 1\nseed: 2\n",
+    "tag.yaml": "seed: !!python/object/apply:os.mkdir [made_by_yaml]\n",
+    "tab.yaml": "seed: 1\n\tmax_steps: 2\n",
+    "nested.yaml": "training:\n  seed: 1\n",
+    "deep.yaml": "seed: " + "[" * 2000 + "]" * 2000,
+    "list.yaml": "- 1\n",
+    "no_value.yaml": "seed:\n",
+    "list_in_list.yaml": "sample_prompts: [[a], b]\n",
+    "latin.yaml": b"project: caf\xe9\n",
+    "nan.yaml": "learning_rate: .nan\n",
+}
+TEXTS = {
+    "text.txt": "a cat\na mat\na hat\n",
+    "empty.txt": "",
+    "latin.txt": b"caf\xe9 au lait",
+    "table.xyz": "text\na\n",
+    "broken.jsonl": "{oops\n",
+    "body.jsonl": '{"body": "a"}\n',
+}
+
+
+def change_json(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def change_tensors(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def add_token(folder: Path) -> None:
+    """ "def" becomes token 300, the first that a vocabulary of 300 does not have."""
+    added = {"id": 300, "content": "def", "single_word": False, "lstrip": False, "rstrip": False}
+    added |= {"normalized": False, "special": True}
+    change_json(folder / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].append(added))
+
+
+class MakesAFolder:
+    def __reduce__(self):
+        return os.mkdir, ("made_by_pickle",)
+
+
+def pickle_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": MakesAFolder()}, folder / "pytorch_model.bin")
+
+
+def need_own_code(folder: Path) -> None:
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
+    change_json(folder / "config.json", lambda config: config.update(model_type="evil", auto_map=names))
+    (folder / "evil.py").write_text("import os\nos.mkdir('made_by_remote_code')\n")
+
+
+SPOILED_MODELS = {
+    "llama": lambda folder: change_json(folder / "config.json", lambda config: config.update(model_type="llama")),
+    "gpt2_config": lambda folder: change_json(folder / "config.json", lambda config: config.update(model_type="gpt2")),
+    "other_tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    "no_tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+    "larger_tokenizer": add_token,
+    "no_weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half_weights": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "lost_tensor": lambda folder: change_tensors(
+        folder / "model.safetensors", lambda tensors: tensors.pop("model.norm.weight")
+    ),
+    "not_numbers": lambda folder: change_tensors(
+        folder / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))
+    ),
+    "other_width": lambda folder: change_json(
+        folder / "config.json", lambda config: config.update(intermediate_size=8)
+    ),
+    "own_code": need_own_code,
+    "pickled": pickle_weights,
+    "quantized": lambda folder: change_json(
+        folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq", "bits": 4})
+    ),
+    "broken_config": lambda folder: (folder / "config.json").write_text("{"),
+}
+
+
+def write_checkpoint(folder: Path, model: Path, names: dict[str, str]) -> None:
+    shutil.copytree(model, folder)
+    for name in ("optimizer.safetensors", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    sums = dict.fromkeys(("model.safetensors", "optimizer.safetensors", "trainer_state.json"), "0" * 64)
+    (folder / "checksums.json").write_text(json.dumps(names | sums))
+
+
+@pytest.fixture(scope="module")
+def places(data_dir, tmp_path_factory) -> Path:
+    """The folder that the cases run in: sound data and models, and what has gone wrong with them."""
+    from test_eval import export_fresh_model
+
+    folder = tmp_path_factory.mktemp("places")
+    shutil.copytree(data_dir, folder / "data")
+    export_fresh_model(data_dir, folder / "model", "modern")
+    export_fresh_model(data_dir, folder / "learned", "gpt2")
+    for name, spoil in SPOILED_MODELS.items():
+        spoil(shutil.copytree(folder / "model", folder / name))
+    for name, text in (RECIPES | TEXTS).items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (folder / "loop").symlink_to("loop")
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "README.md").write_text("precious")
+    write_checkpoint(folder / "escaping", folder / "model", {"../model/model.safetensors": "0" * 64})
+    write_checkpoint(folder / "altered", folder / "model", {})
+    for name in ("broken_tokenizer", "damaged_tokenizer"):
+        shutil.copytree(data_dir / "tokenizer", folder / name)
+    (folder / "broken_tokenizer" / "tokenizer.json").write_text("{")
+    change_json(
+        folder / "damaged_tokenizer" / "tokenizer.json",
+        lambda tokenizer: tokenizer["model"]["vocab"].update(zzz=4_000_000_000),
+    )
+    for name in ("escaping_data", "cut_data"):
+        shutil.copytree(data_dir, folder / name)
+    shard = json.loads((data_dir / "manifest.json").read_text())["splits"]["validation"]["shards"][0]
+    change_json(
+        folder / "escaping_data" / "manifest.json",
+        lambda manifest: manifest["splits"]["validation"]["shards"][0].update(path="../data/validation"),
+    )
+    os.truncate(next((folder / "cut_data" / shard["path"]).glob("*.arrow")), 100)
+    return folder
+
+
+@pytest.fixture
+def kept_environment():
+    """Accelerate leaves variables of a launch behind."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def tree(folder: Path) -> list[tuple[str, int]]:
+    return sorted(
+        (str(path.relative_to(folder)), path.lstat().st_mtime_ns) for path in folder.rglob("*") if not path.is_dir()
+    ) + sorted((str(path.relative_to(folder)), 0) for path in folder.rglob("*") if path.is_dir())
+
+
+CASES = [case for cases in TABLE.values() for case in cases]
+
+
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^\w.=-]+", "_", f"{case.command} {case.flags}")[:80])
+def test_a_wrong_input_is_one_line_and_leaves_nothing(case, places, capfd, kept_environment, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.chdir(places)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
+    if case.without:
+        monkeypatch.setitem(sys.modules, case.without, None)
+    main = importlib.import_module(MODULES.get(case.command, case.command)).main
+    before = tree(places)
+    with pytest.raises(SystemExit) as caught:
+        main(case.argv)
+    output = capfd.readouterr()
+    lines = output.err.splitlines()
+    assert caught.value.code == 2
+    assert lines[-1].startswith("error: ") and case.error in lines[-1], lines[-1]
+    assert output.err.count("error: ") == 1 and "Traceback" not in output.err + output.out
+    assert tree(places) == before
+
+
+def test_the_page_is_the_table():
+    assert PAGE.read_text(encoding="utf-8") == bad_inputs.page(), "python tests/bad_inputs.py writes it anew"
+
+
+def test_the_sound_inputs_are_accepted(places, tmp_path, monkeypatch, capsys):
+    """What the cases spoil would work: no case is refused for another reason than its own."""
+    monkeypatch.chdir(places)
+    from eval import generate, perplexity
+    from prepare_data import main as prepare
+
+    generate.main(["--model", "model", "--prompt", "def ", "--max_new_tokens", "2"])
+    perplexity.main(["--model", "model", "--data", "data"])
+    prepare(["verify", "data"])
+    assert "every file is as it was written" in capsys.readouterr().out
