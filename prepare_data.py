@@ -30,7 +30,6 @@ import errno
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -41,16 +40,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from command_line import UserError, check_range, check_writable_folder, exit_code_2_on_user_error, parse_arguments, warn
+from preparation.settings import WORKSPACE, finished_manifest, read_template, settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from preparation.encoding import Encoder
+    from preparation.files import ReadOptions
     from preparation.shards import Job
-    from preparation.sources import ReadOptions, Source
+    from preparation.sources import Source
 
 SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
-WORKSPACE = ".preparing"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -218,6 +218,8 @@ def prepare(config: PrepareConfig) -> dict | None:
 
     started = time.perf_counter()
     output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; choose another folder")
     settings = settings_of(config)
     existed = output_dir.exists()
     try:
@@ -307,117 +309,6 @@ def _build(config: PrepareConfig, settings: dict, workspace: Path, started: floa
     return manifest
 
 
-# Settings and what is there already
-
-
-def settings_of(config: PrepareConfig) -> dict:
-    """What decides the bytes of the result: not where it goes, nor how many processes or which engine make it."""
-    settings = {
-        name: getattr(config, name)
-        for name in (
-            "block_size", "packing", "shuffle_seed", "num_shards", "max_documents", "max_tokens", "dataset_name",
-            "train_tokenizer", "encoding_errors",
-        )
-    }  # fmt: skip
-    settings |= {
-        "train_file": _described(config.train_file),
-        "validation_file": _described(config.validation_file),
-        "validation_split_percentage": None if config.validation_file else config.validation_split_percentage,
-    }
-    if config.dataset_name == "stdlib":
-        settings["python"] = platform.python_version()
-    elif config.dataset_name:
-        names = ("dataset_config_name", "dataset_split", "dataset_revision", "streaming")
-        settings |= {name: getattr(config, name) for name in names}
-    if config.dataset_name != "stdlib" or config.validation_file:
-        names = ("text_column", "chat_column", "sample_by", "separator", "file_format")
-        settings |= {name: getattr(config, name) for name in names}
-    if config.chat_template:
-        settings["chat_template"] = _read_template(config.chat_template)
-    if config.tokenizer_name:
-        from preparation.shards import sha256_of
-
-        settings["tokenizer_name"] = Path(config.tokenizer_name).name
-        tokenizer_json = Path(config.tokenizer_name) / "tokenizer.json"
-        settings["tokenizer_sha256"] = sha256_of(tokenizer_json) if tokenizer_json.is_file() else None
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def finished_manifest(output_dir: Path, settings: dict) -> dict | None:
-    """The manifest that is there if it was made with the same settings, None if the folder is empty, missing or
-    unfinished; else UserError."""
-    from preparation.manifest import FORMAT_VERSION, find_problems
-
-    manifest_path, begun_path = output_dir / "manifest.json", output_dir / WORKSPACE / "settings.json"
-    if not manifest_path.is_file() and not begun_path.is_file():
-        if output_dir.exists() and not (output_dir.is_dir() and set(os.listdir(output_dir)) <= {WORKSPACE}):
-            raise UserError(f"--output_dir {output_dir}: exists and is not a prepared dataset; choose another folder")
-        return None
-    path = manifest_path if manifest_path.is_file() else begun_path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"] if path == manifest_path else FORMAT_VERSION
-        found = content["settings"] if path == manifest_path else content
-        names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a record of a prepared dataset; choose another --output_dir") from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version {version}, this code writes {FORMAT_VERSION}; remove {output_dir} and prepare the "
-            "data again"
-        )
-    if names:
-        differences = ", ".join(f"{name} is {found.get(name)} there, {settings.get(name)} here" for name in names)
-        raise UserError(
-            f"--output_dir {output_dir}: holds other data ({differences}); choose another folder or remove it"
-        )
-    if path == begun_path:
-        return None
-    if problems := find_problems(output_dir):
-        raise UserError(f"{problems[0]}; remove {output_dir} and run the same command again")
-    return content
-
-
-def _described(names: list[str] | None) -> list[dict] | None:
-    """Name, size and fingerprint of each file."""
-    if names is None:
-        return None
-    from preparation.sources import expand
-
-    files = (
-        path
-        for given in expand(names)
-        for path in ([given] if given.is_file() else sorted(p for p in given.rglob("*") if p.is_file()))
-    )
-    try:
-        return [{"name": path.name, "size": path.stat().st_size, "xxh3": _fingerprint(path)} for path in files]
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
-
-
-def _fingerprint(path: Path) -> str:
-    """xxh3 of 64 evenly spaced pieces of 64 KB: what was changed in a file that kept its size is most likely seen,
-    and a machine that writes one shard of a hundred need not read all the text."""
-    from xxhash import xxh3_128
-
-    size, piece = path.stat().st_size, 1 << 16
-    digest = xxh3_128(str(size).encode())
-    with path.open("rb") as file:
-        for start in range(0, size, max(piece, size // 64)):
-            file.seek(start)
-            digest.update(file.read(piece))
-        file.seek(max(0, size - piece))
-        digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat_template {path}: cannot be read ({error})") from None
-
-
 # Source and tokenizer
 
 
@@ -426,14 +317,14 @@ def named_tokenizer(config: PrepareConfig) -> "PreTrainedTokenizerFast":
 
     tokenizer = load_tokenizer(config.tokenizer_name)
     if config.chat_template:
-        tokenizer.chat_template = _read_template(config.chat_template)
+        tokenizer.chat_template = read_template(config.chat_template)
     if config.chat_column and not tokenizer.chat_template:
         raise UserError(f"--tokenizer_name {config.tokenizer_name}: has no chat template; give one by --chat_template")
     return tokenizer
 
 
 def read_options(config: PrepareConfig, tokenizer: "PreTrainedTokenizerFast | None") -> "ReadOptions":
-    from preparation.sources import ReadOptions
+    from preparation.files import ReadOptions
 
     return ReadOptions(
         text_column=config.text_column,
@@ -502,8 +393,8 @@ def spool_stream(
 ):
     """The first documents of a Hub dataset that is streamed, as a table on disk."""
     from preparation.shards import locked
-    from preparation.sources import render_chat
     from preparation.streaming import spool
+    from preparation.texts import render_chat
 
     name = f"--dataset_name {config.dataset_name}"
 

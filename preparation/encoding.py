@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from command_line import UserError
-from preparation.sources import cause_of
+from preparation.files import cause_of
 
 CHECKED_DOCUMENTS = 16  # in each shard
 CHECKED_CHARACTERS = 2_000  # of each: `tokenizers` encodes about 1.5 MB/s per core

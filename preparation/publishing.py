@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from command_line import UserError
-from preparation.sources import cause_of
+from preparation.files import cause_of
 
 CARD = """
 # {name}

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from command_line import UserError
-from preparation.sources import cause_of
+from preparation.files import cause_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import UserError
+from preparation.files import cause_of
 from preparation.manifest import MOST_TOKENS
-from preparation.sources import cause_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

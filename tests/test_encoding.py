@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from preparation.encoding import Encoder
-from preparation.sources import ReadOptions, open_files, standard_library_files
+from preparation.files import ReadOptions
+from preparation.sources import open_files, standard_library_files
 
 AWKWARD = [
     "<|endoftext|>", "<|endoftext|", "<|endoftext|><|endoftext|>", " ", "   \t", "\0", "\r\n", "\n\n\n", "a" * 300,

@@ -25,8 +25,9 @@ from prepared_folders import (
 )
 from tokenizers import Tokenizer
 
-from preparation import sources, streaming
-from preparation.sources import ReadOptions, open_files, standard_library_files
+from preparation import readers, sources, streaming
+from preparation.files import ReadOptions
+from preparation.sources import open_files, standard_library_files
 from prepare_data import main
 
 TEXTS = [
@@ -110,7 +111,7 @@ def test_file_format_names_what_an_extension_does_not(tmp_path):
 
 
 def test_a_csv_row_can_be_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "READ_BYTES", 1000)
+    monkeypatch.setattr(readers, "READ_BYTES", 1000)
     texts = ["short", "x" * 900, 'long "quoted"\n' * 20_000, "short again", "y" * 5000]
     write_format(tmp_path / "a.csv", texts)
     assert read(tmp_path / "a.csv") == texts
@@ -147,7 +148,7 @@ def test_documents_are_those_of_str_split_wherever_pieces_end(
         stream.write(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
-        patch.setattr(sources, "READ_BYTES", piece_bytes)
+        patch.setattr(readers, "READ_BYTES", piece_bytes)
         found = read(path, **options)
     expected = text.split(separator)
     # What ends with a separator has no further, empty document behind it.
