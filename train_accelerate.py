@@ -331,21 +331,21 @@ def main(argv: list[str] | None = None) -> None:
         run = build_run(config, accelerator, stop_request)
         with run.roll_call.on_failure(), closed_batches(run):
             resume(run)
-            metrics = train(run)
-            if "eval_loss" not in metrics and not run.stopping:  # nothing was left to train
-                metrics = evaluate(run)
-            if "eval_loss" not in metrics:
+            train(run)
+            if run.stopping:
                 leave(run)
-            finish(run, metrics["eval_loss"])
+            finish(run)
 
 
-def train(run: "Run") -> dict[str, Any]:
-    """The steps that are left, or those until all processes stop; returns what was measured at the last one."""
+def train(run: "Run") -> None:
+    """The steps that are left, or those until all processes stop."""
     from training.progress import progress_bar, publish_checkpoint, record, training_metrics
     from training.resume import save
 
-    config, metrics = run.config, {}
+    config = run.config
     with progress_bar(run) as bar:
+        if run.step and evaluation_is_due(run):  # the run was stopped before it was over
+            record(run, bar, evaluate(run))
         while run.step < config.max_steps and not run.stopping:
             loss, grad_norm, learning_rate = train_step(run)
             run.step += 1
@@ -353,19 +353,22 @@ def train(run: "Run") -> dict[str, Any]:
             metrics = {}
             if is_due(run.step, config.logging_steps) or run.step == 1 or last:
                 metrics |= training_metrics(run, loss, grad_norm, learning_rate)
-            if (is_due(run.step, config.eval_steps) or last) and not run.stopping:
+            if evaluation_is_due(run):
                 metrics |= evaluate(run)
-            if metrics:
-                record(run, bar, metrics)
+            record(run, bar, metrics)
             due = is_due(run.step, config.save_steps) or (last and config.save_steps > 0) or run.stopping
             if due and save(run):
                 publish_checkpoint(run)
             bar.update()
-    return metrics
 
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def evaluation_is_due(run: "Run") -> bool:
+    due = is_due(run.step, run.config.eval_steps) or run.step >= run.config.max_steps
+    return due and run.evaluated_step != run.step and not run.stopping
 
 
 def build_run(config: TrainConfig, accelerator: "Accelerator", stop_request: "StopRequest") -> "Run":
@@ -508,17 +511,14 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
 def evaluate(run: "Run") -> dict[str, Any]:
     """Validation loss (nats/token) as a part of a row for metrics.jsonl, and samples; no training time.
 
-    Nothing, if the processes are asked to stop while it runs.
+    Nothing, if the processes are asked to stop while it runs: the run that goes on begins with this evaluation.
     """
     from eval.generate import generate_text
     from eval.perplexity import evaluate_loss
     from training.run import stop_if_not_finite
     from training.samples import sample
     from training.sharding import reshard
-
-    def is_stopping() -> bool:
-        (run.stopping,) = run.agreement.largest(run.stop_request.reason)
-        return bool(run.stopping)
+    from training.stopping import agree_to_stop
 
     run.stopwatch.pause()
     try:
@@ -530,11 +530,12 @@ def evaluate(run: "Run") -> dict[str, Any]:
             num_processes=run.accelerator.num_processes,
             max_blocks=run.config.eval_blocks,
             from_start=run.config.eval_blocks_at == "start",
-            should_stop=is_stopping,
+            should_stop=lambda: bool(agree_to_stop(run)),
         )
         if loss is None:
             return {}
         stop_if_not_finite(run, "validation loss", loss)
+        run.evaluated_step, run.eval_loss = run.step, loss
         sample(run, generate_text)
         return {"eval_loss": loss}
     finally:

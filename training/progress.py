@@ -88,7 +88,7 @@ def training_metrics(run: Run, loss: torch.Tensor, grad_norm: torch.Tensor, lear
 
 def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
     """Append to metrics.jsonl, tell the trackers, redraw the curves after an evaluation, show numbers in the bar."""
-    if not run.accelerator.is_main_process:
+    if not run.accelerator.is_main_process or not metrics:
         return
     row = {"tokens_seen": run.tokens_seen} | metrics
     if metrics.get("loss") is not None and (warning := spike_warning(run.log.rows, metrics["loss"])):
@@ -128,19 +128,16 @@ def bar_numbers(metrics: dict[str, Any], remaining_s: float) -> str:
     return ", ".join(numbers)
 
 
-def finish(run: Run, eval_loss: float) -> None:
-    """Export the Hub-ready folder with its card and summary, publish it if that is asked for, and say where it is.
-
-    eval_loss: of an evaluation at the last step (nats/token).
-    """
+def finish(run: Run) -> None:
+    """Export the Hub-ready folder with its card and summary, publish it if that is asked for, and say where it is."""
     run.stopwatch.pause()
     model = whole_model(run.unwrapped_model, keep=run.accelerator.is_main_process)
-    files = on_main_process(run, lambda: leave_everything(run, model, summarize(run, eval_loss)))
+    files = on_main_process(run, lambda: leave_everything(run, model, summarize(run)))
     if run.accelerator.is_main_process:
         where = f"model in {run.output_dir}"
         if is_adapted(run.unwrapped_model):
             where = f"merged {where}, adapters alone in {run.output_dir / ADAPTER_FOLDER}"
-        print(f"finished: validation loss {eval_loss:.4f} nats/token, {where}")
+        print(f"finished: validation loss {run.eval_loss:.4f} nats/token, {where}")
     run.accelerator.wait_for_everyone()
     run.model = None  # DistributedDataParallel must be gone before the process group it reduces over
     run.accelerator.free_memory()
@@ -185,7 +182,7 @@ def publish_checkpoint(run: Run) -> None:
         model_files = [path for path in model_files if path.name not in TRAINING_STATE_FILES]
         records = [run.output_dir / name for name in RECORDS if name not in ("README.md", "summary.json")]
         stage_files([*model_files, *(path for path in records if path.exists())], staged)
-        write_card(run, staged / "README.md", summarize(run, None))
+        write_card(run, staged / "README.md", summarize(run))
     except OSError as error:
         warn(f"--push_to_hub: step {run.step} is not uploaded: {error}")
     else:
@@ -223,11 +220,11 @@ def evaluated_blocks(run: Run) -> str:
     return f"all {every:,}" if used == every else f"{used:,} of {every:,}, {where}"
 
 
-def summarize(run: Run, eval_loss: float | None) -> dict[str, Any]:
-    """The contents of summary.json; eval_loss None: that of the last evaluation, if there was one."""
+def summarize(run: Run) -> dict[str, Any]:
+    """The contents of summary.json; its eval_loss is that of the last evaluation, if there was one."""
     # The newest value of each measure; a step that was left out has no loss.
     last = {key: value for row in run.log.rows for key, value in row.items() if value is not None}
-    eval_loss = last.get("eval_loss") if eval_loss is None else eval_loss
+    eval_loss = run.eval_loss
     wall_time_s = run.wall_time_s + run.stopwatch.total_s
     return {
         "params": run.unwrapped_model.num_parameters(),

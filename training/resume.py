@@ -81,6 +81,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     same_optimizer = state["settings"]["optimizer"] == run.config.optimizer
     load_checkpoint(checkpoint, run.unwrapped_model, run.optimizers if same_optimizer else None)
     run.step, run.wall_time_s, run.run_id = state["step"], state["wall_time_s"], state["run_id"]
+    run.evaluated_step, run.eval_loss = state["evaluated_step"], state["eval_loss"]
     if run.accelerator.scaler is not None and state["grad_scaler"]:
         run.accelerator.scaler.load_state_dict(state["grad_scaler"])
     run.accelerator.print(f"resumed from {checkpoint} at step {run.step}")
@@ -191,6 +192,8 @@ def save(run: Run) -> bool:
                     "tokens_seen": run.tokens_seen,
                     "wall_time_s": run.wall_time_s + run.stopwatch.total_s,
                     "run_id": run.run_id,
+                    "evaluated_step": run.evaluated_step,
+                    "eval_loss": run.eval_loss,
                     "grad_scaler": scaler.state_dict() if scaler is not None else None,
                     "settings": settings_of_every_update(run),
                     "schedule": asdict(run.schedule),

@@ -27,8 +27,8 @@ from training.trackers import Trackers
 
 @dataclass
 class Run:
-    """Everything the loop holds. `step`, `wall_time_s` and `run_id` are saved; what else a run's position needs follows
-    from the step: data order, learning rate and dropout are functions of (seed, step)."""
+    """Everything the loop holds. `step`, `wall_time_s`, `run_id` and the last evaluation are saved; what else a run's
+    position needs follows from the step: data order, learning rate and dropout are functions of (seed, step)."""
 
     config: Any  # TrainConfig of train_accelerate.py
     accelerator: Accelerator
@@ -43,6 +43,8 @@ class Run:
     device_flops: float | None  # peak FLOP/s of one device, where it is known
     step: int = 0
     wall_time_s: float = 0.0  # of earlier processes of this run
+    evaluated_step: int | None = None  # the last one that was evaluated, with its validation loss
+    eval_loss: float | None = None
     batches: Iterator[torch.Tensor] = None
     stopwatch: Stopwatch = None
     roll_call: RollCall = None

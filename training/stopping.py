@@ -106,6 +106,12 @@ def leave(run: "Run") -> NoReturn:
     raise SystemExit(0 if restarts_left > 0 else STOPPED_EXIT_CODE)
 
 
+def agree_to_stop(run: "Run") -> int:
+    """Set `run.stopping`, on all processes alike; called by all of them."""
+    (run.stopping,) = run.agreement.largest(run.stop_request.reason)
+    return run.stopping
+
+
 class Agreement:
     """What all processes have to decide alike, in one small message per step.
 
