@@ -379,7 +379,7 @@ def newton_schulz_in_fp32(gradient, coefficients, steps, eps):
 def test_under_muon_accumulation_differs_by_its_products_in_bf16_alone(
     data_dir, tmp_path, monkeypatch, in_fp32, tolerance
 ):
-    """At the speedrun recipe's rates. Sums of another order round otherwise, which bf16 makes a hundred times larger, and
+    """At the speedrun recipe's rates. Sums of another order round otherwise, which bf16 makes a hundred times larger;
     it grows: 7e-5 after 12 steps and 6e-3 after 40, with the same products in fp32 5e-7 and 3e-6."""
     if in_fp32:
         monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz_in_fp32)
