@@ -9,7 +9,7 @@
 
 What is written, and what training reads (`training.blocks.PackedBlocks`):
 
-    manifest.json                          settings, counts, sha256 of every file; there when all is finished
+    manifest.json                          settings, counts, sha256 of shards and tokenizer; there when all is finished
     report.html                            the counts, and how long the documents are
     tokenizer/                             a transformers tokenizer
     train/shard-00000-of-00001/            `datasets` folder: input_ids, block_size + 1 tokens a row, and num_tokens
@@ -259,13 +259,15 @@ def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, sta
         if begins and config.shard_index is None:
             for name in ("train", "validation", "tokenizer", WORKSPACE):
                 shutil.rmtree(output_dir / name, ignore_errors=True)
+        elif begins and not any(workspace.glob("shard-*/")):
+            (workspace / "settings.json").unlink(missing_ok=True)  # the corrected call may have others
         raise
 
 
 def _build(config: PrepareConfig, settings: dict, workspace: Path, started: float) -> dict | None:
     from preparation.processes import write_shards
     from preparation.report import print_summary, write_report
-    from preparation.shards import Job, read_receipt, write_text
+    from preparation.shards import Job, flush_to_disk, read_receipt, write_text
     from preparation.splits import choose_rule
 
     output_dir = Path(config.output_dir)
@@ -303,7 +305,9 @@ def _build(config: PrepareConfig, settings: dict, workspace: Path, started: floa
     receipts = [read_receipt(job, index) for index in range(num_shards)]
     manifest = build_manifest(config, settings, job, vocab_size, receipts, held_out)
     write_report(output_dir / "report.html", manifest)
-    write_text(output_dir / "manifest.json", json.dumps(manifest, indent=2))
+    write_text(workspace / "manifest.json", json.dumps(manifest, indent=2))
+    (workspace / "manifest.json").rename(output_dir / "manifest.json")
+    flush_to_disk(output_dir)
     shutil.rmtree(workspace)
     print_summary(output_dir, manifest, time.perf_counter() - started)
     return manifest
@@ -392,6 +396,9 @@ def spool_stream(
     stream, config: PrepareConfig, options: "ReadOptions", tokenizer: "PreTrainedTokenizerFast | None", workspace: Path
 ):
     """The first documents of a Hub dataset that is streamed, as a table on disk."""
+    import pyarrow as pa
+
+    from preparation.encoding import Encoder
     from preparation.shards import locked
     from preparation.streaming import spool
     from preparation.texts import render_chat
@@ -401,10 +408,13 @@ def spool_stream(
     def count_tokens(documents: list) -> list[int]:
         if config.chat_column:
             documents = [render_chat(messages, options, name) for messages in documents]
-        texts = [text or "" for text in documents]
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [len(encoding.ids) + 1 for encoding in encodings]
+        texts = pa.array([text or "" for text in documents], pa.large_string())
+        return (encoder.ids_and_lengths(texts)[1] + 1).tolist()
 
+    if config.max_tokens is not None:
+        tokenizer.save_pretrained(workspace / "spool-tokenizer")
+        path = workspace / "spool-tokenizer" / "tokenizer.json"
+        encoder = Encoder(path, config.tokenizer_engine, "uint32", tokenizer.eos_token_id).with_engine_chosen()
     with locked(workspace / "spool.lock"):  # machines that share the folder share the spool
         return spool(
             stream,
@@ -487,7 +497,7 @@ def write_validation(job: "Job", source: "Source | None") -> dict:
 def build_manifest(
     config: PrepareConfig, settings: dict, job: "Job", vocab_size: int, receipts: list[dict], validation: dict
 ) -> dict:
-    from preparation.manifest import FORMAT_VERSION
+    from preparation.manifest import FORMAT_VERSION, checksum_of
     from preparation.shards import sha256_of
 
     summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
@@ -499,7 +509,8 @@ def build_manifest(
         counts["document_lengths"] = {str(2**i): count for i, count in enumerate(lengths) if count}
         splits[split] = counts | {"shards": [shard["shard"] for shard in shards]}
     names = [Path(name).name for name in config.train_file or []]
-    return {
+    tokenizer_files = sorted(job.encoder.tokenizer_json.parent.iterdir())
+    manifest = {
         "format_version": FORMAT_VERSION,
         "block_size": config.block_size,
         "dtype": job.encoder.dtype,
@@ -511,6 +522,7 @@ def build_manifest(
         "tokenizer": {
             "name": config.tokenizer_name and Path(config.tokenizer_name).name,
             "sha256": sha256_of(job.encoder.tokenizer_json),
+            "files": {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in tokenizer_files},
         },
         "source": {
             "name": config.dataset_name or names,
@@ -521,6 +533,7 @@ def build_manifest(
         "settings": settings,
         "splits": splits,
     }
+    return manifest | {"checksum": checksum_of(manifest)}
 
 
 def publish(config: PrepareConfig, output_dir: Path, manifest: dict | None) -> None:

@@ -14,6 +14,11 @@ from command_line import UserError
 FORMAT_VERSION = 2
 DTYPES = ("uint16", "uint32")
 PACKINGS = ("concat", "best_fit")
+# What of `tokenizer/` goes into a model's folder: nothing else there could be taken for weights or code of the model.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 MOST_TOKENS = 1 << 24  # entries of a vocabulary; a tokenizer that claims more is damaged
 
 
@@ -57,7 +62,7 @@ def read_manifest(data_dir: str | Path) -> dict:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{path}: no such file; prepare_data.py makes folders that have one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); prepare the data again") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -66,7 +71,7 @@ def read_manifest(data_dir: str | Path) -> dict:
         contradiction = _contradiction(manifest)
     except KeyError as error:
         raise UserError(f"{path}: has no {error.args[0]}; prepare the data again") from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: a value is not of its type ({error}); prepare the data again") from None
     if contradiction:
         raise UserError(f"{path}: {contradiction}; prepare the data again")
@@ -76,9 +81,11 @@ def read_manifest(data_dir: str | Path) -> dict:
 def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
     """Every file of the tokenizer and of the splits (None: of all) that the manifest vouches for: path, {size, sha256}.
 
-    tokenizer.json has no size recorded.
+    tokenizer.json, whose checksum is the tokenizer's name in training and evaluation, has no size recorded.
     """
     yield data_dir / "tokenizer" / "tokenizer.json", manifest["tokenizer"]
+    for name, recorded in manifest["tokenizer"].get("files", {}).items():
+        yield data_dir / "tokenizer" / name, recorded
     for split in manifest["splits"] if splits is None else splits:
         for shard in manifest["splits"][split]["shards"]:
             for name, recorded in shard["files"].items():
@@ -110,8 +117,44 @@ def find_problems(data_dir: str | Path) -> list[str]:
         manifest = read_manifest(folder)
     except UserError as error:
         return [str(error)]
-    problems = (file_problem(path, recorded, checksum=True) for path, recorded in recorded_files(folder, manifest))
+    problems = [file_problem(path, recorded, checksum=True) for path, recorded in recorded_files(folder, manifest)]
+    if manifest.get("checksum", checksum_of(manifest)) != checksum_of(manifest):
+        problems.append(f"{folder / 'manifest.json'}: altered since it was written; prepare the data again")
     return [problem for problem in problems if problem]
+
+
+def checksum_of(manifest: dict) -> str:
+    """sha256 of all that the manifest says besides its own `checksum`."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
+    """The files of the tokenizer by name. Raises UserError for a link that leads out of the folder, whose content a
+    model's folder would otherwise make public."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        path = data_dir / "tokenizer" / name
+        if not path.is_file():
+            continue
+        if leads_out(path, data_dir):
+            raise UserError(f"{path}: is a link out of {data_dir}; put the file itself there")
+        files[name] = path.read_bytes()
+    return files
+
+
+def leads_out(path: Path, data_dir: Path) -> bool:
+    """Whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's cache,
+    whose snapshots are links to the blobs beside them."""
+    folder = data_dir.resolve()
+    allowed = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return not any(path.resolve().is_relative_to(root) for root in allowed)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is no count")
+    return value
 
 
 def _contradiction(manifest: dict) -> str | None:
@@ -119,19 +162,23 @@ def _contradiction(manifest: dict) -> str | None:
     for name, choices in {"dtype": DTYPES, "packing": PACKINGS}.items():
         if manifest[name] not in choices:
             return f"{name} {manifest[name]!r} is none of {', '.join(choices)}"
-    block_size, vocab_size, eos_token_id = (int(manifest[n]) for n in ("block_size", "vocab_size", "eos_token_id"))
+    block_size, vocab_size, eos_token_id = (_count(manifest[n]) for n in ("block_size", "vocab_size", "eos_token_id"))
     if block_size < 1 or not 0 <= eos_token_id < vocab_size:
         return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} do not go together"
     _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"]
+    for name in manifest["tokenizer"].get("files", {}):
+        if name != PurePosixPath(name).name or name in ("", "..") or "\0" in name:
+            return f"{name!r} of the tokenizer is not inside of the folder"
     for split, counts in manifest["splits"].items():
         for name in ("documents", "bytes", "cut_documents"):
-            int(counts[name])
+            _count(counts[name])
         for shard in counts["shards"]:
             for path in (shard["path"], *(f"{shard['path']}/{name}" for name in shard["files"])):
-                if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+                path.encode()  # ValueError for what no file can be called
+                if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
                     return f"{path!r} of split {split} is not inside of the folder"
             for recorded in shard["files"].values():
-                _ = int(recorded["size"]), recorded["sha256"]
+                _ = _count(recorded["size"]), recorded["sha256"]
         rows, tokens = (sum(shard[name] for shard in counts["shards"]) for name in ("rows", "tokens"))
         if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):
             return (

@@ -61,7 +61,9 @@ def available_cores() -> int:
 
 
 def _write_or_stop(job: Job, index: int, stop_file: Path) -> None:
-    """`map` hears of an error when all its processes have returned: they do so at once where one has failed."""
+    """`map` hears of an error when all its processes have returned: they do so soon where one has failed."""
+    if stop_file.exists():
+        return
     try:
         write_shard(job, index, stop_file)
     except Stopped:

@@ -14,7 +14,7 @@ Packed token blocks for training a language model: {description}.
 
 Each row holds `input_ids`, block_size + 1 = {row_size} tokens of which the first is context only, and `num_tokens`, the
 number of targets that follow it; the rest of a row is padding with EOS (id {eos_token_id}). Documents end with EOS.
-The tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of every file.
+The tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of shards and tokenizer.
 
 Validation: {validation_rule}.
 

@@ -1,5 +1,6 @@
 """What a prepared folder was made with, and whether a folder that is there may be taken for, or gone on with."""
 
+import hashlib
 import json
 import os
 import platform
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import UserError
+from preparation.manifest import TOKENIZER_FILES
 
 WORKSPACE = ".preparing"  # in the folder, while it is not finished
 
@@ -36,11 +38,13 @@ def settings_of(config: Any) -> dict:
     if config.chat_template:
         settings["chat_template"] = read_template(config.chat_template)
     if config.tokenizer_name:
-        from preparation.shards import sha256_of
-
-        settings["tokenizer_name"] = Path(config.tokenizer_name).name
-        tokenizer_json = Path(config.tokenizer_name) / "tokenizer.json"
-        settings["tokenizer_sha256"] = sha256_of(tokenizer_json) if tokenizer_json.is_file() else None
+        # Of a folder what is in it counts, EOS and chat template included, not where it lies.
+        folder = Path(config.tokenizer_name)
+        settings["tokenizer_name"] = folder.name if folder.is_dir() else config.tokenizer_name
+        contents = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+        if contents:
+            digest = hashlib.sha256(b"".join(name.encode() + path.read_bytes() for name, path in contents.items()))
+            settings["tokenizer_sha256"] = digest.hexdigest()
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -97,8 +101,9 @@ def _described(names: list[str] | None) -> list[dict] | None:
 
 
 def _fingerprint(path: Path) -> str:
-    """xxh3 of 64 evenly spaced pieces of 64 KB: what was changed in a file that kept its size is most likely seen,
-    and a machine that writes one shard of a hundred need not read all the text."""
+    """xxh3 of 64 evenly spaced pieces of 64 KB, and of the end: all of a file up to 4 MB, a sample of a larger one, so
+    that a machine that writes one shard of a hundred need not read all the text. What is inserted or removed moves all
+    that follows it and is seen; a few bytes overwritten in place in a large file are not."""
     from xxhash import xxh3_128
 
     size, piece = path.stat().st_size, 1 << 16

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there; what is resumed is the newest whole one."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,19 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints):
 def test_what_is_saved_holds_no_pickle(checkpoints):
     files = {path.name for path in (checkpoints / "step_0000010").iterdir()}
     assert files == {"model.safetensors", "optimizer.safetensors", "trainer_state.json", "checksums.json"}
+
+
+@pytest.mark.parametrize("strange", ["deep", "a\0b", "\ud800"], ids=ascii)
+def test_checksums_that_make_no_sense_are_a_problem_and_no_crash(tmp_path, strange):
+    names = ("model.safetensors", "optimizer.safetensors", "trainer_state.json")
+    for name in names:
+        (tmp_path / name).write_text("")
+    content = "[" * 100_000 if strange == "deep" else json.dumps({strange: ""} | dict.fromkeys(names, ""))
+    (tmp_path / "checksums.json").write_text(content)
+    assert "checksums.json" in find_problem(tmp_path)
+
+
+def test_only_plain_numbers_are_steps(tmp_path):
+    for name in ("step_0000003", "step_\u00b2", "step_x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_0000003"]

@@ -41,7 +41,7 @@ def export_fresh_model(data_dir, folder, model_preset):
         gradient_checkpointing=False,
         blocks=blocks,
     )
-    export_model(model, folder, tokenizer_path=blocks.tokenizer_path, eos_token_id=blocks.eos_token_id)
+    export_model(model, folder, tokenizer_files=blocks.tokenizer_files, eos_token_id=blocks.eos_token_id)
     return folder
 
 

@@ -323,7 +323,7 @@ def test_a_signal_at_an_awkward_moment_stops_in_order(
 def test_a_second_signal_ends_the_process_at_once_without_damage(start, undisturbed, tmp_path, fault_log):
     run = tmp_path / "run"
     trainer = start(run, "two_signals@8")
-    assert trainer.wait() == [-signal.SIGTERM], trainer.output
+    assert trainer.wait() == [128 + signal.SIGTERM], trainer.output
     assert saved_steps(run) == [5] and find_problem(run / "checkpoints" / "step_0000005") is None
     assert start(run).wait() == [0]
     assert_ends_like(run, undisturbed())

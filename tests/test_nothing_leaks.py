@@ -2,13 +2,16 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from test_train import ENVIRONMENT, TINY, command
+from test_train import ENVIRONMENT, TINY, command, train
 
+from preparation.manifest import read_tokenizer_files
+from training import resume
 from training.checkpoints import find_problem, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -137,3 +140,67 @@ def test_code_of_a_model_folder_is_not_run(data_dir, tmp_path):
     )
     assert (tmp_path / "model_native" / "config.json").exists()
     assert not (tmp_path / "made_by_remote_code").exists()
+
+
+def copied(data_dir: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(data_dir, folder))
+
+
+def test_only_the_tokenizer_of_a_data_folder_goes_into_a_model(data_dir, tmp_path):
+    """Weights, code and checksums that lie beside the tokenizer would replace those of the run."""
+    data = copied(data_dir, tmp_path / "data")
+    for name in ("model.safetensors", "config.json", "evil.py", "checksums.json", "optimizer.safetensors"):
+        (data / "tokenizer" / name).write_text("not yours")
+    run = train(data, tmp_path / "run", max_steps=2, save_steps=1)
+    assert not any("not yours" in path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
+    assert find_problem(run / "checkpoints" / "step_0000002") is None and not (run / "evil.py").exists()
+
+
+def test_a_link_in_the_tokenizers_folder_makes_nothing_public(data_dir, tmp_path, capsys):
+    data = copied(data_dir, tmp_path / "data")
+    (tmp_path / "private").write_text(MARKER)
+    (data / "tokenizer" / "chat_template.jinja").symlink_to(tmp_path / "private")
+    with pytest.raises(SystemExit) as caught:
+        train(data, tmp_path / "run")
+    assert caught.value.code == 2 and "chat_template.jinja: is a link out of" in capsys.readouterr().err
+
+
+def test_a_snapshot_of_the_hubs_cache_is_links_to_its_blobs(data_dir, tmp_path):
+    snapshot = copied(data_dir, tmp_path / "datasets--me--mine" / "snapshots" / "c0ffee")
+    blob = tmp_path / "datasets--me--mine" / "blobs" / "1"
+    blob.parent.mkdir()
+    (snapshot / "tokenizer" / "tokenizer.json").replace(blob)
+    (snapshot / "tokenizer" / "tokenizer.json").symlink_to(blob)
+    assert read_tokenizer_files(snapshot)["tokenizer.json"] == blob.read_bytes()
+
+
+def test_an_altered_tokenizer_is_refused_at_the_start(data_dir, tmp_path, capsys):
+    data = copied(data_dir, tmp_path / "data")
+    content = (data / "tokenizer" / "tokenizer.json").read_bytes()
+    (data / "tokenizer" / "tokenizer.json").write_bytes(content.replace(b'"version"', b'"Version"', 1))
+    with pytest.raises(SystemExit) as caught:
+        train(data, tmp_path / "run")
+    assert caught.value.code == 2 and "tokenizer.json: altered since it was written" in capsys.readouterr().err
+
+
+def test_a_run_needs_the_data_folder_for_its_tokens_only(data_dir, tmp_path, monkeypatch):
+    """The tokenizer was read when the run began: a folder that vanishes (blocks stay mapped) costs no checkpoint."""
+    data = copied(data_dir, tmp_path / "data")
+
+    def vanish(*args, **kwargs) -> Path:
+        shutil.rmtree(data / "tokenizer", ignore_errors=True)
+        return save_checkpoint_as_it_was(*args, **kwargs)
+
+    save_checkpoint_as_it_was = resume.save_checkpoint
+    monkeypatch.setattr(resume, "save_checkpoint", vanish)
+    run = train(data, tmp_path / "run", max_steps=2, save_steps=1)
+    assert (run / "tokenizer.json").read_bytes() == (data_dir / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (run / "checkpoints" / "step_0000002" / "tokenizer.json").is_file()
+
+
+def test_an_output_folder_that_was_removed_meanwhile_is_gone_on_with(data_dir, tmp_path):
+    run = train(data_dir, tmp_path / "run", max_steps=3, save_steps=3)
+    for path in run.iterdir():
+        if path.is_file() and path.name != "metrics.jsonl":
+            path.unlink()
+    assert (train(data_dir, tmp_path / "run", max_steps=3, save_steps=3) / "model.safetensors").is_file()

@@ -169,7 +169,17 @@ def training_batches(
         generator=torch.Generator(),
         worker_init_fn=ignore_signals,
     )
-    return iter(loader)
+    return _in_one_line(iter(loader))
+
+
+def _in_one_line(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same batches; a UserError of a worker without the traceback that the loader puts before its message."""
+    while True:
+        try:
+            batch = next(batches)
+        except UserError as error:
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("command_line.UserError: ")) from None
+        yield batch
 
 
 def _as_is(batch: torch.Tensor) -> torch.Tensor:

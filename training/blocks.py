@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from command_line import UserError
-from preparation.manifest import file_problem, local_folder, read_manifest, recorded_files
+from preparation.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,6 +60,11 @@ class PackedBlocks(torch.utils.data.Dataset):
         self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
 
         self._refuse_damage(checksum=False)
+        self.tokenizer_files = read_tokenizer_files(self.data_dir)
+        if hashlib.sha256(self.tokenizer_files["tokenizer.json"]).hexdigest() != self.manifest["tokenizer"]["sha256"]:
+            raise UserError(
+                f"{self.tokenizer_path / 'tokenizer.json'}: altered since it was written; prepare the data again"
+            )
         self._chunks: list[np.ndarray] = []  # (rows, row_size + 1) views of the files, one per Arrow record batch
         row_tokens: list[np.ndarray] = []  # (rows,) int32: the real targets of each of these rows
         for shard in counts["shards"]:

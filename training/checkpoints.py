@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def refuse_full_disk(folder: Path, needed: int) -> None:
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
     """Finished checkpoints, newest first; not yet verified."""
-    found = [path for path in checkpoints_dir.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in checkpoints_dir.glob("step_*") if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -100,7 +101,7 @@ def find_problem(checkpoint: Path) -> str | None:
     """None if every file of the checkpoint is there and has its checksum, otherwise what is wrong, naming the file."""
     try:
         checksums = json.loads((checkpoint / CHECKSUM_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{checkpoint / CHECKSUM_FILE} is missing or unreadable"
     needed = {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE}
     if not isinstance(checksums, dict) or not needed <= checksums.keys():
@@ -115,6 +116,8 @@ def find_problem(checkpoint: Path) -> str | None:
             return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
+        except ValueError:  # no file can be called so
+            return f"{checkpoint / CHECKSUM_FILE} was altered: it names {name!r}"
         if found != expected:
             return f"{path} was altered (its sha256 differs)"
     return None

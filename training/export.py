@@ -14,8 +14,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from training.finetuning import is_adapted, merged, save_adapter
 
 
-def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: Path, eos_token_id: int) -> None:
-    """Weights, configuration, the model's code, tokenizer and generation defaults, as from_pretrained expects them."""
+def save_model_folder(
+    model: PreTrainedModel, folder: Path, *, tokenizer_files: dict[str, bytes], eos_token_id: int
+) -> None:
+    """Weights, configuration, the model's code, tokenizer and generation defaults, as from_pretrained expects them.
+
+    tokenizer_files: contents by name, as they were when the run began (`PackedBlocks.tokenizer_files`).
+    """
     model.generation_config = GenerationConfig(
         bos_token_id=eos_token_id,
         eos_token_id=eos_token_id,
@@ -28,7 +33,8 @@ def save_model_folder(model: PreTrainedModel, folder: Path, *, tokenizer_path: P
         save_adapter(model, folder)
         model = merged(model)
     model.save_pretrained(folder)
-    shutil.copytree(tokenizer_path, folder, dirs_exist_ok=True)
+    for name, content in tokenizer_files.items():
+        (folder / name).write_bytes(content)
     give_users_modes(folder)
 
 
@@ -40,14 +46,16 @@ def give_users_modes(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def export_model(model: PreTrainedModel, output_dir: Path, *, tokenizer_path: Path, eos_token_id: int) -> list[str]:
+def export_model(
+    model: PreTrainedModel, output_dir: Path, *, tokenizer_files: dict[str, bytes], eos_token_id: int
+) -> list[str]:
     """Put the model folder's files beside a run's records; each file appears whole or not at all.
 
     Returns the names of those that make up the model, without the folder of adapters.
     """
     temporary = output_dir / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model_folder(model, temporary, tokenizer_path=tokenizer_path, eos_token_id=eos_token_id)
+    save_model_folder(model, temporary, tokenizer_files=tokenizer_files, eos_token_id=eos_token_id)
     files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
     for path in files:
         (output_dir / path).parent.mkdir(exist_ok=True)

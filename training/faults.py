@@ -25,9 +25,8 @@ def may_update(run: "Run", loss: torch.Tensor, grad_norm: torch.Tensor, samples:
     With a loss scale (fp16) an infinite gradient is left to it: it skips the step and lowers itself.
     Raises UserError, on every process, where --on_nonfinite or --max_nonfinite_steps says that the run ends here.
     """
-    loss_value, norm_value = torch.stack(
-        (loss.float(), grad_norm.float())
-    ).tolist()  # the step's one wait for the device
+    # The step's one wait for the device.
+    loss_value, norm_value = torch.stack((loss.float(), grad_norm.float())).tolist()
     scaled = run.accelerator.scaler is not None
     finite = math.isfinite(loss_value) and (scaled or math.isfinite(norm_value))
     nonfinite, run.stopping = run.agreement.largest(int(not finite), run.stop_request.reason)
@@ -35,10 +34,10 @@ def may_update(run: "Run", loss: torch.Tensor, grad_norm: torch.Tensor, samples:
         run.nonfinite_steps = 0
         return True
     run.nonfinite_steps += 1
-    record_nonfinite(run, loss_value, norm_value, samples)
-    config, step = run.config, run.step + 1
-    what = f"the loss is {loss_value:.4g} and the gradient norm is {norm_value:.4g} at step {step}"
-    what += f" (its blocks: {run.output_dir / NONFINITE_LOG})"
+    config = run.config
+    broken = record_nonfinite(run, loss_value, norm_value, samples)
+    what = f"the loss is {broken['loss']} and the gradient norm is {broken['grad_norm']} at step {run.step + 1}"
+    what += f" on process {broken['process']} (its blocks: {run.output_dir / NONFINITE_LOG})"
     if config.on_nonfinite == "stop":
         raise UserError(
             f"{what}: go on from the newest checkpoint with a lower learning rate or --max_grad_norm, or leave such "
@@ -53,8 +52,9 @@ def may_update(run: "Run", loss: torch.Tensor, grad_norm: torch.Tensor, samples:
     return scaled
 
 
-def record_nonfinite(run: "Run", loss: float, grad_norm: float, samples: np.ndarray) -> None:
-    """Append to nonfinite_steps.jsonl what each process saw and which blocks it had. Called on all processes."""
+def record_nonfinite(run: "Run", loss: float, grad_norm: float, samples: np.ndarray) -> dict[str, Any]:
+    """Append to nonfinite_steps.jsonl what each process saw and which blocks it had. Called on all processes; returns
+    what the first one saw whose loss, or else whose gradient, is not finite."""
     from accelerate.utils import gather_object
 
     plan = run.plan
@@ -74,6 +74,8 @@ def record_nonfinite(run: "Run", loss: float, grad_norm: float, samples: np.ndar
                 file.write(row + "\n")
         except OSError as error:
             warn(f"{run.output_dir / NONFINITE_LOG} cannot be written ({error.strerror}): {row}")
+    # What is not finite is a word here; a sum over processes is broken on all of them, the loss of one only there.
+    return max(everybody, key=lambda seen: (isinstance(seen["loss"], str), isinstance(seen["grad_norm"], str)))
 
 
 def json_number(value: float) -> float | str:

@@ -152,7 +152,7 @@ def leave_everything(run: Run, model: GPT2ModernForCausalLM, summary: dict[str, 
         names = export_model(
             model,
             run.output_dir,
-            tokenizer_path=run.train_blocks.tokenizer_path,
+            tokenizer_files=run.train_blocks.tokenizer_files,
             eos_token_id=run.train_blocks.eos_token_id,
         )
         draw_curves(run)

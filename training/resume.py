@@ -14,6 +14,7 @@ from training.batches import training_batches
 from training.checkpoints import (
     changed_settings,
     checkpoint_to_resume,
+    list_checkpoints,
     load_checkpoint,
     optimizer_state,
     read_trainer_state,
@@ -109,7 +110,7 @@ def open_output_dir(run: Run) -> None:
 
     Raises UserError if the folder holds files of somebody else that the run would replace.
     """
-    if not (run.output_dir / SETTINGS_FILE).exists():
+    if not (run.output_dir / SETTINGS_FILE).exists() and not list_checkpoints(run.checkpoints_dir):
         for name in ("README.md", "config.json", "model.safetensors", "metrics.jsonl"):
             if (run.output_dir / name).exists():
                 raise UserError(f"--output_dir {run.output_dir}: has a {name} of no run; name another folder")
@@ -183,7 +184,7 @@ def save(run: Run) -> bool:
                 save_model=lambda folder: save_model_folder(
                     model,
                     folder,
-                    tokenizer_path=run.train_blocks.tokenizer_path,
+                    tokenizer_files=run.train_blocks.tokenizer_files,
                     eos_token_id=run.train_blocks.eos_token_id,
                 ),
                 optimizer_state=optimizer_tensors,

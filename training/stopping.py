@@ -9,6 +9,7 @@ own code for a failed worker), and goes on when the same command is given again.
 import os
 import re
 import signal
+import threading
 import time
 from datetime import timedelta
 from types import FrameType
@@ -38,21 +39,35 @@ class StopRequest:
         self.received = 0
         self._received_at = 0.0
         self._replaced = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # A process that waits for another one runs no handlers: what it is sent then is seen by a thread.
+        self._seen, self._sent = os.pipe()
+        os.set_blocking(self._sent, False)
+        self._replaced_wakeup = signal.set_wakeup_fd(self._sent)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def __enter__(self) -> "StopRequest":
         return self
 
     def __exit__(self, *exception) -> None:
+        signal.set_wakeup_fd(self._replaced_wakeup)
         for number, handler in self._replaced.items():
             signal.signal(number, handler)
+        os.close(self._sent)  # which ends the thread
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.received:
-            self.received, self._received_at = number, now
-        elif now - self._received_at > SAME_REQUEST_S:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        self.received = self.received or number
+
+    def _watch(self) -> None:
+        while numbers := os.read(self._seen, 64):
+            for number in numbers:
+                if number not in SIGNALS:
+                    continue
+                now = time.monotonic()
+                if not self._received_at:
+                    self._received_at = now
+                elif now - self._received_at > SAME_REQUEST_S:
+                    os._exit(128 + number)  # as a shell reports a process that the signal has ended
+        os.close(self._seen)
 
     @property
     def reason(self) -> int:
