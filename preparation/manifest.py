@@ -81,10 +81,10 @@ def read_manifest(data_dir: str | Path) -> dict:
 def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
     """Every file of the tokenizer and of the splits (None: of all) that the manifest vouches for: path, {size, sha256}.
 
-    tokenizer.json, whose checksum is the tokenizer's name in training and evaluation, has no size recorded.
+    Of a tokenizer without a list of files, tokenizer.json, whose checksum is its name in training and evaluation.
     """
-    yield data_dir / "tokenizer" / "tokenizer.json", manifest["tokenizer"]
-    for name, recorded in manifest["tokenizer"].get("files", {}).items():
+    named = {"tokenizer.json": {"sha256": manifest["tokenizer"]["sha256"]}}
+    for name, recorded in manifest["tokenizer"].get("files", named).items():
         yield data_dir / "tokenizer" / name, recorded
     for split in manifest["splits"] if splits is None else splits:
         for shard in manifest["splits"][split]["shards"]:
