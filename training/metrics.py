@@ -164,12 +164,20 @@ class MetricsLog:
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
+        self._write(rewrite=self.is_behind)  # the last row in the file may be a part of one
+
+    def amend(self, row: dict[str, Any]) -> None:
+        """Add to the last row, which is of the same step."""
+        self.rows[-1] |= row
+        self._write(rewrite=True)
+
+    def _write(self, *, rewrite: bool) -> None:
         try:
-            if self.is_behind:  # the last row in the file may be a part of one
+            if rewrite:
                 self._write_all()
             else:
                 with self.path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(self.rows[-1]) + "\n")
             self.is_behind = False
         except OSError as error:
             if not self.is_behind:

@@ -93,7 +93,10 @@ def record(run: Run, bar: tqdm, metrics: dict[str, Any]) -> None:
     row = {"tokens_seen": run.tokens_seen} | metrics
     if metrics.get("loss") is not None and (warning := spike_warning(run.log.rows, metrics["loss"])):
         bar.write(f"step {run.step}: {warning}")
-    run.log.append({"step": run.step} | row)
+    if run.log.rows and run.log.rows[-1]["step"] == run.step:  # an evaluation that was made up for
+        run.log.amend(row)
+    else:
+        run.log.append({"step": run.step} | row)
     if "eval_loss" in metrics:
         draw_curves(run)
         bar.write(f"step {run.step}: validation loss {metrics['eval_loss']:.4f}")
