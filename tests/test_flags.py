@@ -156,9 +156,18 @@ def test_a_fall_of_no_given_length_takes_a_fifth_of_the_steps():
 
 def test_what_does_not_change_the_losses_reaches_its_part(data_dir, base_losses, tmp_path, monkeypatch):
     """Reading ahead, recomputed activations, another kernel: the same losses, by other means."""
+    from training.batches import DataLoader
+
+    workers, create = [], DataLoader.__init__
+
+    def noting_workers(self, *arguments, **keywords) -> None:
+        workers.append(keywords["num_workers"])
+        create(self, *arguments, **keywords)
+
+    monkeypatch.setattr(DataLoader, "__init__", noting_workers)
     flags = {"dataloader_num_workers": 1, "gradient_checkpointing": True, "attn_implementation": "eager"}
     with started(data_dir, tmp_path, **flags) as run:
-        assert run.batches._num_workers == 1
+        assert workers == [1]
         assert run.unwrapped_model.is_gradient_checkpointing
         assert run.unwrapped_model.config._attn_implementation == "eager"
         assert losses(run) == pytest.approx(base_losses({}), abs=1e-5)
