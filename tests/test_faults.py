@@ -591,7 +591,7 @@ def test_two_thousand_steps_with_a_fault_every_fifty_end_as_without(start, undis
                 (f"SIGTERM@{step}", STOPPED_EXIT_CODE),
                 (f"SIGINT@{step}", STOPPED_EXIT_CODE),
                 (f"SIGUSR1@{step}", STOPPED_EXIT_CODE),
-                (f"two_signals@{step}", -signal.SIGTERM),
+                (f"two_signals@{step}", 128 + signal.SIGTERM),
                 (f"nonfinite@{step}", 2),
                 (f"file_size_limit@{step}-{end} kill@{end + 1}", -signal.SIGKILL),
                 (f"few_bytes_free@{step}-{end} kill@{end + 1}", -signal.SIGKILL),

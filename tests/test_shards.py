@@ -92,8 +92,9 @@ def flags(tmp_path_factory, tokenizer_dir) -> tuple:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, flags) -> dict[str, str]:
-    run(tmp_path_factory.mktemp("undisturbed") / "data", *flags, "--num_proc", 1)
-    return contents(tmp_path_factory.getbasetemp() / "undisturbed0" / "data")
+    data_dir = tmp_path_factory.mktemp("undisturbed") / "data"
+    run(data_dir, *flags, "--num_proc", 1)
+    return contents(data_dir)
 
 
 def shards_of(data_dir: Path) -> list[Path]:
