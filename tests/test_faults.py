@@ -582,8 +582,9 @@ def test_two_thousand_steps_with_a_fault_every_fifty_end_as_without(start, undis
     expected = undisturbed(**settings | {"save_steps": 0})
     tried = 0
     while newest_whole(run) < 1950:
-        step = newest_whole(run) + numbers.randint(30, 70)
-        end = step + numbers.randint(5, 40)
+        # Faults lie before the last step: what a full disk does to the export has its own test.
+        step = min(newest_whole(run) + numbers.randint(30, 70), 1985)
+        end = min(step + numbers.randint(5, 40), 1995)
         kind, code = numbers.choice(
             [
                 (f"kill@{step}", -signal.SIGKILL),
@@ -601,7 +602,7 @@ def test_two_thousand_steps_with_a_fault_every_fifty_end_as_without(start, undis
         )
         trainer = start(run, kind, **settings)
         codes = trainer.wait(300)
-        assert codes == [code] or (codes == [0] and end >= 2000), (kind, trainer.output)
+        assert codes == [code] or (codes == [0] and "operation" in kind), (kind, trainer.output)
         again.append(max(0, last_logged(run) - newest_whole(run)))
         tried += 1
         if numbers.random() < 0.25 and len(saved_steps(run)) > 1:
