@@ -265,9 +265,10 @@ def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, sta
 
 
 def _build(config: PrepareConfig, settings: dict, workspace: Path, started: float) -> dict | None:
+    from preparation.disk import flush_to_disk
     from preparation.processes import write_shards
     from preparation.report import print_summary, write_report
-    from preparation.shards import Job, flush_to_disk, read_receipt, write_text
+    from preparation.shards import Job, read_receipt, write_text
     from preparation.splits import choose_rule
 
     output_dir = Path(config.output_dir)
@@ -497,8 +498,8 @@ def write_validation(job: "Job", source: "Source | None") -> dict:
 def build_manifest(
     config: PrepareConfig, settings: dict, job: "Job", vocab_size: int, receipts: list[dict], validation: dict
 ) -> dict:
+    from preparation.disk import sha256_of
     from preparation.manifest import FORMAT_VERSION, checksum_of
-    from preparation.shards import sha256_of
 
     summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
     splits = {}

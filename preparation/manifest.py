@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from command_line import UserError
+from preparation.disk import sha256_of
 
 FORMAT_VERSION = 2
 DTYPES = ("uint16", "uint32")
@@ -98,10 +99,8 @@ def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
         size = path.stat().st_size
         if size != recorded.get("size", size):
             return f"{path}: has {size} bytes, the manifest says {recorded['size']}; prepare the data again"
-        if checksum:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != recorded["sha256"]:
-                    return f"{path}: altered since it was written (sha256 differs); prepare the data again"
+        if checksum and sha256_of(path) != recorded["sha256"]:
+            return f"{path}: altered since it was written (sha256 differs); prepare the data again"
     except FileNotFoundError:
         return f"{path}: missing; prepare the data again"
     except OSError as error:

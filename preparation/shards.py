@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from command_line import UserError
+from preparation.disk import flush_to_disk, sha256_of
 from preparation.encoding import Encoder, bytes_of_tokens, check_engine
 from preparation.packing import PACKERS, Rows
 from preparation.sources import Piece, Source
@@ -397,19 +398,6 @@ def write_text(path: Path, text: str) -> None:
     flush_to_disk(temporary)
     temporary.replace(path)
     flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

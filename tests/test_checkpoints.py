@@ -146,7 +146,7 @@ def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints
 def test_every_file_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
     """Four files and their folder are flushed, then renamed, then the folder that holds the name is flushed."""
     events, rename = [], Path.rename
-    monkeypatch.setattr("training.checkpoints.os.fsync", lambda descriptor: events.append("flush"))
+    monkeypatch.setattr("preparation.disk.os.fsync", lambda descriptor: events.append("flush"))
     monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
     save(tmp_path, 1, *trained_model())
     assert events == ["flush"] * 5 + ["rename", "flush"]

@@ -6,10 +6,8 @@ match their checksums. `checkpoints/step_0000100/` is at the same time a model f
 """
 
 import errno
-import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from command_line import UserError
+from preparation.disk import flush_to_disk, sha256_of
 from training.export import give_users_modes
 from training.finetuning import is_adapted, load_adapter
 from training.sharding import shard_like, whole_tensor
@@ -62,12 +61,12 @@ def save_checkpoint(
         (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2))
         give_users_modes(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        checksums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        checksums = {str(path.relative_to(temporary)): sha256_of(path) for path in files}
         (temporary / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=2))
         for path in [*files, temporary / CHECKSUM_FILE, temporary]:
-            _flush_to_disk(path)
+            flush_to_disk(path)
         temporary.rename(final)
-        _flush_to_disk(checkpoints_dir)
+        flush_to_disk(checkpoints_dir)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -111,7 +110,7 @@ def find_problem(checkpoint: Path) -> str | None:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{checkpoint / CHECKSUM_FILE} was altered: {name!r} is outside of the checkpoint"
         try:
-            found = _sha256(path)
+            found = sha256_of(path)
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
@@ -244,16 +243,3 @@ def load_optimizer_state(
         if value.shape == parameter.shape:
             value = shard_like(value, parameter)
         owner[parameter].state[parameter][state_name] = value.to(parameter.device, copy=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -225,15 +225,14 @@ def evaluated_blocks(run: Run) -> str:
 
 def summarize(run: Run) -> dict[str, Any]:
     """The contents of summary.json; its eval_loss is that of the last evaluation, if there was one."""
-    # The newest value of each measure; a step that was left out has no loss.
-    last = {key: value for row in run.log.rows for key, value in row.items() if value is not None}
+    losses = [row["loss"] for row in run.log.rows if row.get("loss") is not None]  # a step left out has none
     eval_loss = run.eval_loss
     wall_time_s = run.wall_time_s + run.stopwatch.total_s
     return {
         "params": run.unwrapped_model.num_parameters(),
         "steps": run.step,
         "tokens_seen": run.tokens_seen,
-        "train_loss": last.get("loss"),
+        "train_loss": losses[-1] if losses else None,
         "eval_loss": eval_loss,
         "bits_per_byte": None if eval_loss is None else bits_per_byte(eval_loss, run.eval_blocks.bytes_per_token),
         "tokens_per_second": run.tokens_seen / wall_time_s,
