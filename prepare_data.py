@@ -250,7 +250,7 @@ def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, sta
 
     _quieten_libraries()
     workspace = output_dir / WORKSPACE
-    begins = not workspace.exists()
+    begins = not (workspace / "settings.json").exists()
     try:
         workspace.mkdir(exist_ok=True)
         write_text(workspace / "settings.json", json.dumps(settings, indent=2))
@@ -259,8 +259,8 @@ def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, sta
         if begins and config.shard_index is None:
             for name in ("train", "validation", "tokenizer", WORKSPACE):
                 shutil.rmtree(output_dir / name, ignore_errors=True)
-        elif begins and not any(workspace.glob("shard-*/")):
-            (workspace / "settings.json").unlink(missing_ok=True)  # the corrected call may have others
+        elif begins and not (output_dir / "tokenizer").exists():  # nothing is written: a corrected call may have others
+            (workspace / "settings.json").unlink(missing_ok=True)
         raise
 
 
@@ -412,11 +412,11 @@ def spool_stream(
         texts = pa.array([text or "" for text in documents], pa.large_string())
         return (encoder.ids_and_lengths(texts)[1] + 1).tolist()
 
-    if config.max_tokens is not None:
-        tokenizer.save_pretrained(workspace / "spool-tokenizer")
-        path = workspace / "spool-tokenizer" / "tokenizer.json"
-        encoder = Encoder(path, config.tokenizer_engine, "uint32", tokenizer.eos_token_id).with_engine_chosen()
     with locked(workspace / "spool.lock"):  # machines that share the folder share the spool
+        if config.max_tokens is not None:
+            tokenizer.save_pretrained(workspace / "spool-tokenizer")
+            path = workspace / "spool-tokenizer" / "tokenizer.json"
+            encoder = Encoder(path, config.tokenizer_engine, "uint32", tokenizer.eos_token_id).with_engine_chosen()
         return spool(
             stream,
             workspace / "spool",

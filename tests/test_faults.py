@@ -330,6 +330,35 @@ def test_a_second_signal_ends_the_process_at_once_without_damage(start, undistur
     fault_log("F7 a second signal", steps_again=3)
 
 
+WAITING = """
+import ctypes, time
+from training import stopping
+
+stopping.SAME_REQUEST_S = 0.2
+request, library, mutex = stopping.StopRequest(None, time.monotonic()), ctypes.CDLL(None), ctypes.create_string_buffer(64)
+library.pthread_mutex_init(mutex, None)
+library.pthread_mutex_lock(mutex)
+print("waiting", flush=True)
+library.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="waits in glibc")
+def test_a_second_signal_ends_a_process_that_waits_outside_of_python(fault_log):
+    """As one does in a collective: no Python handler runs there."""
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        try:
+            assert process.stdout.readline() == b"waiting\n"
+            process.terminate()
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.terminate()
+            assert process.wait(20) == 128 + signal.SIGTERM
+        finally:
+            process.kill()
+    fault_log("F7 a second signal")
+
+
 @pytest.mark.parametrize("num_processes", [1, pytest.param(2, **SLOW)])
 def test_the_end_of_the_time_stops_like_a_signal(start, undisturbed, tmp_path, fault_log, num_processes):
     """The time is over before the first step, and each start makes one nevertheless."""

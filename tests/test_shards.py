@@ -247,6 +247,14 @@ def test_ctrl_c_is_one_line_and_the_run_can_go_on(tmp_path, flags, undisturbed, 
     assert contents(tmp_path / "data") == undisturbed
 
 
+def test_a_mistake_in_the_first_call_for_one_shard_leaves_the_corrected_one_free(tmp_path, flags, capsys):
+    one = (*flags, "--num_shards", 3, "--shard_index", 0, "--output_dir", tmp_path / "data")
+    for _ in range(2):
+        assert "no column 'nope'" in refusal(capsys, *one, "--text_column", "nope")
+    main([*map(str, one)])
+    assert shards_of(tmp_path / "data")
+
+
 # Errors of one process
 
 
