@@ -7,7 +7,7 @@
         --tokenizer_name openai-community/gpt2 --num_shards 100 --num_proc 16 --output_dir data/fineweb-edu
     python prepare_data.py verify data/mine
 
-What is written, and what training reads (`training.blocks.PackedBlocks`):
+What is written, and what training reads (`gpt2modern.data.blocks.PackedBlocks`):
 
     manifest.json                          settings, counts, sha256 of shards and tokenizer; there when all is finished
     report.html                            the counts, and how long the documents are
@@ -39,16 +39,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from command_line import UserError, check_range, check_writable_folder, exit_code_2_on_user_error, parse_arguments, warn
-from preparation.settings import WORKSPACE, finished_manifest, read_template, settings_of
+from gpt2modern.cli import check_range, check_writable_folder, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.data.settings import WORKSPACE, finished_manifest, read_template, settings_of
+from gpt2modern.errors import GPT2ModernError, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from preparation.encoding import Encoder
-    from preparation.files import ReadOptions
-    from preparation.shards import Job
-    from preparation.sources import Source
+    from gpt2modern.data.encoding import Encoder
+    from gpt2modern.data.files import ReadOptions
+    from gpt2modern.data.shards import Job
+    from gpt2modern.data.sources import Source
 
 SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -135,7 +136,7 @@ class PrepareConfig:
     hub_private_repo: bool = field(default=False, metadata={"help": "Create it as a private dataset."})
 
     def __post_init__(self):
-        from preparation.manifest import MOST_TOKENS
+        from gpt2modern.data.manifest import MOST_TOKENS
 
         if (self.dataset_name is None) == (self.train_file is None):
             raise ValueError("give exactly one of --dataset_name (such as stdlib) and --train_file")
@@ -197,29 +198,29 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def verify(folders: list[str]) -> None:
-    """Read every byte of finished folders; UserError that names each file that is not as it was written."""
-    from preparation.manifest import find_problems, local_folder
+    """Read every byte of finished folders; GPT2ModernError that names each file that is not as it was written."""
+    from gpt2modern.data.manifest import find_problems, local_folder
 
     if not folders or folders[0].startswith("-"):
-        raise UserError("usage: python prepare_data.py verify FOLDER [FOLDER ...]")
+        raise GPT2ModernError("usage: python prepare_data.py verify FOLDER [FOLDER ...]")
     problems = [problem for folder in folders for problem in find_problems(local_folder(folder))]
     if problems:
-        raise UserError("; ".join(problems))
+        raise GPT2ModernError("; ".join(problems))
     print(f"{', '.join(folders)}: every file is as it was written")
 
 
 def prepare(config: PrepareConfig) -> dict | None:
     """Write `config.output_dir`; returns its manifest, or None where other shards are still to be written.
 
-    Shards that are there, of a run with the same settings, are verified and kept. Raises UserError for whatever its
+    Shards that are there, of a run with the same settings, are verified and kept. Raises GPT2ModernError for whatever its
     user can mend; a folder that this call began is then removed.
     """
-    from preparation.processes import only_user_of
+    from gpt2modern.data.processes import only_user_of
 
     started = time.perf_counter()
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file; choose another folder")
+        raise GPT2ModernError(f"--output_dir {output_dir}: is a file; choose another folder")
     settings = settings_of(config)
     existed = output_dir.exists()
     try:
@@ -233,20 +234,20 @@ def prepare(config: PrepareConfig) -> dict | None:
                 print(f"{output_dir} is already prepared with these settings; nothing to do")
             publish(config, output_dir, manifest)
             return manifest
-    except UserError:
+    except GPT2ModernError:
         if not existed and not os.listdir(output_dir):
             output_dir.rmdir()
         raise
     except OSError as error:
         way_out = "make room and run" if error.errno in FULL else "run"
-        raise UserError(
+        raise GPT2ModernError(
             f"--output_dir {output_dir}: {error.strerror or error}; what is finished is kept: {way_out} the same "
             "command again"
         ) from error
 
 
 def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, started: float) -> dict | None:
-    from preparation.shards import write_text
+    from gpt2modern.data.shards import write_text
 
     _quieten_libraries()
     workspace = output_dir / WORKSPACE
@@ -255,7 +256,7 @@ def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, sta
         workspace.mkdir(exist_ok=True)
         write_text(workspace / "settings.json", json.dumps(settings, indent=2))
         return _build(config, settings, workspace, started)
-    except UserError:
+    except GPT2ModernError:
         if begins and config.shard_index is None:
             for name in ("train", "validation", "tokenizer", WORKSPACE):
                 shutil.rmtree(output_dir / name, ignore_errors=True)
@@ -265,11 +266,11 @@ def _begin_or_go_on(config: PrepareConfig, settings: dict, output_dir: Path, sta
 
 
 def _build(config: PrepareConfig, settings: dict, workspace: Path, started: float) -> dict | None:
-    from preparation.disk import flush_to_disk
-    from preparation.processes import write_shards
-    from preparation.report import print_summary, write_report
-    from preparation.shards import Job, read_receipt, write_text
-    from preparation.splits import choose_rule
+    from gpt2modern.data.processes import write_shards
+    from gpt2modern.data.report import print_summary, write_report
+    from gpt2modern.data.shards import Job, read_receipt, write_text
+    from gpt2modern.data.splits import choose_rule
+    from gpt2modern.files import flush_to_disk
 
     output_dir = Path(config.output_dir)
     tokenizer = None
@@ -318,18 +319,20 @@ def _build(config: PrepareConfig, settings: dict, workspace: Path, started: floa
 
 
 def named_tokenizer(config: PrepareConfig) -> "PreTrainedTokenizerFast":
-    from preparation.tokenizer import load_tokenizer
+    from gpt2modern.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.tokenizer_name)
     if config.chat_template:
         tokenizer.chat_template = read_template(config.chat_template)
     if config.chat_column and not tokenizer.chat_template:
-        raise UserError(f"--tokenizer_name {config.tokenizer_name}: has no chat template; give one by --chat_template")
+        raise GPT2ModernError(
+            f"--tokenizer_name {config.tokenizer_name}: has no chat template; give one by --chat_template"
+        )
     return tokenizer
 
 
 def read_options(config: PrepareConfig, tokenizer: "PreTrainedTokenizerFast | None") -> "ReadOptions":
-    from preparation.files import ReadOptions
+    from gpt2modern.data.files import ReadOptions
 
     return ReadOptions(
         text_column=config.text_column,
@@ -346,9 +349,9 @@ def read_options(config: PrepareConfig, tokenizer: "PreTrainedTokenizerFast | No
 def open_source(
     config: PrepareConfig, options: "ReadOptions", tokenizer: "PreTrainedTokenizerFast | None", workspace: Path
 ) -> "Source":
-    """What --dataset_name or --train_file names, cut to --max_documents; UserError if it has no text at all."""
-    from preparation.sources import load_hub_dataset, open_files, open_standard_library, open_table
-    from preparation.splits import is_not_empty
+    """What --dataset_name or --train_file names, cut to --max_documents; GPT2ModernError if it has no text at all."""
+    from gpt2modern.data.sources import load_hub_dataset, open_files, open_standard_library, open_table
+    from gpt2modern.data.splits import is_not_empty
 
     if config.dataset_name is None:
         source = open_files(config.train_file, options, config.num_shards)
@@ -370,12 +373,12 @@ def open_source(
         source = source.first(config.max_documents)
     documents = (array for piece in source.pieces for array in source.read(piece))
     if not any(is_not_empty(array).any() for array in documents):
-        raise UserError("the corpus is empty: no document has any text; check the source")
+        raise GPT2ModernError("the corpus is empty: no document has any text; check the source")
     return source
 
 
 def open_validation_files(config: PrepareConfig, options: "ReadOptions") -> "Source | None":
-    from preparation.sources import expand, open_files
+    from gpt2modern.data.sources import expand, open_files
 
     if config.validation_file is None:
         return None
@@ -390,7 +393,7 @@ def open_validation_files(config: PrepareConfig, options: "ReadOptions") -> "Sou
 
 def _refuse_tokens_without_tokenizer(source: "Source", options: "ReadOptions") -> None:
     if options.eos_token_id is None and source.pieces and source.pieces[0].format == "tokens":
-        raise UserError(f"{source.origins[0]}: holds tokens; name their tokenizer with --tokenizer_name")
+        raise GPT2ModernError(f"{source.origins[0]}: holds tokens; name their tokenizer with --tokenizer_name")
 
 
 def spool_stream(
@@ -399,10 +402,10 @@ def spool_stream(
     """The first documents of a Hub dataset that is streamed, as a table on disk."""
     import pyarrow as pa
 
-    from preparation.encoding import Encoder
-    from preparation.shards import locked
-    from preparation.streaming import spool
-    from preparation.texts import render_chat
+    from gpt2modern.data.encoding import Encoder
+    from gpt2modern.data.shards import locked
+    from gpt2modern.data.streaming import spool
+    from gpt2modern.data.texts import render_chat
 
     name = f"--dataset_name {config.dataset_name}"
 
@@ -430,9 +433,9 @@ def spool_stream(
 
 def build_encoder(config: PrepareConfig, tokenizer, source: "Source", rule, workspace: Path) -> "tuple[Encoder, int]":
     """The encoder, and the size of its vocabulary; the tokenizer is trained if it is not there, and saved."""
-    from preparation.encoding import Encoder
-    from preparation.shards import publish
-    from preparation.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+    from gpt2modern.data.encoding import Encoder
+    from gpt2modern.data.shards import publish
+    from gpt2modern.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 
     folder = Path(config.output_dir) / "tokenizer"
     if tokenizer is None and folder.is_dir():  # of a run that was killed
@@ -457,7 +460,7 @@ def build_encoder(config: PrepareConfig, tokenizer, source: "Source", rule, work
 def _training_texts(source: "Source", rule) -> Iterator[list[str]]:
     import pyarrow as pa
 
-    from preparation.splits import hash_documents, is_not_empty
+    from gpt2modern.data.splits import hash_documents, is_not_empty
 
     for piece in source.pieces:
         for documents in source.read(piece):
@@ -476,7 +479,7 @@ def default_num_shards(source: "Source") -> int:
 
 def write_validation(job: "Job", source: "Source | None") -> dict:
     """Write the one validation shard, of `source` or of what the training shards held out; returns its counts."""
-    from preparation.shards import Counts, held_out_windows, publish, validation_windows, write_rows
+    from gpt2modern.data.shards import Counts, held_out_windows, publish, validation_windows, write_rows
 
     counts = Counts()
     windows = held_out_windows(job) if source is None else validation_windows(source, counts)
@@ -487,7 +490,7 @@ def write_validation(job: "Job", source: "Source | None") -> dict:
     build.mkdir()
     files = write_rows(windows, build, job.encoder, job.packing, job.block_size, counts, "the validation split")
     if not counts.documents:
-        raise UserError(
+        raise GPT2ModernError(
             "no document is left for validation; give --validation_file or another --validation_split_percentage"
         )
     publish(build, path)
@@ -498,8 +501,8 @@ def write_validation(job: "Job", source: "Source | None") -> dict:
 def build_manifest(
     config: PrepareConfig, settings: dict, job: "Job", vocab_size: int, receipts: list[dict], validation: dict
 ) -> dict:
-    from preparation.disk import sha256_of
-    from preparation.manifest import FORMAT_VERSION, checksum_of
+    from gpt2modern.data.manifest import FORMAT_VERSION, checksum_of
+    from gpt2modern.files import sha256_of
 
     summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
     splits = {}
@@ -539,7 +542,7 @@ def build_manifest(
 
 def publish(config: PrepareConfig, output_dir: Path, manifest: dict | None) -> None:
     if config.push_to_hub and manifest is not None:
-        from preparation.publishing import push_to_hub
+        from gpt2modern.data.publishing import push_to_hub
 
         push_to_hub(output_dir, manifest, config.hub_dataset_id, private=config.hub_private_repo)
 

@@ -20,23 +20,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from command_line import (
-    UserError,
+from gpt2modern.cli import (
     check_range,
     check_writable_folder,
     exit_code_2_on_user_error,
     number_or_auto,
     parse_arguments,
 )
+from gpt2modern.errors import GPT2ModernError
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from training.batches import BatchPlan
-    from training.run import Run
-    from training.schedules import Schedule
-    from training.stopping import StopRequest
+    from gpt2modern.training.batches import BatchPlan
+    from gpt2modern.training.run import Run
+    from gpt2modern.training.schedules import Schedule
+    from gpt2modern.training.stopping import StopRequest
 
 
 @dataclass
@@ -257,7 +257,7 @@ class TrainConfig:
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
         if self.max_train_time is not None:
-            from training.stopping import parse_duration
+            from gpt2modern.training.stopping import parse_duration
 
             parse_duration(self.max_train_time)
         self.schedule()
@@ -286,7 +286,7 @@ class TrainConfig:
 
     def batch_plan(self, block_size: int, num_processes: int) -> "BatchPlan":
         """How a step is divided; with an automatic micro-batch, for now, into single sequences."""
-        from training.batches import plan_batches
+        from gpt2modern.training.batches import plan_batches
 
         is_auto = self.per_device_train_batch_size == "auto"
         return plan_batches(
@@ -300,7 +300,7 @@ class TrainConfig:
 
     def schedule(self) -> "Schedule":
         """The learning rate's course; raises ValueError for parts that contradict each other."""
-        from training.schedules import DEFAULT_DECAY_RATIO, Schedule, steps_from
+        from gpt2modern.training.schedules import DEFAULT_DECAY_RATIO, Schedule, steps_from
 
         warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
@@ -316,12 +316,12 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     config = parse_arguments(TrainConfig, argv, __doc__)
 
-    from training.dry_run import dry_run
-    from training.launch import build_accelerator
-    from training.progress import finish
-    from training.resume import resume
-    from training.run import closed_batches
-    from training.stopping import StopRequest, leave
+    from gpt2modern.training.dry_run import dry_run
+    from gpt2modern.training.launch import build_accelerator
+    from gpt2modern.training.progress import finish
+    from gpt2modern.training.resume import resume
+    from gpt2modern.training.run import closed_batches
+    from gpt2modern.training.stopping import StopRequest, leave
 
     accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
     config.mixed_precision = accelerator.mixed_precision  # the launcher's, where none was given: for what is recorded
@@ -339,8 +339,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(run: "Run") -> None:
     """The steps that are left, or those until all processes stop."""
-    from training.progress import progress_bar, publish_checkpoint, record, training_metrics
-    from training.resume import save
+    from gpt2modern.training.progress import progress_bar, publish_checkpoint, record, training_metrics
+    from gpt2modern.training.resume import save
 
     config = run.config
     with progress_bar(run) as bar:
@@ -375,22 +375,22 @@ def build_run(config: TrainConfig, accelerator: "Accelerator", stop_request: "St
     """Open the data, build the model and let Accelerate place and wrap it; print what will be trained."""
     import torch
 
-    from training.blocks import PackedBlocks
-    from training.finetuning import starting_model
-    from training.launch import RollCall, refuse_fp16_on_cpu
-    from training.memory import largest_micro_batch_size
-    from training.metrics import peak_flops
-    from training.optimizers import OptimizerChain, build_optimizers
-    from training.run import Run
-    from training.samples import check_sample_prompts
-    from training.sharding import shard_model
-    from training.stopping import Agreement
-    from training.trackers import check_trackers
+    from gpt2modern.data.blocks import PackedBlocks
+    from gpt2modern.training.finetuning import starting_model
+    from gpt2modern.training.launch import RollCall, refuse_fp16_on_cpu
+    from gpt2modern.training.memory import largest_micro_batch_size
+    from gpt2modern.training.metrics import peak_flops
+    from gpt2modern.training.optimizers import OptimizerChain, build_optimizers
+    from gpt2modern.training.run import Run
+    from gpt2modern.training.samples import check_sample_prompts
+    from gpt2modern.training.sharding import shard_model
+    from gpt2modern.training.stopping import Agreement
+    from gpt2modern.training.trackers import check_trackers
 
     refuse_fp16_on_cpu(accelerator)
     check_trackers(config.report_to)
     if config.lora_rank and accelerator.is_fsdp2:
-        raise UserError("--lora_rank does not go with FSDP2: adapters are small; use a DDP configuration")
+        raise GPT2ModernError("--lora_rank does not go with FSDP2: adapters are small; use a DDP configuration")
 
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
     eval_blocks = PackedBlocks(config.data_dir, "validation", config.block_size)
@@ -464,12 +464,12 @@ def train_step(run: "Run") -> tuple["torch.Tensor", "torch.Tensor", float]:
     """
     import torch
 
-    from training.batches import samples_of_step
-    from training.faults import may_update
-    from training.models import objective_and_loss
-    from training.optimizers import set_schedule
-    from training.run import hash_seed
-    from training.sharding import whole_tensor
+    from gpt2modern.training.batches import samples_of_step
+    from gpt2modern.training.faults import may_update
+    from gpt2modern.training.models import objective_and_loss
+    from gpt2modern.training.optimizers import set_schedule
+    from gpt2modern.training.run import hash_seed
+    from gpt2modern.training.sharding import whole_tensor
 
     config, accelerator = run.config, run.accelerator
     factor = run.schedule.factor(run.step)
@@ -513,12 +513,12 @@ def evaluate(run: "Run") -> dict[str, Any]:
 
     Nothing, if the processes are asked to stop while it runs: the run that goes on begins with this evaluation.
     """
-    from eval.generate import generate_text
-    from eval.perplexity import evaluate_loss
-    from training.run import stop_if_not_finite
-    from training.samples import sample
-    from training.sharding import reshard
-    from training.stopping import agree_to_stop
+    from gpt2modern.evaluation.generation import generate_text
+    from gpt2modern.evaluation.loss import evaluate_loss
+    from gpt2modern.training.run import stop_if_not_finite
+    from gpt2modern.training.samples import sample
+    from gpt2modern.training.sharding import reshard
+    from gpt2modern.training.stopping import agree_to_stop
 
     run.stopwatch.pause()
     try:

@@ -5,12 +5,8 @@ python -m eval.generate --model DIR --prompt "def " "class " [--max_new_tokens 1
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from command_line import UserError, check_range, check_writable_file, exit_code_2_on_user_error, parse_arguments
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from gpt2modern.cli import check_range, check_writable_file, exit_code_2_on_user_error, parse_arguments
 
 
 @dataclass
@@ -36,59 +32,13 @@ class GenerateConfig:
             raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1")
 
 
-def generate_text(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> str:
-    """The continuation of `prompt` (without it), sampled with `seed`; stops early at the end-of-text token.
-
-    An empty prompt starts from the end-of-text token, which is what precedes a document in training. Raises UserError
-    for more tokens than a model with learned positions has, and for a tokenizer of another model.
-    """
-    import torch
-
-    from eval.loading import longest_sequence
-
-    input_ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt else None
-    if input_ids is None or input_ids.shape[1] == 0:
-        input_ids = torch.tensor([[tokenizer.eos_token_id]])
-    vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
-    if input_ids.max() >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives token id {input_ids.max()}, the model's vocab_size is only {vocab_size}; use the "
-            "tokenizer that it was trained with"
-        )
-    longest = longest_sequence(model)
-    if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
-        raise UserError(
-            f"the prompt's {input_ids.shape[1]} tokens and --max_new_tokens {max_new_tokens} are more than the "
-            f"{longest} positions that the model has learned; shorten one of them"
-        )
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    torch.manual_seed(seed)
-    output_ids = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids).to(model.device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}),
-    )
-    return tokenizer.decode(output_ids[0, input_ids.shape[1] :], skip_special_tokens=True)
-
-
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(GenerateConfig, argv, __doc__)
 
-    from eval.loading import load_model, load_tokenizer
-    from training.metrics import write_json
+    from gpt2modern.evaluation.generation import generate_text
+    from gpt2modern.loading import load_model, load_tokenizer
+    from gpt2modern.training.metrics import write_json
 
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     texts = []

@@ -29,7 +29,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """300 different documents, one to a line."""
-    from prepared_folders import make_texts, write_jsonl
+    from tests.support.folders import make_texts, write_jsonl
 
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_texts(300))
 
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory, corpus) -> Path:
     """400 entries trained on `corpus`; the folder around it is what prepare_data.py wrote, in blocks of 32."""
-    from prepared_folders import run
+    from tests.support.folders import run
 
     output_dir = tmp_path_factory.mktemp("tokenizer") / "data"
     run(output_dir, "--train_file", corpus, "--train_tokenizer", 400, "--block_size", 32)

@@ -8,11 +8,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import bad_inputs
 import pytest
 import torch
-from bad_inputs import PAGE, PREPARE, TABLE, TRAIN, VERIFY
 from safetensors.torch import load_file, save_file
+
+from tests.support import bad_inputs
+from tests.support.bad_inputs import PAGE, PREPARE, TABLE, TRAIN, VERIFY
 
 MODULES = {TRAIN: "train_accelerate", PREPARE: "prepare_data", VERIFY: "prepare_data"}
 RECIPES = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from command_line import UserError
-from training.batches import (
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training.batches import (
     BatchPlan,
     MicroBatchSampler,
     plan_batches,
@@ -86,12 +86,12 @@ def test_without_a_total_there_is_no_accumulation():
 @pytest.mark.fault("F15 a wrong flag, recipe or batch size")
 @pytest.mark.parametrize(("total", "choices"), [(1500, "use 1024 or 2048"), (100, "use 1024"), (0, "use 1024")])
 def test_a_total_that_does_not_divide_is_refused_with_the_nearest_ones(total, choices):
-    with pytest.raises(UserError, match=choices):
+    with pytest.raises(GPT2ModernError, match=choices):
         plan_batches(total_batch_size=total, block_size=64, per_device_train_batch_size=8, num_processes=2)
 
 
 def test_fewer_blocks_than_one_step_takes_are_refused():
-    with pytest.raises(UserError, match="has 7 blocks but one step takes 8"):
+    with pytest.raises(GPT2ModernError, match="has 7 blocks but one step takes 8"):
         MicroBatchSampler(7, BatchPlan(8, 8, 1), seed=1, consumed_samples=0, process_index=0)
 
 
@@ -126,7 +126,7 @@ def test_the_growth_does_not_depend_on_processes_or_micro_batches():
 
 
 def test_a_first_batch_that_does_not_divide_is_refused_with_those_that_do():
-    with pytest.raises(UserError, match=r"from 256 tokens .* multiple of 512.* 1024; use 512"):
+    with pytest.raises(GPT2ModernError, match=r"from 256 tokens .* multiple of 512.* 1024; use 512"):
         warm_plan(micro_batch_size=8)
 
 

@@ -1,4 +1,4 @@
-"""training.blocks: the blocks that were written, at any block size, and nothing from files that were altered."""
+"""gpt2modern.data.blocks: the blocks that were written, at any block size, and nothing from files that were altered."""
 
 import json
 import pickle
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from prepared_folders import random_rows, write_prepared
 from torch.utils.data import DataLoader
 
 import prepare_data
-from command_line import UserError
-from preparation.manifest import find_problems
-from training.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
+from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
+from gpt2modern.data.manifest import find_problems
+from gpt2modern.errors import GPT2ModernError
+from tests.support.folders import random_rows, write_prepared
 
 BLOCK_SIZE = 15  # odd: a block of another size can then begin at any place in a row
 
@@ -164,7 +164,9 @@ def test_best_fit_rows_are_padded_wherever_they_end(best_fit):
 
 
 def test_best_fit_has_one_block_size(best_fit):
-    with pytest.raises(UserError, match=rf"--block_size 7: .*packed best_fit for {BLOCK_SIZE}; leave the flag out"):
+    with pytest.raises(
+        GPT2ModernError, match=rf"--block_size 7: .*packed best_fit for {BLOCK_SIZE}; leave the flag out"
+    ):
         PackedBlocks(best_fit, "train", 7)
     assert len(PackedBlocks(best_fit, "train", BLOCK_SIZE)) == 47
 
@@ -181,52 +183,52 @@ def arrow_file(data_dir: Path) -> Path:
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"manifest\.json: no such file; prepare_data.py makes"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: no such file; prepare_data.py makes"):
         PackedBlocks(tmp_path, "train")
 
 
 def test_a_manifest_that_is_not_json_is_refused(altered):
     (altered / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest\.json: not JSON"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: not JSON"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.parametrize("version", [0, 1, None, "2"])
 def test_another_format_version_is_refused(altered, version):
     change_manifest(altered, lambda manifest: manifest.update(format_version=version))
-    with pytest.raises(UserError, match=r"manifest\.json: format_version .*, this code reads 2"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: format_version .*, this code reads 2"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.parametrize("key", ["splits", "tokenizer", "vocab_size"])
 def test_a_manifest_without_what_is_needed_is_refused(altered, key):
     change_manifest(altered, lambda manifest: manifest.pop(key))
-    with pytest.raises(UserError, match=rf"manifest\.json: has no {key}"):
+    with pytest.raises(GPT2ModernError, match=rf"manifest\.json: has no {key}"):
         PackedBlocks(altered, "train")
 
 
 def test_a_missing_tokenizer_is_refused(altered):
     (altered / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json: missing"):
+    with pytest.raises(GPT2ModernError, match=r"tokenizer\.json: missing"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.fault("F14 tokens that the tokenizer or the model lacks")
 def test_a_token_id_beyond_the_vocabulary_is_refused(altered):
     change_manifest(altered, lambda manifest: manifest.update(vocab_size=10))
-    with pytest.raises(UserError, match=r"token id \d+, but the manifest says vocab_size 10"):
+    with pytest.raises(GPT2ModernError, match=r"token id \d+, but the manifest says vocab_size 10"):
         PackedBlocks(altered, "train")[0]
 
 
 def test_a_split_that_is_not_there_is_refused(prepared):
-    with pytest.raises(UserError, match="no split 'test'; there is train, validation"):
+    with pytest.raises(GPT2ModernError, match="no split 'test'; there is train, validation"):
         PackedBlocks(prepared, "test")
 
 
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_missing_shard_is_refused(altered):
     shutil.rmtree(arrow_file(altered).parent)
-    with pytest.raises(UserError, match=r"shard-00001-of-00003/.*: missing"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/.*: missing"):
         PackedBlocks(altered, "train")
 
 
@@ -234,7 +236,7 @@ def test_a_missing_shard_is_refused(altered):
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
 def test_a_missing_file_is_refused(altered, name):
     (arrow_file(altered).parent / name).unlink()
-    with pytest.raises(UserError, match=f"shard-00001-of-00003/{name}: missing"):
+    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003/{name}: missing"):
         PackedBlocks(altered, "train")
 
 
@@ -243,7 +245,7 @@ def test_a_missing_file_is_refused(altered, name):
 def test_a_file_of_another_size_is_refused(altered, size_change):
     content = arrow_file(altered).read_bytes()
     arrow_file(altered).write_bytes(content[:size_change] if size_change < 0 else content + b"\0" * size_change)
-    with pytest.raises(UserError, match=r"shard-00001-of-00003/data.*has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/data.*has \d+ bytes, the manifest says \d+"):
         PackedBlocks(altered, "train")
 
 
@@ -255,13 +257,15 @@ def test_another_number_of_rows_is_refused(altered):
         manifest["splits"]["train"]["padding"] += BLOCK_SIZE
 
     change_manifest(altered, change)
-    with pytest.raises(UserError, match=r"shard-00001-of-00003: has \d+ rows, the manifest says \d+"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003: has \d+ rows, the manifest says \d+"):
         PackedBlocks(altered, "train")
 
 
 def test_another_dtype_is_refused(altered):
     change_manifest(altered, lambda manifest: manifest.update(dtype="uint32"))
-    with pytest.raises(UserError, match=r"shard-00000-of-00003: mixed formats: .*uint16.*, the manifest says .*uint32"):
+    with pytest.raises(
+        GPT2ModernError, match=r"shard-00000-of-00003: mixed formats: .*uint16.*, the manifest says .*uint32"
+    ):
         PackedBlocks(altered, "train")
 
 
@@ -270,7 +274,7 @@ def test_an_overwritten_header_is_refused(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[:256] = bytes(256)
     arrow_file(altered).write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001-of-00003/data.*: cannot be read"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/data.*: cannot be read"):
         PackedBlocks(altered, "train")
 
 
@@ -279,7 +283,7 @@ def test_a_flipped_bit_is_found_by_the_checksums(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[len(content) // 4] ^= 1  # of a token; those of num_tokens are found at once
     arrow_file(altered).write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00001-of-00003/data.*: altered since it was written"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/data.*: altered since it was written"):
         PackedBlocks(altered, "train").verify_checksums()
 
 
@@ -287,7 +291,7 @@ def test_a_flipped_bit_is_found_by_the_checksums(altered):
 def test_another_tokenizer_is_found_by_the_checksums(altered):
     path = altered / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(UserError, match=r"tokenizer\.json: has \d+ bytes, the manifest says"):
+    with pytest.raises(GPT2ModernError, match=r"tokenizer\.json: has \d+ bytes, the manifest says"):
         PackedBlocks(altered, "train")
 
 
@@ -295,14 +299,16 @@ def test_another_tokenizer_is_found_by_the_checksums(altered):
 @pytest.mark.parametrize("key", ["rows", "tokens", "padding"])
 def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
     change_manifest(altered, lambda manifest: manifest["splits"]["train"].update({key: 1}))
-    with pytest.raises(UserError, match=r"manifest\.json: split train has .*, its shards have"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: split train has .*, its shards have"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.parametrize("path", ["/etc", "../elsewhere", "train/../../elsewhere"])
 def test_a_shard_outside_of_the_folder_is_refused(altered, path):
     change_manifest(altered, lambda manifest: manifest["splits"]["train"]["shards"][0].update(path=path))
-    with pytest.raises(UserError, match=rf"manifest\.json: '{path}/?.*' of split train is not inside of the folder"):
+    with pytest.raises(
+        GPT2ModernError, match=rf"manifest\.json: '{path}/?.*' of split train is not inside of the folder"
+    ):
         PackedBlocks(altered, "train")
 
 
@@ -319,7 +325,7 @@ def test_a_shard_outside_of_the_folder_is_refused(altered, path):
 )
 def test_a_manifest_that_makes_no_sense_is_refused(altered, key, value, message):
     change_manifest(altered, lambda manifest: manifest.update({key: value}))
-    with pytest.raises(UserError, match=rf"manifest\.json: .*{message}"):
+    with pytest.raises(GPT2ModernError, match=rf"manifest\.json: .*{message}"):
         PackedBlocks(altered, "train")
 
 
@@ -356,13 +362,15 @@ def shorter_blocks(table: Dataset) -> Dataset:
 )
 def test_a_shard_of_another_preparation_is_refused(altered, change, found):
     rewrite_shard(altered, change)
-    with pytest.raises(UserError, match=f"shard-00001-of-00003: mixed formats: .*{found}"):
+    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003: mixed formats: .*{found}"):
         PackedBlocks(altered, "train")
 
 
 def test_best_fit_rows_in_a_concat_folder_are_refused(best_fit):
     change_manifest(best_fit, lambda manifest: manifest.update(packing="concat"))
-    with pytest.raises(UserError, match=r"shard-00000-of-00002: mixed formats: its rows have 1 to 15 tokens, .*concat"):
+    with pytest.raises(
+        GPT2ModernError, match=r"shard-00000-of-00002: mixed formats: its rows have 1 to 15 tokens, .*concat"
+    ):
         PackedBlocks(best_fit, "train")
 
 
@@ -370,7 +378,7 @@ def test_a_split_without_tokens_is_refused(prepared, tmp_path):
     empty = write_prepared(
         tmp_path / "empty", BEST_FIT | {"validation": []}, tokenizer_dir=prepared / "tokenizer", block_size=BLOCK_SIZE
     )
-    with pytest.raises(UserError, match="split 'validation' has no tokens"):
+    with pytest.raises(GPT2ModernError, match="split 'validation' has no tokens"):
         PackedBlocks(empty, "validation")
 
 
@@ -381,10 +389,10 @@ def test_another_tokenizer_and_a_larger_vocabulary_than_the_models_are_refused(p
     refuse_other_tokenizer("user/model-of-the-hub", train)
     refuse_larger_vocabulary("the model", 300, train)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=rf"prepared with another tokenizer than {tmp_path}/tokenizer\.json"):
+    with pytest.raises(GPT2ModernError, match=rf"prepared with another tokenizer than {tmp_path}/tokenizer\.json"):
         refuse_other_tokenizer(str(tmp_path), train)
     with pytest.raises(
-        UserError, match=r"manifest\.json: the data has 300 token ids, the model's vocab_size is only 299"
+        GPT2ModernError, match=r"manifest\.json: the data has 300 token ids, the model's vocab_size is only 299"
     ):
         refuse_larger_vocabulary("the model", 299, train)
 
@@ -432,7 +440,7 @@ def test_a_name_of_the_hub_is_fetched_at_one_commit_and_only_what_the_manifest_n
 
 def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # offline, as every test
-    with pytest.raises(UserError, match="someone/some-data: no such folder, and no dataset that the Hub gives"):
+    with pytest.raises(GPT2ModernError, match="someone/some-data: no such folder, and no dataset that the Hub gives"):
         PackedBlocks("someone/some-data", "train")
 
 
@@ -440,10 +448,10 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, tmp_path):
 def test_a_path_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("asked the Hub"))
-    with pytest.raises(UserError, match=r"nowhere/manifest\.json|a/b/c/manifest\.json"):
+    with pytest.raises(GPT2ModernError, match=r"nowhere/manifest\.json|a/b/c/manifest\.json"):
         PackedBlocks(name, "train")
 
 
 def test_a_block_size_below_one_is_refused(prepared):
-    with pytest.raises(UserError, match="--block_size 0: must be at least 1"):
+    with pytest.raises(GPT2ModernError, match="--block_size 0: must be at least 1"):
         PackedBlocks(prepared, "train", 0)

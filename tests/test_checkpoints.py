@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from command_line import UserError
-from training.checkpoints import (
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training.checkpoints import (
     checkpoint_to_resume,
     find_problem,
     list_checkpoints,
@@ -20,6 +20,7 @@ from training.checkpoints import (
     save_checkpoint,
     set_aside_later_checkpoints,
 )
+from tests.support.trainer import damage
 
 
 def trained_model():
@@ -50,19 +51,6 @@ def checkpoints(tmp_path):
     for step in (2, 10):
         save(tmp_path, step, model, optimizer)
     return tmp_path
-
-
-def damage(path, how):
-    if how == "deleted":
-        path.unlink()
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "truncated":
-        path.write_bytes(path.read_bytes()[:-1])
-    else:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
 
 
 def test_loading_gives_back_weights_optimizer_and_state_bit_for_bit(checkpoints):
@@ -116,12 +104,12 @@ def test_checksums_that_do_not_list_the_files_are_a_damage(checkpoints, checksum
 def test_if_none_is_whole_the_run_stops_instead_of_starting_over(checkpoints):
     for checkpoint in list_checkpoints(checkpoints):
         damage(checkpoint / "model.safetensors", "truncated")
-    with pytest.raises(UserError, match="--resume_from_checkpoint none"):
+    with pytest.raises(GPT2ModernError, match="--resume_from_checkpoint none"):
         checkpoint_to_resume("auto", checkpoints, report=print)
 
 
 def test_a_checkpoint_asked_for_by_path_must_be_one(tmp_path):
-    with pytest.raises(UserError, match=r"checksums\.json is missing"):
+    with pytest.raises(GPT2ModernError, match=r"checksums\.json is missing"):
         checkpoint_to_resume(str(tmp_path / "nothing"), tmp_path, report=print)
 
 
@@ -146,7 +134,7 @@ def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints
 def test_every_file_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
     """Four files and their folder are flushed, then renamed, then the folder that holds the name is flushed."""
     events, rename = [], Path.rename
-    monkeypatch.setattr("preparation.disk.os.fsync", lambda descriptor: events.append("flush"))
+    monkeypatch.setattr("gpt2modern.files.os.fsync", lambda descriptor: events.append("flush"))
     monkeypatch.setattr(Path, "rename", lambda path, target: events.append("rename") or rename(path, target))
     save(tmp_path, 1, *trained_model())
     assert events == ["flush"] * 5 + ["rename", "flush"]
@@ -165,7 +153,7 @@ def test_checkpoints_later_than_the_start_are_set_aside_not_deleted(checkpoints)
 
 def test_a_checkpoint_of_another_model_is_refused(checkpoints):
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
-    with pytest.raises(UserError, match="belongs to another model"):
+    with pytest.raises(GPT2ModernError, match="belongs to another model"):
         load_checkpoint(checkpoints / "step_0000010", model, [torch.optim.AdamW(model.parameters())])
 
 

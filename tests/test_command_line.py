@@ -5,7 +5,8 @@ from typing import Literal
 
 import pytest
 
-from command_line import UserError, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import exit_code_2_on_user_error, parse_arguments
+from gpt2modern.errors import GPT2ModernError
 
 
 @dataclass
@@ -63,7 +64,7 @@ def test_a_bare_no_is_the_choice_and_not_false(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path, yaml_text, expected):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(GPT2ModernError) as caught:
         parse(tmp_path, yaml_text)
     assert expected in str(caught.value)
 
@@ -79,7 +80,7 @@ def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path, yaml_text, expected
     ],
 )
 def test_a_wrong_flag_is_refused_with_the_nearest_one(flags, expected):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(GPT2ModernError) as caught:
         parse_arguments(Example, flags)
     assert expected in str(caught.value)
 
@@ -87,7 +88,7 @@ def test_a_wrong_flag_is_refused_with_the_nearest_one(flags, expected):
 def test_user_errors_become_one_line_and_exit_code_2(capsys):
     @exit_code_2_on_user_error
     def main():
-        raise UserError("first\n  second")
+        raise GPT2ModernError("first\n  second")
 
     with pytest.raises(SystemExit) as caught:
         main()

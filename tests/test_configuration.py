@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from tiny_models import FLAG_SETS, tiny_config
 
 from modeling_gpt2modern import PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM
+from tests.support.models import FLAG_SETS, tiny_config
 
 
 def on_meta(preset: str) -> GPT2ModernForCausalLM:

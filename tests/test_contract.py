@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny_models import FLAG_SETS, random_ids, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
@@ -33,6 +32,7 @@ from modeling_gpt2modern import (
     GPT2ModernForTokenClassification,
     GPT2ModernModel,
 )
+from tests.support.models import FLAG_SETS, random_ids, tiny_config, tiny_model
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
 PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])

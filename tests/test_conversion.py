@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import random_ids, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from modeling_gpt2modern import GPT2ModernForCausalLM, conversion_gpt2modern
-from modeling_gpt2modern.conversion_gpt2modern import ARCHITECTURES, from_gpt2, from_native, main, to_native
+from gpt2modern.conversion import convert as conversion_gpt2modern
+from gpt2modern.conversion.convert import ARCHITECTURES, from_gpt2, from_native, main, to_native
+from modeling_gpt2modern import GPT2ModernForCausalLM
+from tests.support.models import random_ids, tiny_config
 
 ATOL = 1e-5
 END_OF_TEXT = 88

@@ -6,7 +6,6 @@ that the checks themselves are tested wherever the tests run; the rest is marked
 
 import pytest
 import torch
-from tiny_models import FLAG_SETS, random_ids, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import CompileConfig, DynamicCache
@@ -14,6 +13,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from modeling_gpt2modern.layers_gpt2modern import linear_cross_entropy
+from tests.support.models import FLAG_SETS, random_ids, tiny_model
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 FLASH = {

@@ -9,11 +9,11 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
-from command_line import UserError
-from eval import data_benchmark
-from eval.data_benchmark import Case, MemoryPoll, Run, check_tokens, goals_table, results_table
-from eval.data_corpora import Corpus, read_documents, write_corpora
-from eval.data_peers import tiktoken_encoding
+from benchmarks import data
+from benchmarks.data import Case, MemoryPoll, Run, check_tokens, goals_table, results_table
+from benchmarks.data_corpora import Corpus, read_documents, write_corpora
+from benchmarks.data_peers import tiktoken_encoding
+from gpt2modern.errors import GPT2ModernError
 
 DOCUMENTS = [
     f"def function_{index}(a, b):\n    return a * {index} + b  # na\u00efve \u4e2d\n" * 6 for index in range(400)
@@ -71,7 +71,7 @@ def test_both_formats_hold_the_same_documents_and_repetition_is_in_another_order
 
 
 def test_too_few_documents_are_refused(tmp_path):
-    with pytest.raises(UserError, match="the unique text has 299 documents, at least 300"):
+    with pytest.raises(GPT2ModernError, match="the unique text has 299 documents, at least 300"):
         write_corpora({"unique": (None, ["jsonl"])}, DOCUMENTS[:299], tmp_path, 2, seed=0)
 
 
@@ -140,7 +140,7 @@ def test_programs_that_find_other_tokens_are_not_compared():
     expected: dict[str, int] = {}
     check_tokens(Case("prepare_data", "unique"), Run(1, 1, 1, 1, 1, 51_000), expected, corpus("unique", 1))
     check_tokens(Case("run_clm", "unique"), Run(1, 1, 1, 1, 1, 50_000), expected, corpus("unique", 1))
-    with pytest.raises(UserError, match="tiktoken finds 50999 tokens in the unique text"):
+    with pytest.raises(GPT2ModernError, match="tiktoken finds 50999 tokens in the unique text"):
         check_tokens(Case("tiktoken", "unique"), Run(1, 1, 1, 1, 1, 50_999), expected, corpus("unique", 1))
 
 
@@ -151,7 +151,7 @@ def test_a_small_run_measures_every_program_on_the_same_tokens(data_dir, text_di
     flags = f"--tokenizer_name {data_dir / 'tokenizer'} --text_dir {text_dir} --quick true --megabytes 0"
     flags += f" --unique_megabytes {size / 1e6} --sample_megabytes {size / 1e6} --file_formats parquet --block_size 64"
     flags += f" --work_dir {tmp_path / 'work'} --output {tmp_path / 'report.md'}"
-    data_benchmark.main(flags.split())
+    data.main(flags.split())
 
     tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
     tokens = sum(len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(DOCUMENTS, add_special_tokens=False))
@@ -174,6 +174,8 @@ def test_a_small_run_measures_every_program_on_the_same_tokens(data_dir, text_di
 def test_a_program_that_fails_ends_the_benchmark_with_its_last_line(data_dir, tmp_path):
     (tmp_path / "broken-00.jsonl").write_text("not json\n")
     broken = Corpus("unique", {"jsonl": [tmp_path / "broken-00.jsonl"]}, 9, 1, 1.0)
-    config = data_benchmark.DataBenchmarkConfig(tokenizer_name="-", quick=True)
-    with pytest.raises(UserError, match=r"tiktoken on unique ended with exit code 1: json\.decoder\.JSONDecodeError"):
-        data_benchmark.measure(Case("tiktoken", "unique"), broken, data_dir / "tokenizer", tmp_path / "out", config)
+    config = data.DataBenchmarkConfig(tokenizer_name="-", quick=True)
+    with pytest.raises(
+        GPT2ModernError, match=r"tiktoken on unique ended with exit code 1: json\.decoder\.JSONDecodeError"
+    ):
+        data.measure(Case("tiktoken", "unique"), broken, data_dir / "tokenizer", tmp_path / "out", config)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from command_line import parse_arguments
+from benchmarks.loss import LossBenchmarkConfig
+from benchmarks.precision import PrecisionCheckConfig
+from benchmarks.throughput import ThroughputConfig
 from eval.generate import GenerateConfig
-from eval.loss_benchmark import LossBenchmarkConfig
 from eval.perplexity import PerplexityConfig
-from eval.precision_check import PrecisionCheckConfig
-from eval.throughput import ThroughputConfig
-from modeling_gpt2modern.conversion_gpt2modern import ConversionConfig
+from gpt2modern.cli import parse_arguments
+from gpt2modern.conversion.convert import ConversionConfig
 from prepare_data import PrepareConfig
 from train_accelerate import TrainConfig
 
@@ -24,10 +24,10 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
-    "eval.loss_benchmark": LossBenchmarkConfig,
-    "eval.precision_check": PrecisionCheckConfig,
-    "eval.throughput": ThroughputConfig,
-    "modeling_gpt2modern.conversion_gpt2modern": ConversionConfig,
+    "benchmarks.loss": LossBenchmarkConfig,
+    "benchmarks.precision": PrecisionCheckConfig,
+    "benchmarks.throughput": ThroughputConfig,
+    "gpt2modern.conversion": ConversionConfig,
 }
 # A file may import what stands above it in this list, and nothing of the project that stands below.
 LAYERS = ["command_line", "preparation", "modeling_gpt2modern", "training", "eval", "train_accelerate"]
@@ -65,8 +65,8 @@ def test_the_readmes_commands_have_flags_that_exist(line, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_parse_and_name_models_that_exist(recipe):
+    from gpt2modern.training.models import parse_config_overrides
     from modeling_gpt2modern import GPT2ModernConfig
-    from training.models import parse_config_overrides
 
     parsed = parse_arguments(TrainConfig, ["--config", str(recipe), "--data_dir", "data", "--output_dir", "out"])
     GPT2ModernConfig.from_preset(parsed.model_preset, **parse_config_overrides(parsed.config_overrides))

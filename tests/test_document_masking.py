@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
 
-from training.models import document_positions, summed_loss
+from gpt2modern.training.models import document_positions, summed_loss
+from tests.support.models import random_ids, tiny_model
 
 SEPARATOR = 95
 

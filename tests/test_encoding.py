@@ -10,13 +10,13 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_folders import reference_ids, refusal, run, targets_of, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from preparation.encoding import Encoder
-from preparation.files import ReadOptions
-from preparation.sources import open_files, standard_library_files
+from gpt2modern.data.encoding import Encoder
+from gpt2modern.data.files import ReadOptions
+from gpt2modern.data.sources import open_files, standard_library_files
+from tests.support.folders import reference_ids, refusal, run, targets_of, write_jsonl
 
 AWKWARD = [
     "<|endoftext|>", "<|endoftext|", "<|endoftext|><|endoftext|>", " ", "   \t", "\0", "\r\n", "\n\n\n", "a" * 300,

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from eval import generate, perplexity
-from eval.perplexity import evaluate_loss
-from training.blocks import PackedBlocks
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.evaluation.loss import evaluate_loss
 
 
 class UniformModel(nn.Module):
@@ -29,8 +29,8 @@ class UniformModel(nn.Module):
 
 def export_fresh_model(data_dir, folder, model_preset):
     """A freshly initialised model folder as a training run leaves it."""
-    from training.export import export_model
-    from training.models import build_model
+    from gpt2modern.training.export import export_model
+    from gpt2modern.training.models import build_model
 
     blocks = PackedBlocks(data_dir, "train")
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_uniform_probabilities_have_loss_ln_vocab_size(data_dir, batch_size):
 
 
 def test_perplexity_agrees_with_logits_computed_one_block_at_a_time(data_dir, model_dir, tmp_path, capsys):
-    from eval.loading import load_model
+    from gpt2modern.loading import load_model
 
     run(perplexity.main, "--model", model_dir, "--data", data_dir, "--output", tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())

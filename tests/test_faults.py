@@ -20,20 +20,28 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import faulty_trainer
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from test_checkpoints import damage
-from test_launch import TORCHRUN, environment
-from test_train import REPOSITORY, assert_same_weights, command, flags_for, losses, metrics
 from torch.distributed import TCPStore
 
-from command_line import UserError
-from training.checkpoints import checkpoint_to_resume, find_problem, list_checkpoints
-from training.faults import spike_warning
-from training.stopping import STOPPED_EXIT_CODE
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training.checkpoints import checkpoint_to_resume, find_problem, list_checkpoints
+from gpt2modern.training.faults import spike_warning
+from gpt2modern.training.stopping import STOPPED_EXIT_CODE
+from tests.support import faults as faulty_trainer
+from tests.support.trainer import (
+    REPOSITORY,
+    TORCHRUN,
+    assert_same_weights,
+    command,
+    damage,
+    environment,
+    flags_for,
+    losses,
+    metrics,
+)
 
 pytestmark = pytest.mark.fault
 SLOW = {"marks": pytest.mark.slow}  # not slow alone, but together: `make test` has one of each kind
@@ -333,7 +341,7 @@ def test_a_second_signal_ends_the_process_at_once_without_damage(start, undistur
 
 WAITING = """
 import ctypes, time
-from training import stopping
+from gpt2modern.training import stopping
 
 stopping.SAME_REQUEST_S = 0.2
 request, library, mutex = stopping.StopRequest(None, time.monotonic()), ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -494,7 +502,7 @@ def test_no_file_of_a_run_is_a_pickle_and_nothing_here_reads_one(undisturbed, fa
 def test_the_code_in_a_model_folder_is_never_run(undisturbed, start, data_dir, tmp_path, fault_log):
     """Neither by evaluation nor by fine-tuning, and a folder that is nothing but its code is refused."""
     from eval import generate
-    from eval.loading import load_model, load_tokenizer
+    from gpt2modern.loading import load_model, load_tokenizer
 
     folder, marker = shutil.copytree(undisturbed(), tmp_path / "model"), tmp_path / "was_run"
     shutil.rmtree(folder / "checkpoints")
@@ -507,7 +515,7 @@ def test_the_code_in_a_model_folder_is_never_run(undisturbed, start, data_dir, t
     assert trainer.wait() == [0], trainer.output
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "something_else"}))
-    with pytest.raises(UserError, match=r"--model .* cannot be loaded"):
+    with pytest.raises(GPT2ModernError, match=r"--model .* cannot be loaded"):
         load_model(str(folder))
     with pytest.raises(SystemExit):
         generate.main(["--model", str(folder), "--prompt", "x"])
@@ -522,8 +530,8 @@ def test_a_step_that_is_no_number_stops_all_before_its_update(
     start, undisturbed, data_dir, tmp_path, fault_log, fault, num_processes
 ):
     """Only the last process has the fault; the blocks that are written are those of each."""
-    from training.batches import BatchPlan, samples_of_step
-    from training.blocks import PackedBlocks
+    from gpt2modern.data.blocks import PackedBlocks
+    from gpt2modern.training.batches import BatchPlan, samples_of_step
 
     run = tmp_path / "run"
     trainer = start(run, *[""] * (num_processes - 1), fault)
@@ -565,8 +573,8 @@ def test_more_skipped_steps_in_a_row_than_allowed_stop_the_run(start, tmp_path, 
 
 def test_an_infinite_gradient_is_left_to_the_loss_scale(tmp_path, fault_log):
     """fp16: the scaler refuses the step and lowers itself; a loss that is no number is ours all the same."""
-    from training.batches import BatchPlan
-    from training.faults import may_update
+    from gpt2modern.training.batches import BatchPlan
+    from gpt2modern.training.faults import may_update
 
     run = SimpleNamespace(
         accelerator=SimpleNamespace(scaler=object(), process_index=0, is_main_process=True, print=print),
@@ -582,7 +590,7 @@ def test_an_infinite_gradient_is_left_to_the_loss_scale(tmp_path, fault_log):
     assert may_update(run, loss, infinite, np.arange(2)) and not (tmp_path / "nonfinite_steps.jsonl").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
-    with pytest.raises(UserError, match="the loss is inf"):
+    with pytest.raises(GPT2ModernError, match="the loss is inf"):
         may_update(run, infinite, infinite, np.arange(2))
     fault_log("F11 a loss or gradient that is no number: fp16", 2)
 

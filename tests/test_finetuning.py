@@ -5,10 +5,10 @@ import hashlib
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import assert_same_weights, losses, metrics, train
 
-from eval.loading import load_model
-from training.blocks import PackedBlocks
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.loading import load_model
+from tests.support.trainer import assert_same_weights, losses, metrics, train
 
 LORA = {"lora_rank": 4, "learning_rate": 1e-2, "config_overrides": "hidden_dropout=0.1"}
 
@@ -108,7 +108,7 @@ def test_a_dry_run_names_the_model(base, data_dir, tmp_path, capsys):
 
 
 def test_a_larger_vocabulary_is_refused(data_dir, base, tmp_path, capsys):
-    from prepared_folders import write_prepared
+    from tests.support.folders import write_prepared
 
     tokenizer = data_dir / "tokenizer"
     rows = [list(range(33)) for _ in range(8)]

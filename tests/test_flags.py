@@ -9,17 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from prepared_folders import write_prepared
-from test_train import TINY
 
 import train_accelerate
+from gpt2modern.training.checkpoints import changed_settings, list_checkpoints, read_trainer_state
+from gpt2modern.training.launch import build_accelerator
+from gpt2modern.training.metrics import model_flops_per_token
+from gpt2modern.training.resume import resume, save, settings_of_every_update
+from gpt2modern.training.run import closed_batches
+from gpt2modern.training.stopping import StopRequest
+from tests.support.folders import write_prepared
+from tests.support.trainer import TINY
 from train_accelerate import TrainConfig, build_run, evaluate, train_step
-from training.checkpoints import changed_settings, list_checkpoints, read_trainer_state
-from training.launch import build_accelerator
-from training.metrics import model_flops_per_token
-from training.resume import resume, save, settings_of_every_update
-from training.run import closed_batches
-from training.stopping import StopRequest
 
 COMMON = {
     "config_overrides": TINY,
@@ -156,7 +156,7 @@ def test_a_fall_of_no_given_length_takes_a_fifth_of_the_steps():
 
 def test_what_does_not_change_the_losses_reaches_its_part(data_dir, base_losses, tmp_path, monkeypatch):
     """Reading ahead, recomputed activations, another kernel: the same losses, by other means."""
-    from training.batches import DataLoader
+    from gpt2modern.training.batches import DataLoader
 
     workers, create = [], DataLoader.__init__
 
@@ -262,7 +262,7 @@ def test_tf32_is_on(data_dir, tmp_path):
 
 
 def test_curves_are_drawn_at_each_evaluation(data_dir, tmp_path, monkeypatch):
-    from training import progress
+    from gpt2modern.training import progress
 
     drawn = []
     monkeypatch.setattr(
@@ -275,7 +275,7 @@ def test_curves_are_drawn_at_each_evaluation(data_dir, tmp_path, monkeypatch):
 
 def test_utilization_is_of_one_device(data_dir, tmp_path):
     """Of two processes, each has half of the tokens and one peak."""
-    from training.progress import training_metrics
+    from gpt2modern.training.progress import training_metrics
 
     with started(data_dir, tmp_path) as run:
         loss, grad_norm, rate = train_step(run)
@@ -291,7 +291,7 @@ def test_utilization_is_of_one_device(data_dir, tmp_path):
 def test_an_evaluation_is_no_training_time(data_dir, tmp_path, monkeypatch):
     """By a clock that goes on only where it is told."""
     from eval import perplexity
-    from training import metrics
+    from gpt2modern.training import metrics
 
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_models import FLAG_SETS, random_ids, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
+from tests.support.models import FLAG_SETS, random_ids, tiny_model
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}

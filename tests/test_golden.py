@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from prepared_folders import write_prepared
-from test_train import losses, train
+
+from tests.support.folders import write_prepared
+from tests.support.trainer import losses, train
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 # Nats per token. Without AVX-512 or without any vector instructions, or with two threads, losses move by up to 6e-6

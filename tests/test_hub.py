@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_train import ENVIRONMENT, command, train
 
-from command_line import UserError, parse_arguments
+from gpt2modern.cli import parse_arguments
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training import hub
+from gpt2modern.training.model_card import write_model_card
+from tests.support.trainer import ENVIRONMENT, command, train
 from train_accelerate import TrainConfig
-from training import hub
-from training.model_card import write_model_card
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -94,7 +95,7 @@ def test_checkpoints_arrive_without_their_optimizer(fake, data_dir, tmp_path, st
 @pytest.mark.parametrize("unsaved", [2, 4])
 def test_a_checkpoint_that_could_not_be_saved_is_not_uploaded(fake, data_dir, tmp_path, monkeypatch, unsaved):
     """Neither the first one, when there is none, nor a later one, when an older one lies there."""
-    from training import resume
+    from gpt2modern.training import resume
 
     save_checkpoint = resume.save_checkpoint
 
@@ -131,7 +132,7 @@ def test_a_slow_upload_holds_nothing_up_and_the_next_ones_are_left_out(fake, dat
         fake.gate.set()
         return original(*arguments, **options)
 
-    monkeypatch.setattr("training.progress.upload_last", release_then_upload)
+    monkeypatch.setattr("gpt2modern.training.progress.upload_last", release_then_upload)
     train(data_dir, tmp_path, push_to_hub=True, hub_strategy="every_save", save_steps=2, save_total_limit=1)
     messages = [upload.commit_message for upload in fake.uploads]
     assert messages[-1] == "Model after 8 steps" and len(messages) <= 2
@@ -163,7 +164,7 @@ def test_a_run_without_a_network_ends_well(data_dir, tmp_path):
 
 
 def test_a_name_that_no_repository_can_have_is_an_error_before_anything_starts():
-    with pytest.raises(UserError, match="--hub_model_id 'a/b/c' is no repository name; give owner/name"):
+    with pytest.raises(GPT2ModernError, match="--hub_model_id 'a/b/c' is no repository name; give owner/name"):
         parse_arguments(
             TrainConfig, ["--data_dir=data", "--output_dir=out", "--push_to_hub=true", "--hub_model_id=a/b/c"]
         )

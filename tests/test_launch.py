@@ -12,9 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from prepared_folders import random_rows, write_prepared
 from safetensors.torch import load_file
-from test_train import ENVIRONMENT, REPOSITORY, TINY, assert_same_weights, command, losses, metrics, train
+
+from tests.support.folders import random_rows, write_prepared
+from tests.support.trainer import (
+    REPOSITORY,
+    TINY,
+    TORCHRUN,
+    assert_same_weights,
+    command,
+    environment,
+    losses,
+    metrics,
+    train,
+)
 
 CONFIGURATIONS = REPOSITORY / "accelerate_configs"
 SETTINGS = {
@@ -27,15 +38,8 @@ SETTINGS = {
 }
 SPEEDRUN = {"model_preset": "speedrun", "optimizer": "muon", "embedding_learning_rate": 0.1}
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 SHARDED = "2 x cpu, sharded by FSDP2"
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-def environment(**more):
-    """That of a shell on a machine whose GPUs, if it has any, are hidden."""
-    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
-    return plain | {"CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | more
 
 
 def launch(data_dir, output_dir, *launcher, says, variables=(), **changes):

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from tiny_models import tiny_config
 from torch.nn import functional as F
 
 from modeling_gpt2modern.layers_gpt2modern import (
@@ -21,6 +20,7 @@ from modeling_gpt2modern.layers_gpt2modern import (
     positions_from_lengths,
     soft_cap,
 )
+from tests.support.models import tiny_config
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:

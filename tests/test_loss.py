@@ -10,13 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
-from tiny_models import random_ids, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from eval.loss_benchmark import CASES, LossBenchmarkConfig, Measurement, make_step, table_row
+from benchmarks.loss import CASES, LossBenchmarkConfig, Measurement, make_step, table_row
 from modeling_gpt2modern.layers_gpt2modern import (
     _linear_cross_entropy_sum,
     _summed_loss_and_gradients,
@@ -24,6 +23,7 @@ from modeling_gpt2modern.layers_gpt2modern import (
     linear_cross_entropy_and_z_loss,
     logits_z_loss,
 )
+from tests.support.models import random_ids, tiny_model
 
 NUM_TOKENS, HIDDEN_SIZE, ROWS = 37, 16, 56
 TOLERANCES = {torch.float64: {"atol": 1e-13, "rtol": 1e-11}, torch.float32: {"atol": 1e-6, "rtol": 1e-5}}

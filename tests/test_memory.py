@@ -1,4 +1,4 @@
-"""training.memory: the estimate is near what autograd keeps; looking for a micro-batch leaves no trace."""
+"""gpt2modern.training.memory: the estimate is near what autograd keeps; looking for a micro-batch leaves no trace."""
 
 from types import SimpleNamespace
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny_models import tiny_config
 
-from command_line import UserError
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training import memory
+from gpt2modern.training.memory import activation_bytes, estimate_memory, largest_micro_batch_size
+from gpt2modern.training.models import summed_loss
 from modeling_gpt2modern import GPT2ModernForCausalLM
-from training import memory
-from training.memory import activation_bytes, estimate_memory, largest_micro_batch_size
-from training.models import summed_loss
+from tests.support.models import tiny_config
 
 NEEDS = {"block_size": 16, "optimizer": "adamw", "separator": None}
 
@@ -93,7 +93,7 @@ def test_the_largest_size_that_does_not_run_out_of_memory_is_taken(accelerator, 
 def test_a_model_that_does_not_fit_at_all_is_refused(accelerator, monkeypatch):
     monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trying)
     monkeypatch.setattr(memory, "try_training_pass", runs_out_above(0))
-    with pytest.raises(UserError, match="one sequence of 16 tokens does not fit"):
+    with pytest.raises(GPT2ModernError, match="one sequence of 16 tokens does not fit"):
         largest_micro_batch_size(accelerator, new_model(), [1, 2], **NEEDS)
 
 

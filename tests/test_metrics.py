@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from command_line import UserError
-from training.metrics import (
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training.metrics import (
     MetricsLog,
     Stopwatch,
     bits_per_byte,
@@ -60,7 +60,7 @@ def test_the_peak_is_that_of_the_device_named_not_of_a_name_within_it(name, tflo
 @pytest.mark.parametrize("content", ['{"a": 1}', "[1]"])
 def test_a_file_that_is_no_log_is_refused(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content + "\n")
-    with pytest.raises(UserError, match="is not a log of metrics"):
+    with pytest.raises(GPT2ModernError, match="is not a log of metrics"):
         MetricsLog(tmp_path / "metrics.jsonl", resumed_step=0)
 
 
@@ -90,7 +90,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
 
 def test_paused_time_is_not_training_time(monkeypatch):
     now = iter([0.0, 2.0, 10.0, 12.0])  # start; pause after 2 s; go on at 10 s; look at 12 s
-    monkeypatch.setattr("training.metrics.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("gpt2modern.training.metrics.time.perf_counter", lambda: next(now))
     stopwatch = Stopwatch(torch.device("cpu"), step=7)
     stopwatch.pause()
     stopwatch.resume()
@@ -106,7 +106,7 @@ def test_the_curves_are_a_png_also_before_the_first_evaluation(tmp_path):
 
 
 def test_the_bar_names_every_number_and_leaves_out_what_is_not_known():
-    from training.progress import bar_numbers
+    from gpt2modern.training.progress import bar_numbers
 
     metrics = {"loss": 3.21, "learning_rate": 6e-4, "tokens_per_second": 12345.6, "peak_memory_gib": 1.25, "mfu": 0.414}
     known = "02:05 left, loss 3.210, lr 6.0e-04, 12,346 tok/s, MFU 41.4%, 1.2 GiB"

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FLAG_SETS, SPEEDRUN_RESIDUALS, TINY, random_ids, tiny_config, tiny_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
@@ -19,6 +18,7 @@ from modeling_gpt2modern import (
     GPT2ModernForTokenClassification,
 )
 from modeling_gpt2modern.modeling_gpt2modern import eager_attention_forward
+from tests.support.models import FLAG_SETS, SPEEDRUN_RESIDUALS, TINY, random_ids, tiny_config, tiny_model
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
 

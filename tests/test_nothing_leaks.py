@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import ENVIRONMENT, TINY, command, train
 
-from preparation.manifest import read_tokenizer_files
-from training import resume
-from training.checkpoints import find_problem, save_checkpoint
+from gpt2modern.data.manifest import read_tokenizer_files
+from gpt2modern.training import resume
+from gpt2modern.training.checkpoints import find_problem, save_checkpoint
+from tests.support.trainer import ENVIRONMENT, TINY, command, train
 
 ROOT = Path(__file__).parents[1]
 MARKER = "hf_ThisIsTheSecretOfTheTest"
@@ -124,7 +124,7 @@ def test_code_of_a_model_folder_is_not_run(data_dir, tmp_path):
     for path in folder.glob("*.py"):
         path.write_text("import os\nos.mkdir('made_by_remote_code')\n")
     code = (
-        "from eval import generate, perplexity; from modeling_gpt2modern import conversion_gpt2modern as conversion\n"
+        "from eval import generate, perplexity; from gpt2modern.conversion import convert as conversion\n"
         "import sys; model, data = sys.argv[1:]\n"
         "generate.main(['--model', model, '--prompt', 'def', '--max_new_tokens', '2'])\n"
         "perplexity.main(['--model', model, '--data', data])\n"

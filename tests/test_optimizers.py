@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 
+from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedule
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
-from training.optimizers import OptimizerChain, build_optimizers, set_schedule
 
 
 def tiny_model(preset="gpt2"):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_folders import make_texts, refusal, rows_of, run, targets_of, write_jsonl
 from transformers import AutoTokenizer
 
-from preparation.packing import PACKERS, BestFitPacker, Rows, best_fit
+from gpt2modern.data.packing import PACKERS, BestFitPacker, Rows, best_fit
+from tests.support.folders import make_texts, refusal, rows_of, run, targets_of, write_jsonl
 
 EOS = 0
 lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=60)

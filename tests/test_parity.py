@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_config
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
+from tests.support.models import random_ids, tiny_config
 
 ATOL = 1e-5
 

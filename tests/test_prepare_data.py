@@ -11,7 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from prepared_folders import (
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from prepare_data import main
+from tests.support.folders import (
     contents,
     documents_of,
     make_texts,
@@ -23,10 +27,6 @@ from prepared_folders import (
     targets_of,
     write_jsonl,
 )
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from prepare_data import main
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is in the blocks

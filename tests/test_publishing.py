@@ -8,10 +8,10 @@ import datasets
 import huggingface_hub
 import pytest
 import yaml
-from prepared_folders import make_texts, refusal, rows_of, run, write_jsonl
 
-from preparation.publishing import dataset_card
+from gpt2modern.data.publishing import dataset_card
 from prepare_data import main
+from tests.support.folders import make_texts, refusal, rows_of, run, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_adapters_are_counted_as_what_is_trained():
 
 
 def test_a_dry_run_with_data_counts_its_epochs_and_is_itself_a_recipe(data_dir, tmp_path):
-    from training.blocks import PackedBlocks
+    from gpt2modern.data.blocks import PackedBlocks
 
     flags = ["--data_dir", data_dir, "--max_steps", 30, "--config_overrides", "hidden_size=32,num_attention_heads=2"]
     settings, facts = dry_run(*flags, "--output_dir", tmp_path / "run")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_ids, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
+from tests.support.models import random_ids, tiny_model
 
 FLAG_SETS = ("gpt2", "modern", "speedrun", "sliding_mixed")
 CODE = {"configuration_gpt2modern.py", "layers_gpt2modern.py", "modeling_gpt2modern.py"}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from test_train import TINY, assert_same_weights, metrics, train
 
-from training.samples import on_one_line
+from gpt2modern.training.samples import on_one_line
+from tests.support.trainer import TINY, assert_same_weights, metrics, train
 
 PROMPTS = ["--sample_prompts", "def ", "", "--sample_max_new_tokens", "6"]
 
@@ -41,16 +41,16 @@ def test_training_does_not_notice(sampled, data_dir, tmp_path):
 
 @pytest.mark.fault("F21 samples and evaluations change nothing")
 def test_the_generators_of_training_stay_as_they_were(data_dir, tmp_path, monkeypatch):
-    import training.samples
+    import gpt2modern.training.samples
 
-    original, untouched = training.samples.sample, []
+    original, untouched = gpt2modern.training.samples.sample, []
 
     def watched(*arguments):
         before = torch.get_rng_state()
         original(*arguments)
         untouched.append(torch.equal(before, torch.get_rng_state()))
 
-    monkeypatch.setattr(training.samples, "sample", watched)
+    monkeypatch.setattr(gpt2modern.training.samples, "sample", watched)
     train(data_dir, tmp_path, extra=PROMPTS, **settings(max_steps=2))
     assert untouched == [True]
 

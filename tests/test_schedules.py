@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.schedules import DECAYS, SCHEDULES, Schedule, steps_from
+from gpt2modern.training.schedules import DECAYS, SCHEDULES, Schedule, steps_from
 
 
 def rate(step, schedule="cosine", **changes):

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared_folders import contents, make_texts, refusal, run, write_jsonl
 
-from preparation import processes
-from preparation.shards import Stopped, write_shard
+from gpt2modern.data import processes
+from gpt2modern.data.shards import Stopped, write_shard
 from prepare_data import main
+from tests.support.folders import contents, make_texts, refusal, run, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS = 12
@@ -25,7 +25,7 @@ SHARDS = 12
 # Forks a process for each line of flags, so that only one pays for the imports; prints its number and its exit code.
 LAUNCHER = """
 import json, os, sys
-import awkward, datasets, gigatoken, transformers, prepare_data, preparation.processes, preparation.publishing
+import awkward, datasets, gigatoken, transformers, prepare_data, gpt2modern.data.processes, gpt2modern.data.publishing
 for line in sys.stdin:
     child = os.fork()
     if not child:

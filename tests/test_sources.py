@@ -13,7 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prepared_folders import (
+from tokenizers import Tokenizer
+
+from gpt2modern.data import readers, sources, streaming
+from gpt2modern.data.files import ReadOptions
+from gpt2modern.data.sources import open_files, standard_library_files
+from prepare_data import main
+from tests.support.folders import (
     contents,
     documents_of,
     make_texts,
@@ -23,12 +29,6 @@ from prepared_folders import (
     run,
     write_jsonl,
 )
-from tokenizers import Tokenizer
-
-from preparation import readers, sources, streaming
-from preparation.files import ReadOptions
-from preparation.sources import open_files, standard_library_files
-from prepare_data import main
 
 TEXTS = [
     "one",

@@ -1,12 +1,12 @@
-"""eval.throughput and eval.precision_check: rows, figures and reports; what is measured is a step as the trainer's."""
+"""benchmarks.throughput and benchmarks.precision: rows, figures and reports; what is measured is a step as the trainer's."""
 
 import pytest
 import torch
 
-from eval import precision_check, throughput
-from eval.measuring import median_and_spread, percentile
-from eval.throughput import Measurement, Row, Shape, make_training_step, rows_of, table
-from training.metrics import flops_per_token
+from benchmarks import precision, throughput
+from benchmarks.measuring import median_and_spread, percentile
+from benchmarks.throughput import Measurement, Row, Shape, make_training_step, rows_of, table
+from gpt2modern.training.metrics import flops_per_token
 
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,vocab_size=256"
 SHAPE = Shape(
@@ -68,11 +68,14 @@ def test_a_report_is_written_with_a_row_for_each_process(tmp_path, capfd):
     text = path.read_text()
     assert path.name.endswith("_throughput_cpu.md") and text in capfd.readouterr().out
     assert "| gpt2 | adamw | fp32 |" in text and "| transformers GPT2LMHeadModel (gpt2) | adamw | fp32 |" in text
-    assert "Command: `python -m eval.throughput --model_preset gpt2" in text and "n = 3 repetitions of 2 steps" in text
+    assert (
+        "Command: `python -m benchmarks.throughput --model_preset gpt2" in text
+        and "n = 3 repetitions of 2 steps" in text
+    )
 
 
 def check(data, output, *flags):
-    precision_check.main(
+    precision.main(
         f"--data {data} --model_preset modern --config_overrides {TINY} --block_size 16 --steps 12 "
         f"--per_device_train_batch_size 2 --output {output}".split()
         + list(flags)

@@ -4,12 +4,13 @@ import importlib.util
 
 import pytest
 from accelerate.tracking import GeneralTracker
-from test_train import losses, train
 
-from command_line import UserError, parse_arguments
+from gpt2modern.cli import parse_arguments
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training import trackers
+from gpt2modern.training.trackers import Trackers, check_trackers, flat_settings
+from tests.support.trainer import losses, train
 from train_accelerate import TrainConfig
-from training import trackers
-from training.trackers import Trackers, check_trackers, flat_settings
 
 
 class FakeTracker(GeneralTracker):
@@ -106,7 +107,7 @@ def test_trackers_are_closed_when_a_run_breaks_off(data_dir, tmp_path, fake, mon
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.progress.plot_training_curves", interrupted)
+    monkeypatch.setattr("gpt2modern.training.progress.plot_training_curves", interrupted)
     with pytest.raises(SystemExit, match="130"):
         train(data_dir, tmp_path, report_to="trackio")
     assert fake.instances[0].calls[-1] == ("finish",)
@@ -121,9 +122,9 @@ def test_settings_are_flat():
 def test_a_tracker_that_is_not_installed_or_unknown_is_named_before_anything_starts(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers(["none"])
-    with pytest.raises(UserError, match="--report_to wandb: it is not installed; python -m pip install wandb"):
+    with pytest.raises(GPT2ModernError, match="--report_to wandb: it is not installed; python -m pip install wandb"):
         check_trackers(["wandb"])
-    with pytest.raises(UserError, match="--report_to tensorbored: there are none, trackio"):
+    with pytest.raises(GPT2ModernError, match="--report_to tensorbored: there are none, trackio"):
         parse_arguments(
             TrainConfig, ["--data_dir", "data", "--output_dir", "out", "--report_to", "trackio", "tensorbored"]
         )

@@ -2,77 +2,30 @@
 
 import functools
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from prepared_folders import random_rows, write_prepared
 from safetensors.torch import load_file
 
-from command_line import UserError
+from gpt2modern.errors import GPT2ModernError
+from tests.support.folders import random_rows, write_prepared
+from tests.support.trainer import (
+    ENVIRONMENT,
+    REPOSITORY,
+    TINY,
+    assert_same_weights,
+    command,
+    losses,
+    metrics,
+    train,
+)
 from train_accelerate import TrainConfig
-
-REPOSITORY = Path(__file__).parents[1]
-TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
-FLAGS = {
-    "config_overrides": TINY,
-    "per_device_train_batch_size": 4,
-    "total_batch_size": 256,
-    "max_steps": 8,
-    "learning_rate": 1e-2,
-    "warmup_steps": 2,
-    "logging_steps": 1,
-    "eval_steps": 4,
-    "eval_blocks": 8,
-    "save_steps": 3,
-    "save_total_limit": 9,
-}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-
-
-def flags_for(data_dir, output_dir, **changes):
-    settings = FLAGS | {"data_dir": data_dir, "output_dir": output_dir} | changes
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def train(data_dir, output_dir, extra=(), **changes):
-    """Train in this process, on one CPU device; `extra` holds the flags that take lists."""
-    from accelerate.state import AcceleratorState
-
-    import train_accelerate
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train_accelerate.main([*flags_for(data_dir, output_dir, **changes), *extra])
-    return output_dir
-
-
-def command(data_dir, output_dir, *launcher, **changes):
-    return [
-        *(launcher or [sys.executable]),
-        str(REPOSITORY / "train_accelerate.py"),
-        *flags_for(data_dir, output_dir, **changes),
-    ]
-
-
-def metrics(output_dir):
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output_dir):
-    return [row["loss"] for row in metrics(output_dir)]
-
-
-def assert_same_weights(first, second):
-    expected, found = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +110,7 @@ def test_the_learning_rate_of_every_step_is_the_schedules(data_dir, tmp_path):
 
 def test_a_micro_batch_that_was_found_trains_as_one_that_was_given(data_dir, tmp_path, monkeypatch, capsys):
     """Trying sizes moves neither weights nor random numbers; of 8 sequences per step, 4 at a time fit here."""
-    from training import memory
+    from gpt2modern.training import memory
 
     try_training_pass = memory.try_training_pass
 
@@ -198,7 +151,7 @@ def test_a_batch_size_warm_up_counts_its_tokens_and_resumes_bit_identical_from_i
 
 def test_document_masking_reaches_the_loss(data_dir, tmp_path):
     """The test data is one document, so its most frequent token is declared to end documents."""
-    from training.blocks import PackedBlocks
+    from gpt2modern.data.blocks import PackedBlocks
 
     data = shutil.copytree(data_dir, tmp_path / "data")
     tokens = torch.cat(list(PackedBlocks(data, "train")))
@@ -427,10 +380,10 @@ def loss_of_real_targets(model, blocks, indices):
 
 
 def test_padding_has_no_part_in_loss_gradient_and_evaluation(padded_dir, tmp_path):
-    from eval.loading import load_model
-    from training.batches import BatchPlan, samples_of_step
-    from training.blocks import PackedBlocks
-    from training.models import build_model
+    from gpt2modern.data.blocks import PackedBlocks
+    from gpt2modern.loading import load_model
+    from gpt2modern.training.batches import BatchPlan, samples_of_step
+    from gpt2modern.training.models import build_model
 
     run = train(padded_dir, tmp_path, max_steps=1, warmup_steps=0, eval_blocks=7, save_steps=0, seed=3)
     blocks = PackedBlocks(padded_dir, "train")
@@ -534,11 +487,11 @@ def test_bf16_trains_and_saves_fp32_weights(data_dir, tmp_path):
 
 
 def test_bf16_is_refused_where_it_is_only_emulated(monkeypatch):
-    from training.launch import refuse_emulated_bf16
+    from gpt2modern.training.launch import refuse_emulated_bf16
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    with pytest.raises(UserError, match="Tesla T4 has no bf16: use --mixed_precision fp16"):
+    with pytest.raises(GPT2ModernError, match="Tesla T4 has no bf16: use --mixed_precision fp16"):
         refuse_emulated_bf16(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     refuse_emulated_bf16(torch.device("cuda"))
@@ -598,7 +551,7 @@ def test_the_folder_loads_where_this_project_is_not(finished, tmp_path):
     """A process that cannot see the repository runs the code of the folder and computes the same logits."""
     from transformers import AutoTokenizer
 
-    from eval.loading import load_model
+    from gpt2modern.loading import load_model
 
     result = subprocess.run(
         [sys.executable, "-I", "-c", HIDE_PROJECT + LOAD_ELSEWHERE, str(finished)],
@@ -630,8 +583,8 @@ sys.meta_path.insert(0, Absent())
 
 def test_z_loss_is_minimised_but_not_reported(data_dir, tmp_path):
     """The first loss is the same, what follows is not; with a large weight the sum of exp(logits) goes towards 1."""
-    from eval.loading import load_model
-    from training.blocks import PackedBlocks
+    from gpt2modern.data.blocks import PackedBlocks
+    from gpt2modern.loading import load_model
 
     settings = {"learning_rate": 0.05, "save_steps": 0}
     runs = {z_loss: train(data_dir, tmp_path / str(z_loss), z_loss=z_loss, **settings) for z_loss in (0.0, 10.0)}

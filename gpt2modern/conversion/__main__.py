@@ -1,0 +1,5 @@
+"""Run the conversion as `python -m gpt2modern.conversion`."""
+
+from gpt2modern.conversion.convert import main
+
+main()

@@ -1,0 +1,240 @@
+"""Reading what prepare_data.py wrote: memory-mapped blocks of tokens, in O(1) and at any block size."""
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.data.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IGNORE_INDEX = -100  # transformers' label for "no target"
+
+
+class PackedBlocks(torch.utils.data.Dataset):
+    """The blocks of one split of a prepared folder; a block is block_size + 1 tokens, so each position has a target.
+
+    Rows on disk hold the manifest's block size + 1 tokens and how many of the targets (tokens 1, 2, ...) are real; the
+    rest is padding and is served as IGNORE_INDEX. With packing "concat" a row begins with its predecessor's last
+    token, so another `block_size` cuts the stream that they form again, within each shard; its last block is padded.
+    Rows packed "best_fit" are independent of each other and have one block size.
+    `data_dir` is a folder or the name of a dataset on the Hub. Pickling carries the arguments only: a worker maps the
+    files again.
+
+    manifest: what prepare_data.py wrote; tokens: real targets of the split; bytes_per_token: UTF-8 bytes of its text
+    per token, which turns nats per token into bits per byte.
+    Raises GPT2ModernError naming the file for a folder without a manifest or of another format, and for a missing, cut or
+    altered shard (size, columns and counts; `verify_checksums` reads every byte).
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, block_size: int | None = None):
+        self.data_dir = local_folder(data_dir)
+        self.split = split
+        self.manifest = read_manifest(self.data_dir)
+        if split not in self.manifest["splits"]:
+            raise GPT2ModernError(f"{self.data_dir}: no split {split!r}; there is {', '.join(self.manifest['splits'])}")
+        counts = self.manifest["splits"][split]
+        self.row_size: int = self.manifest["block_size"]
+        self.block_size: int = self.row_size if block_size is None else block_size
+        self.packing: str = self.manifest["packing"]
+        if self.block_size < 1:
+            raise GPT2ModernError(f"--block_size {block_size}: must be at least 1")
+        if self.packing != "concat" and self.block_size != self.row_size:
+            raise GPT2ModernError(
+                f"--block_size {block_size}: {self.data_dir} was packed {self.packing} for {self.row_size}; leave the "
+                f"flag out, or prepare the data with --block_size {block_size} or --packing concat"
+            )
+        if not counts["tokens"]:
+            raise GPT2ModernError(f"{self.data_dir}: split {split!r} has no tokens; prepare it from more text")
+        self.vocab_size: int = self.manifest["vocab_size"]
+        self.eos_token_id: int = self.manifest["eos_token_id"]
+        self.tokens: int = counts["tokens"]
+        self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
+
+        self._refuse_damage(checksum=False)
+        self.tokenizer_files = read_tokenizer_files(self.data_dir)
+        if hashlib.sha256(self.tokenizer_files["tokenizer.json"]).hexdigest() != self.manifest["tokenizer"]["sha256"]:
+            raise GPT2ModernError(
+                f"{self.tokenizer_path / 'tokenizer.json'}: altered since it was written; prepare the data again"
+            )
+        self._chunks: list[np.ndarray] = []  # (rows, row_size + 1) views of the files, one per Arrow record batch
+        row_tokens: list[np.ndarray] = []  # (rows,) int32: the real targets of each of these rows
+        for shard in counts["shards"]:
+            chunks, shard_row_tokens = self._map_shard(shard)
+            self._chunks += chunks
+            row_tokens += shard_row_tokens
+        # Concat has full rows and blocks up to each shard's last one; only best_fit needs its 4 bytes a row.
+        self._row_tokens = np.concatenate(row_tokens) if self.packing == "best_fit" else None
+        # Entry i: where chunk i begins among all rows, shard i among all rows and among all blocks; the end comes last.
+        self._chunk_starts = [0, *itertools.accumulate(map(len, self._chunks))]
+        shard_rows = np.array([shard["rows"] for shard in counts["shards"]])
+        self._shard_tokens = np.array([shard["tokens"] for shard in counts["shards"]])
+        shard_blocks = shard_rows if self.packing == "best_fit" else -(-self._shard_tokens // self.block_size)
+        self._row_starts = np.concatenate([[0], np.cumsum(shard_rows)])
+        self._block_starts = np.concatenate([[0], np.cumsum(shard_blocks)])
+
+    def __len__(self) -> int:
+        return int(self._block_starts[-1])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """One block: (block_size + 1,) int64; raises IndexError outside of [-len, len)."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Blocks in the order asked: (len(indices), block_size + 1) int64, IGNORE_INDEX after a block's last real
+        target. A DataLoader calls it once per batch; give it an identity `collate_fn`."""
+        blocks = self._checked(indices)
+        shard, start = self._shard_and_start(blocks)
+        tokens = self._read(shard, start)
+        num_targets = self._num_targets(blocks, shard, start)
+        for padded in (num_targets < self.block_size).nonzero()[0]:
+            tokens[padded, 1 + num_targets[padded] :] = IGNORE_INDEX
+        if tokens.size and tokens.max() >= self.vocab_size:  # an embedding would read beyond its table
+            raise GPT2ModernError(
+                f"{self.data_dir / self.split}: has token id {tokens.max()}, but the manifest says vocab_size "
+                f"{self.vocab_size}; prepare the data again"
+            )
+        return torch.from_numpy(tokens)
+
+    def __reduce__(self):
+        return type(self), (self.data_dir, self.split, self.block_size)
+
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Real targets in the given blocks, all together: what their summed loss is divided by. Reads no tokens."""
+        blocks = self._checked(indices)
+        return int(self._num_targets(blocks, *self._shard_and_start(blocks)).sum())
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder of the tokenizer, for `AutoTokenizer.from_pretrained`."""
+        return self.data_dir / "tokenizer"
+
+    def verify_checksums(self) -> None:
+        """Read every file of the split, and tokenizer.json; GPT2ModernError for the first whose sha256 differs."""
+        self._refuse_damage(checksum=True)
+
+    def _refuse_damage(self, *, checksum: bool) -> None:
+        for path, recorded in recorded_files(self.data_dir, self.manifest, [self.split]):
+            if problem := file_problem(path, recorded, checksum=checksum):
+                raise GPT2ModernError(problem)
+
+    def _checked(self, indices: Sequence[int]) -> np.ndarray:
+        """(n,) block numbers in [0, len); IndexError for others than those and their negative names."""
+        blocks = np.asarray(indices, dtype=np.int64)
+        blocks = np.where(blocks < 0, blocks + len(self), blocks)
+        if blocks.size and not (blocks.min() >= 0 and blocks.max() < len(self)):
+            raise IndexError(f"block index out of range: {self.split} has {len(self)} blocks")
+        return blocks
+
+    def _num_targets(self, blocks: np.ndarray, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """(n,) block numbers, and where they are -> (n,) real targets of each."""
+        if self._row_tokens is not None:
+            return self._row_tokens[blocks]
+        return np.minimum(self._shard_tokens[shard] - start, self.block_size)
+
+    def _shard_and_start(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) block numbers -> (n,) shards, and (n,) where the blocks begin in their shard's stream of targets."""
+        shard = np.searchsorted(self._block_starts, blocks, side="right") - 1
+        return shard, (blocks - self._block_starts[shard]) * self.block_size
+
+    def _read(self, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """(n,) places of blocks -> (n, block_size + 1) int64; what lies past the end of a shard is not filled in."""
+        rows, offsets = np.divmod(start, self.row_size)
+        rows, ends = rows + self._row_starts[shard], self._row_starts[shard + 1]
+        out = np.empty((len(rows), self.block_size + 1), dtype=np.int64)
+        # One copy a row: gathering whole rows by index arrays is 2 to 10 times slower where another size is cut.
+        for block, row, offset, end in zip(out, rows.tolist(), offsets.tolist(), ends.tolist(), strict=True):
+            filled = 0
+            while filled <= self.block_size and row < end:
+                chunk = bisect.bisect_right(self._chunk_starts, row) - 1
+                piece = self._chunks[chunk][row - self._chunk_starts[chunk], offset : offset + len(block) - filled]
+                block[filled : filled + len(piece)] = piece
+                filled += len(piece)
+                row, offset = row + 1, 1  # the first token of the next row is the last one of this
+        return out
+
+    def _map_shard(self, shard: dict) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Views of the shard's record batches, without a copy: (rows, row_size + 1) tokens and (rows,) real targets."""
+        path = self.data_dir / shard["path"]
+        tables = [_map_arrow_file(path / name) for name in sorted(shard["files"]) if name.endswith(".arrow")]
+        for table in tables:
+            self._refuse_other_columns(path, table.schema)
+        try:
+            chunks = [
+                chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), self.row_size + 1)
+                for table in tables
+                for chunk in table.column("input_ids").chunks
+            ]
+            row_tokens = [
+                chunk.to_numpy(zero_copy_only=True) for table in tables for chunk in table.column("num_tokens").chunks
+            ]
+        except ValueError as error:  # nulls; pyarrow's own are ValueErrors too
+            raise GPT2ModernError(f"{path}: cannot be read ({error}); prepare the data again") from error
+        self._refuse_other_counts(path, shard, np.concatenate([*row_tokens, np.empty(0, dtype=np.int32)]))
+        return chunks, row_tokens
+
+    def _refuse_other_columns(self, path: Path, schema: "pa.Schema") -> None:
+        import pyarrow as pa
+
+        tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
+        expected = {"input_ids": tokens, "num_tokens": pa.int32()}
+        found = dict(zip(schema.names, schema.types, strict=True))
+        if found != expected:
+            columns = [", ".join(f"{name} {kind}" for name, kind in each.items()) for each in (found, expected)]
+            raise GPT2ModernError(
+                f"{path}: mixed formats: has the columns {columns[0]}, the manifest says {columns[1]}; "
+                "prepare the data again"
+            )
+
+    def _refuse_other_counts(self, path: Path, shard: dict, row_tokens: np.ndarray) -> None:
+        if len(row_tokens) != shard["rows"]:
+            raise GPT2ModernError(
+                f"{path}: has {len(row_tokens)} rows, the manifest says {shard['rows']}; prepare the data again"
+            )
+        if row_tokens.sum(dtype=np.int64) != shard["tokens"]:
+            raise GPT2ModernError(
+                f"{path}: has {row_tokens.sum(dtype=np.int64)} tokens, the manifest says {shard['tokens']}; "
+                "prepare the data again"
+            )
+        full = row_tokens[:-1] if self.packing == "concat" else row_tokens[:0]
+        if (full != self.row_size).any() or not ((row_tokens >= 1) & (row_tokens <= self.row_size)).all():
+            raise GPT2ModernError(
+                f"{path}: mixed formats: its rows have {row_tokens.min()} to {row_tokens.max()} tokens, which packing "
+                f"{self.packing} for {self.row_size} does not give; prepare the data again"
+            )
+
+
+def _map_arrow_file(path: Path) -> "pa.Table":
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise GPT2ModernError(f"{path}: cannot be read ({error}); prepare the data again") from error
+
+
+def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
+    """Raise GPT2ModernError if the model folder has another tokenizer.json than the data was encoded with."""
+    path = Path(model) / "tokenizer.json"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != blocks.manifest["tokenizer"]["sha256"]:
+        raise GPT2ModernError(
+            f"{blocks.data_dir} was prepared with another tokenizer than {path}; "
+            f"prepare it with --tokenizer_name {model}"
+        )
+
+
+def refuse_larger_vocabulary(model: str, vocab_size: int, blocks: PackedBlocks) -> None:
+    """Raise GPT2ModernError, in which the model is called `model`, if the data has token ids beyond its `vocab_size`."""
+    if blocks.vocab_size > vocab_size:
+        raise GPT2ModernError(
+            f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, {model}'s vocab_size is "
+            f"only {vocab_size}; prepare the data with the model's tokenizer"
+        )

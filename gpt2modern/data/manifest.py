@@ -1,0 +1,187 @@
+"""manifest.json of a prepared folder: what it has to say, and what is wrong with the files that it names.
+
+It is what the writer and the readers share, so it imports neither `datasets` nor torch.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.files import sha256_of
+
+FORMAT_VERSION = 2
+DTYPES = ("uint16", "uint32")
+PACKINGS = ("concat", "best_fit")
+# What of `tokenizer/` goes into a model's folder: nothing else there could be taken for weights or code of the model.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+MOST_TOKENS = 1 << 24  # entries of a vocabulary; a tokenizer that claims more is damaged
+
+
+def local_folder(data_dir: str | Path) -> Path:
+    """`data_dir` itself, or, if it is no folder here but reads user/name, the copy of that dataset of the Hub.
+
+    Of the repository only what its manifest names is fetched, and nothing if it has no manifest of this format.
+    Raises GPT2ModernError where the Hub does not give it.
+    """
+    folder = Path(data_dir)
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data_dir)):
+        return folder
+    import huggingface_hub
+
+    def fetch(patterns: list[str], revision: str | None = None) -> Path:
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    str(data_dir), repo_type="dataset", revision=revision, allow_patterns=patterns
+                )
+            )
+        except Exception as error:  # the network, the Hub, the disk: none of it is a defect of ours
+            cause = str(error).strip() or type(error).__name__
+            raise GPT2ModernError(
+                f"{data_dir}: no such folder, and no dataset that the Hub gives ({cause.splitlines()[0]}); prepare the "
+                "data, or check the name and the network"
+            ) from None
+
+    folder = fetch(["manifest.json"])
+    files = recorded_files(folder, read_manifest(folder))
+    names = [path.relative_to(folder).as_posix() for path, _ in files]
+    # The folder of a snapshot is named after its commit: both calls have to take the same one.
+    return fetch(["manifest.json", "tokenizer/*", *names], revision=folder.name)
+
+
+def read_manifest(data_dir: str | Path) -> dict:
+    """manifest.json of a prepared folder; GPT2ModernError if there is none, it is of another format, or it contradicts
+    itself."""
+    path = Path(data_dir) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise GPT2ModernError(f"{path}: no such file; prepare_data.py makes folders that have one") from None
+    except (ValueError, RecursionError) as error:
+        raise GPT2ModernError(f"{path}: not JSON ({error}); prepare the data again") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise GPT2ModernError(f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again")
+    try:
+        contradiction = _contradiction(manifest)
+    except KeyError as error:
+        raise GPT2ModernError(f"{path}: has no {error.args[0]}; prepare the data again") from None
+    except (TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise GPT2ModernError(f"{path}: a value is not of its type ({error}); prepare the data again") from None
+    if contradiction:
+        raise GPT2ModernError(f"{path}: {contradiction}; prepare the data again")
+    return manifest
+
+
+def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
+    """Every file of the tokenizer and of the splits (None: of all) that the manifest vouches for: path, {size, sha256}.
+
+    Of a tokenizer without a list of files, tokenizer.json, whose checksum is its name in training and evaluation.
+    """
+    named = {"tokenizer.json": {"sha256": manifest["tokenizer"]["sha256"]}}
+    for name, recorded in manifest["tokenizer"].get("files", named).items():
+        yield data_dir / "tokenizer" / name, recorded
+    for split in manifest["splits"] if splits is None else splits:
+        for shard in manifest["splits"][split]["shards"]:
+            for name, recorded in shard["files"].items():
+                yield data_dir / shard["path"] / name, recorded
+
+
+def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
+    """What is wrong with one file, as one line that names it; None if nothing is. Without `checksum`, O(1)."""
+    try:
+        size = path.stat().st_size
+        if size != recorded.get("size", size):
+            return f"{path}: has {size} bytes, the manifest says {recorded['size']}; prepare the data again"
+        if checksum and sha256_of(path) != recorded["sha256"]:
+            return f"{path}: altered since it was written (sha256 differs); prepare the data again"
+    except FileNotFoundError:
+        return f"{path}: missing; prepare the data again"
+    except OSError as error:
+        return f"{path}: {error.strerror}; prepare the data again"
+    return None
+
+
+def find_problems(data_dir: str | Path) -> list[str]:
+    """Read every byte of a prepared folder; one line for each file that is missing, cut or altered, none if it is
+    whole. A folder whose manifest cannot be read has that one problem."""
+    try:
+        folder = local_folder(data_dir)
+        manifest = read_manifest(folder)
+    except GPT2ModernError as error:
+        return [str(error)]
+    problems = [file_problem(path, recorded, checksum=True) for path, recorded in recorded_files(folder, manifest)]
+    if manifest.get("checksum", checksum_of(manifest)) != checksum_of(manifest):
+        problems.append(f"{folder / 'manifest.json'}: altered since it was written; prepare the data again")
+    return [problem for problem in problems if problem]
+
+
+def checksum_of(manifest: dict) -> str:
+    """sha256 of all that the manifest says besides its own `checksum`."""
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
+    """The files of the tokenizer by name. Raises GPT2ModernError for a link that leads out of the folder, whose content a
+    model's folder would otherwise make public."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        path = data_dir / "tokenizer" / name
+        if not path.is_file():
+            continue
+        if leads_out(path, data_dir):
+            raise GPT2ModernError(f"{path}: is a link out of {data_dir}; put the file itself there")
+        files[name] = path.read_bytes()
+    return files
+
+
+def leads_out(path: Path, data_dir: Path) -> bool:
+    """Whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's cache,
+    whose snapshots are links to the blobs beside them."""
+    folder = data_dir.resolve()
+    allowed = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    return not any(path.resolve().is_relative_to(root) for root in allowed)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise TypeError(f"{value!r} is no count")
+    return value
+
+
+def _contradiction(manifest: dict) -> str | None:
+    """The first thing in the manifest that cannot be; KeyError or TypeError for what is absent or of another type."""
+    for name, choices in {"dtype": DTYPES, "packing": PACKINGS}.items():
+        if manifest[name] not in choices:
+            return f"{name} {manifest[name]!r} is none of {', '.join(choices)}"
+    block_size, vocab_size, eos_token_id = (_count(manifest[n]) for n in ("block_size", "vocab_size", "eos_token_id"))
+    if block_size < 1 or not 0 <= eos_token_id < vocab_size:
+        return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} do not go together"
+    _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"]
+    for name in manifest["tokenizer"].get("files", {}):
+        if name != PurePosixPath(name).name or name in ("", "..") or "\0" in name:
+            return f"{name!r} of the tokenizer is not inside of the folder"
+    for split, counts in manifest["splits"].items():
+        for name in ("documents", "bytes", "cut_documents"):
+            _count(counts[name])
+        for shard in counts["shards"]:
+            for path in (shard["path"], *(f"{shard['path']}/{name}" for name in shard["files"])):
+                path.encode()  # ValueError for what no file can be called
+                if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
+                    return f"{path!r} of split {split} is not inside of the folder"
+            for recorded in shard["files"].values():
+                _ = _count(recorded["size"]), recorded["sha256"]
+        rows, tokens = (sum(shard[name] for shard in counts["shards"]) for name in ("rows", "tokens"))
+        if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):
+            return (
+                f"split {split} has {counts['rows']} rows, {counts['tokens']} tokens and {counts['padding']} of "
+                f"padding, its shards have {rows}, {tokens} and {rows * block_size - tokens}"
+            )
+    return None

@@ -1,0 +1,100 @@
+"""Which documents, or parts of them, are held out for validation.
+
+By hash: a document belongs to the validation split when the 64-bit hash of its text falls below the asked share of the
+range. The choice does not depend on the other documents, on their order or on the seed, so it stays the same when data
+is added, and equal texts never stand on both sides. Where this would hold out fewer than 10 documents on average, the
+last part of each document is held out instead, cut at a line break.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from gpt2modern.data.sources import Source
+
+# Below this many expected validation documents their number, and with it the split, is mostly chance.
+MIN_HELD_OUT_DOCUMENTS = 10
+
+
+class Split(NamedTuple):
+    """train, held_out: documents; hashes: of the documents that are, or are partly, held out (uint64)."""
+
+    train: pa.Array
+    held_out: pa.Array
+    hashes: np.ndarray
+
+
+@dataclass(frozen=True)
+class ValidationRule:
+    """by: `file` (nothing is held out, --validation_file is there), `hash` or `tail`."""
+
+    by: Literal["file", "hash", "tail"]
+    fraction: float = 0.0
+
+    def __str__(self) -> str:
+        return {
+            "file": "the documents of --validation_file",
+            "hash": f"documents whose hash is below {self.fraction:.4g} of its range",
+            "tail": f"the last {self.fraction:.4g} of each document, from a line break on",
+        }[self.by]
+
+    def split(self, documents: pa.Array, hashes: np.ndarray) -> Split:
+        """`documents` without empty ones, and the hash of each."""
+        if self.by == "hash":
+            below = hashes < np.uint64(self.fraction * 2**64)
+            return Split(documents.filter(pa.array(~below)), documents.filter(pa.array(below)), hashes[below])
+        if self.by == "tail":
+            pairs = [_cut(document, self.fraction) for document in documents.to_pylist()]
+            has_tail = np.array([len(tail) > 0 for _, tail in pairs], dtype=bool)
+            heads = pa.array([head for head, _ in pairs if len(head)], documents.type)
+            return Split(heads, pa.array([tail for _, tail in pairs if len(tail)], documents.type), hashes[has_tail])
+        return Split(documents, documents.slice(0, 0), hashes[:0])
+
+
+def choose_rule(source: Source, percentage: float, has_validation_file: bool) -> ValidationRule:
+    """Reads as many documents as it takes to know that there are enough for the rule by hash."""
+    if has_validation_file:
+        return ValidationRule("file")
+    fraction = percentage / 100
+    found = 0
+    for piece in source.pieces:
+        for documents in source.read(piece):
+            found += int(is_not_empty(documents).sum())
+            if found * fraction >= MIN_HELD_OUT_DOCUMENTS:
+                return ValidationRule("hash", fraction)
+    return ValidationRule("tail", fraction)
+
+
+def is_not_empty(documents: pa.Array) -> np.ndarray:
+    return np.diff(_offsets(documents)) > 0
+
+
+def hash_documents(documents: pa.Array) -> np.ndarray:
+    """xxh3-64 of each document's UTF-8, or of its tokens: uint64."""
+    from xxhash import xxh3_64_intdigest
+
+    values = documents.buffers()[-1]
+    itemsize = 1 if pa.types.is_large_string(documents.type) else documents.type.value_type.bit_width // 8
+    view = memoryview(values if values is not None else b"")
+    edges = (_offsets(documents) * itemsize).tolist()
+    digests = [xxh3_64_intdigest(view[begin:end]) for begin, end in pairwise(edges)]
+    return np.array(digests, dtype=np.uint64)
+
+
+def _offsets(documents: pa.Array) -> np.ndarray:
+    """(documents + 1,): where each begins in the array's values."""
+    if not len(documents):
+        return np.zeros(1, dtype=np.int64)
+    offsets = np.frombuffer(documents.buffers()[1], dtype=np.int64)
+    return offsets[documents.offset : documents.offset + len(documents) + 1]
+
+
+def _cut(document, fraction: float):
+    """(head, tail); a text without a line break to cut at is all head, a list of tokens is cut anywhere."""
+    target = int(len(document) * (1 - fraction))
+    if isinstance(document, str):
+        target = document.rfind("\n", 0, target) + 1 or document.find("\n", target) + 1 or len(document)
+    return document[:target], document[target:]

@@ -1,0 +1,366 @@
+"""Wrong inputs of every command and what is answered: the rows of docs/errors.md and the cases of test_bad_inputs.py.
+
+`python tests/bad_inputs.py` writes the page.
+"""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
+TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
+
+# What precedes the flags of a case; a flag is left out where the case gives it or its rival.
+COMMANDS = {
+    "train_accelerate.py": {
+        "--data_dir": "data", "--output_dir": "run", "--config_overrides": TINY, "--per_device_train_batch_size": "4",
+        "--total_batch_size": "256", "--max_steps": "8", "--warmup_steps": "2",
+    },
+    "prepare_data.py": {
+        "--train_file": "text.txt", "--tokenizer_name": "data/tokenizer", "--output_dir": "prepared", "--num_proc": "1",
+    },
+    "prepare_data.py verify": {},
+    "eval.perplexity": {"--model": "model", "--data": "data"},
+    "eval.generate": {"--model": "model", "--prompt": "def "},
+    "benchmarks.throughput": {"--output": "reports"},
+    "benchmarks.precision": {"--output": "reports", "--data": "data"},
+    "benchmarks.data": {"--tokenizer_name": "data/tokenizer"},
+    "gpt2modern.conversion": {"--model": "model", "--output_dir": "native"},
+}  # fmt: skip
+TRAIN, PREPARE, VERIFY, PERPLEXITY, GENERATE, THROUGHPUT, PRECISION, DATA_BENCHMARK, CONVERT = COMMANDS
+RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_name"}
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """flags: added to those of COMMANDS; error: a part of the line; what_to_do: where the line does not say it all.
+
+    Names of files and folders are those that test_bad_inputs.py makes and describes. environment: variables set;
+    without: a package that is not installed; bare: without the flags of COMMANDS.
+    """
+
+    command: str
+    flags: str
+    error: str
+    what_to_do: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    without: str | None = None
+    bare: bool = False
+
+    @property
+    def argv(self) -> list[str]:
+        given = shlex.split(self.flags)
+        names = {word.split("=")[0] for word in given}
+        left_out = names | {RIVALS[name] for name in names if name in RIVALS}
+        first = {} if self.bare else {k: v for k, v in COMMANDS[self.command].items() if k not in left_out}
+        verify = ["verify"] if self.command == VERIFY else []
+        return [*verify, *(word for pair in first.items() for word in pair), *given]
+
+
+def train(flags: str, error: str, what_to_do: str = "", **more) -> BadInput:
+    return BadInput(TRAIN, flags, error, what_to_do, **more)
+
+
+def overrides(settings: str, error: str, what_to_do: str = "") -> BadInput:
+    return train(f"--config_overrides {TINY},{settings}", error, what_to_do)
+
+
+def environment(name: str, value: str, error: str, what_to_do: str = "") -> BadInput:
+    return train("", error, what_to_do, environment={name: value})
+
+
+FLAGS = [
+    train("--max_stepss 3", "unknown argument '--max_stepss' (did you mean '--max_steps'?)"),
+    train("--max_steps many", "--max_steps: invalid int value: 'many'", "a whole number"),
+    train("--max_steps 0", "--max_steps 0 must be at least 1"),
+    train("--max_steps 99999999999", "--max_steps 99999999999 must be at most 2147483647"),
+    train("--learning_rate nan", "--learning_rate nan must be a finite number"),
+    train("--learning_rate inf", "--learning_rate inf must be a finite number"),
+    train("--adam_beta1 1.5", "--adam_beta1 1.5 must be at most 0.99999"),
+    train("--adam_epsilon -1", "--adam_epsilon -1.0 must be at least 0"),
+    train("--seed 18446744073709551616", "--seed 18446744073709551616 must be at most 9223372036854775807"),
+    train("--dataloader_num_workers 100000", "--dataloader_num_workers 100000 must be at most 256"),
+    train("--ddp_timeout 99999999999999", "--ddp_timeout 99999999999999 must be at most 2147483647"),
+    train("--warmup_steps 9", "--warmup_steps 9 is more than --max_steps 8"),
+    train("--warmup_ratio 0.5", "--warmup_steps 2 and --warmup_ratio 0.5 say the same thing twice", "give one of them"),
+    train("--warmup_ratio 1.5", "--warmup_ratio 1.5 must be at most 1"),
+    train("--decay_steps 2", "belong to --lr_scheduler_type warmup_stable_decay"),
+    train("--decay_type linear", "--decay_type linear is the shape of warmup_stable_decay's fall; remove it"),
+    train("--max_grad_norm inf", "--max_grad_norm inf must be a finite number"),
+    train("--total_batch_size -64", "--total_batch_size -64 must be at least 1"),
+    train("--total_batch_size 100", "--total_batch_size 100 is not a multiple of", "one of the totals that it names"),
+    train("--total_batch_size 128000", "blocks but one step takes 4000"),
+    train("--per_device_train_batch_size some", "--per_device_train_batch_size 'some' is neither a number nor auto"),
+    train("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 must be at least 1"),
+    train("--batch_size_warmup_steps 3", "a batch-size warm-up from 32 tokens", "another --initial_total_batch_size"),
+    train("--initial_total_batch_size 128", "--initial_total_batch_size needs --batch_size_warmup_steps"),
+    train("--block_size 1000000", "--block_size 1000000", "a --block_size that --total_batch_size is a multiple of"),
+    train("--block_size 9223372036854775808", "--block_size 9223372036854775808 must be at most 2147483647"),
+    train("--model_preset gpt5", "unknown preset 'gpt5'; the presets are gpt2,"),
+    train("--attn_implementation fast", "--attn_implementation fast", "one of the implementations that it names"),
+    train("--mixed_precision int4", "--mixed_precision: invalid choice: 'int4'"),
+    train("--max_train_time soon", "--max_train_time soon: expected seconds, or hours:minutes:seconds"),
+    train("--report_to printer", "--report_to printer: there are none, trackio, tensorboard and wandb"),
+    train("--project ''", "--project '' is empty; give it a value, or leave the flag out"),
+    train("--run_name caf\udce9", "has bytes that are not text (UTF-8)", "type it in UTF-8"),
+    train("--hub_model_id a/b/c", "--hub_model_id 'a/b/c' is no repository name; give owner/name"),
+    train("--lora_rank 2 --optimizer muon", "use adamw with --lora_rank"),
+    train("--lora_rank 2", "--lora_rank 2 needs --model_name_or_path"),
+    train("--lora_target_modules q_proj", "--lora_alpha and --lora_target_modules need --lora_rank"),
+    train("--lora_rank -1", "--lora_rank -1 must be at least 0"),
+    BadInput(TRAIN, "--max_steps 3", "--data_dir and --output_dir are needed", bare=True),
+]
+
+SETTINGS_OF_THE_MODEL = [
+    train("--config_overrides hiden_size=3", "no setting 'hiden_size' (did you mean 'hidden_size'?)"),
+    train("--config_overrides hidden_size", "expected key=value, found 'hidden_size'"),
+    train("--config_overrides hidden_size=abc", "hidden_size='abc' must be a whole number"),
+    train(
+        "--config_overrides hidden_size=!!python/object/apply:os.getcwd",
+        "cannot read the value of 'hidden_size'",
+        "YAML values alone are read; nothing is run",
+    ),
+    train("--config_overrides hidden_size=30,num_attention_heads=4", "hidden_size=30 is not a multiple of"),
+    overrides("hidden_size=64", "'hidden_size' is given twice; keep one"),
+    overrides("return_dict=false", "the model has no setting 'return_dict'", "its settings are those of README.md"),
+    overrides("vocab_size=8", "vocab_size=8", "leave it out: the data decides it"),
+    overrides("max_position_embeddings=16", "--block_size 32 is longer than max_position_embeddings=16"),
+    overrides("initializer_range=-1", "initializer_range=-1 must not be negative"),
+    overrides("norm_eps=.nan", "norm_eps=nan must be a finite number"),
+    overrides("attention_scale=.inf", "attention_scale=inf must be a finite number"),
+    overrides("hidden_dropout=1.0", "hidden_dropout=1.0 must be at least 0 and below 1"),
+    overrides("layer_types=[full_attention]", "layer_types has 1 entries, num_hidden_layers=2"),
+    overrides("rope_theta=-5", "rope_parameters has rope_theta=-5; it must be a number above 0"),
+    overrides("rope_theta=nan", "rope_parameters has rope_theta='nan'; it must be a number above 0"),
+    overrides("rope_parameters='{rope_type: linear, factor: -3}'", "factor=-3; it must be a number of at least 1"),
+    overrides(
+        "rope_parameters='{rope_type: longrope, factor: 2, short_factor: [1], long_factor: [1]}'",
+        "short_factor=[1]; it must be a list of 8 numbers",
+    ),
+    overrides("eos_token_id=99999", "eos_token_id=99999 must be between 0 and 319", "leave it out: the data has it"),
+    overrides("pad_token_id=-1", "pad_token_id=-1 must be between 0 and 319"),
+]
+
+RECIPES = [
+    train("--config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
+    train("--config data", "--config data: Is a directory", "name the file"),
+    train("--config loop", "--config loop: Too many levels of symbolic links"),
+    train("--config typo.yaml", "--config typo.yaml: unknown key 'sed' (did you mean 'seed'?)"),
+    train("--config twice.yaml", "--config twice.yaml: 'seed' is given twice; keep one"),
+    train("--config tag.yaml", "--config tag.yaml: not valid YAML", "plain values; tags that make objects are refused"),
+    train("--config tab.yaml", "--config tab.yaml: not valid YAML", "spaces, not tabs"),
+    train("--config nested.yaml", "--config nested.yaml: unknown key 'training'", "all keys at the left edge"),
+    train("--config deep.yaml", "--config deep.yaml: nested too deeply"),
+    train("--config list.yaml", "--config list.yaml: expected 'flag: value' lines, found list"),
+    train("--config no_value.yaml", "--config no_value.yaml: seed: expected a value, found None"),
+    train("--config list_in_list.yaml", "--config list_in_list.yaml: sample_prompts: expected a value"),
+    train("--config latin.yaml", "--config latin.yaml: not valid YAML: 'utf-8' codec", "save it as UTF-8"),
+    train("--config nan.yaml", "--learning_rate nan must be a finite number"),
+]
+
+PLACES = [
+    train("--data_dir nowhere", "nowhere/manifest.json: no such file; prepare_data.py makes folders that have one"),
+    train("--data_dir model", "model/manifest.json: no such file", "name a folder that prepare_data.py wrote"),
+    train("--data_dir loop", "loop/manifest.json: no such file"),
+    train("--data_dir a/b", "a/b: no such folder, and no dataset that the Hub gives", "the name, the network"),
+    train("--output_dir ''", "--output_dir '' is empty"),
+    train("--output_dir data", "--output_dir data is the --data_dir or inside of it; name another folder"),
+    train("--output_dir data/train", "--output_dir data/train is the --data_dir or inside of it"),
+    train("--output_dir text.txt/run", "text.txt is a file, not a folder; name another place"),
+    train("--output_dir loop", "--output_dir loop: Too many levels of symbolic links"),
+    train(f"--output_dir {'long' * 80}", "File name too long; name another place"),
+    train("--output_dir thesis", "--output_dir thesis: has a README.md of no run; name another folder"),
+    train("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: nowhere/checksums.json is missing"),
+    train("--resume_from_checkpoint model", "model/checksums.json is missing", "name a folder of RUN/checkpoints"),
+    train(
+        "--resume_from_checkpoint escaping",
+        "'../model/model.safetensors' is outside of the checkpoint",
+        "take another checkpoint: this one was tampered with",
+    ),
+    train("--resume_from_checkpoint altered", "altered/model.safetensors was altered", "take another checkpoint"),
+]
+
+ENVIRONMENT = [
+    environment("WORLD_SIZE", "two", "the environment has WORLD_SIZE='two', which is no number"),
+    environment("WORLD_SIZE", "2", "cannot set up 2 process(es)", "start it with accelerate launch or torchrun"),
+    environment("LOCAL_RANK", "first", "cannot set up 1 process(es)", "unset what an earlier launch left behind"),
+    environment("CUDA_VISIBLE_DEVICES", "nonsense", "CUDA_VISIBLE_DEVICES='nonsense'; give numbers as 0,1"),
+    environment("ACCELERATE_TORCH_DEVICE", "toaster", "cannot set up 1 process(es)", "unset ACCELERATE_TORCH_DEVICE"),
+    environment("ACCELERATE_MIXED_PRECISION", "fp7", "the launcher asks for precision 'fp7'"),
+    environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "sets gradient_accumulation_steps=4; remove it"),
+    environment("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
+    environment("ACCELERATE_DYNAMO_BACKEND", "inductor", "sets dynamo_backend inductor; remove it"),
+    train("--mixed_precision fp16", "--mixed_precision fp16 is for GPUs", environment={"ACCELERATE_USE_CPU": "true"}),
+    train("--report_to wandb", "--report_to wandb: it is not installed; python -m pip install wandb", without="wandb"),
+    train(
+        "--model_name_or_path model --config_overrides '' --lora_rank 2",
+        "--lora_rank needs peft, which is not installed: pip install peft",
+        without="peft",
+    ),
+]
+
+
+def finetune(flags: str, error: str, what_to_do: str = "") -> BadInput:
+    return train(f"--config_overrides '' {flags}", error, what_to_do)
+
+
+MODELS = [
+    finetune("--model_name_or_path data", "--model_name_or_path data: Unrecognized model"),
+    finetune("--model_name_or_path llama", "llama is a llama model; convert it first"),
+    finetune("--model_name_or_path other_tokenizer", "another tokenizer than", "prepare the data with the model's"),
+    finetune("--model_name_or_path no_weights", "--model_name_or_path no_weights cannot be loaded: Error no file"),
+    finetune("--model_name_or_path half_weights", "--model_name_or_path half_weights cannot be loaded"),
+    finetune("--model_name_or_path lost_tensor", "tensor model.norm.weight is missing"),
+    finetune("--model_name_or_path not_numbers", "has values that are not finite numbers; use an earlier checkpoint"),
+    finetune(
+        "--model_name_or_path own_code", "code from the folder is never run", "convert it to a stock architecture"
+    ),
+    finetune("--model_name_or_path model --output_dir model", "--output_dir model is the --model_name_or_path"),
+    finetune("--model_name_or_path model --block_size 64", "is longer than max_position_embeddings=32"),
+    finetune(
+        "--model_name_or_path model --lora_rank 2 --lora_target_modules c_attn",
+        "--lora_target_modules c_attn: this model's layers have",
+    ),
+    train("--model_name_or_path model", "--config_overrides hidden_size is fixed by --model_name_or_path"),
+    BadInput(GENERATE, "", "required: --model, --prompt", "give both", bare=True),
+    BadInput(GENERATE, "--model nowhere/at/all", "--model nowhere/at/all: no such folder, and not a Hub repository id"),
+    BadInput(GENERATE, "--model data", "--model data is not a model folder: it has no config.json"),
+    BadInput(GENERATE, "--model no_weights", "--model no_weights cannot be loaded: Error no file"),
+    BadInput(GENERATE, "--model half_weights", "--model half_weights cannot be loaded", "copy it again"),
+    BadInput(GENERATE, "--model lost_tensor", "tensor model.norm.weight is missing", "copy it again"),
+    BadInput(GENERATE, "--model other_width", "in the file, (", "put back its own config.json"),
+    BadInput(GENERATE, "--model gpt2_config", "(gpt2 by config.json)", "put back its own config.json"),
+    BadInput(GENERATE, "--model not_numbers", "has values that are not finite numbers"),
+    BadInput(GENERATE, "--model own_code", "code from the folder is never run"),
+    BadInput(GENERATE, "--model pickled", "--model pickled cannot be loaded: Weights only load failed"),
+    BadInput(GENERATE, "--model quantized", "--model quantized cannot be loaded", "install what it names"),
+    BadInput(GENERATE, "--model broken_config", "is not a valid JSON file"),
+    BadInput(GENERATE, "--model no_tokenizer", "it has no tokenizer.json; save the tokenizer beside the model"),
+    BadInput(GENERATE, "--model other_tokenizer", "--model other_tokenizer has no tokenizer that can be loaded"),
+    BadInput(GENERATE, "--model larger_tokenizer", "the tokenizer gives token id 300, the model's vocab_size is only"),
+    BadInput(GENERATE, "--model learned --max_new_tokens 99", "more than the 32 positions that the model has learned"),
+    BadInput(GENERATE, "--temperature nan", "--temperature nan must be a finite number"),
+    BadInput(GENERATE, "--temperature 1e-9", "--temperature 1e-09 must be 0 or at least 0.01"),
+    BadInput(GENERATE, "--top_p 0", "--top_p 0.0 must be above 0 and at most 1"),
+    BadInput(GENERATE, "--seed -1", "--seed -1 must be at least 0"),
+    BadInput(GENERATE, "--prompt caf\udce9", "has bytes that are not text (UTF-8)", "type it in UTF-8"),
+    BadInput(GENERATE, "--output data", "--output data: is a folder; name a file in it"),
+    BadInput(PERPLEXITY, "--blok_size 3", "(did you mean '--block_size'?)"),
+    BadInput(PERPLEXITY, "--split test", "--split: invalid choice: 'test'"),
+    BadInput(PERPLEXITY, "--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0 must be at least 1"),
+    BadInput(PERPLEXITY, "--output text.txt/x", "text.txt is a file, not a folder; name another place"),
+    BadInput(PERPLEXITY, "--model other_tokenizer", "was prepared with another tokenizer than"),
+    BadInput(PERPLEXITY, "--model learned --block_size 64", "use --block_size 32"),
+    BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
+    BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
+    BadInput(CONVERT, "--model lost_tensor", "1 of its weights are missing, among them model.norm.weight"),
+    BadInput(CONVERT, "--model pickled", "--model pickled cannot be loaded", "save it as safetensors"),
+    BadInput(CONVERT, "--model own_code", "--model own_code cannot be loaded", "code from the folder is never run"),
+    BadInput(CONVERT, "--architecture BertModel", "BertModel", "one of the classes that it names"),
+    BadInput(CONVERT, "--outptu_dir x", "unknown argument '--outptu_dir' (did you mean '--output_dir'?)"),
+    BadInput(CONVERT, "--output_dir data", "--output_dir data exists; delete it, or name another folder"),
+    BadInput(CONVERT, "--output_dir text.txt/native", "text.txt is a file, not a folder; name another place"),
+]
+
+
+def prepare(flags: str, error: str, what_to_do: str = "") -> BadInput:
+    return BadInput(PREPARE, flags, error, what_to_do)
+
+
+PREPARATION = [
+    prepare("--dataset_name stdlib --train_file text.txt", "give exactly one of --dataset_name"),
+    prepare("--train_tokenizer 300 --tokenizer_name data/tokenizer", "give exactly one of --train_tokenizer"),
+    prepare("--train_tokenizer 100", "--train_tokenizer 100: a byte-level BPE has at least 257 entries"),
+    prepare("--train_tokenizer 99999999999", "--train_tokenizer 99999999999 must be at most 16777216"),
+    prepare("--block_size 0", "--block_size 0 must be at least 1"),
+    prepare("--block_size 99999999999999999999", "--block_size 99999999999999999999 must be at most 16777216"),
+    prepare("--validation_split_percentage nan", "--validation_split_percentage nan: must be in (0, 100)"),
+    prepare("--num_shards 50", "--num_shards 50: shard 1 gets no training documents; use fewer shards"),
+    prepare("--train_file ''", "--train_file '' is empty"),
+    prepare("--train_file missing.txt", "missing.txt: no such file"),
+    prepare("--train_file table.xyz", "table.xyz: unknown extension; known are"),
+    prepare("--train_file empty.txt", "empty.txt: is empty; leave it out"),
+    prepare("--train_file latin.txt", "latin.txt: byte 3 is not UTF-8", "convert it, or --encoding_errors replace"),
+    prepare("--train_file broken.jsonl", "broken.jsonl: byte 0: this line is not JSON"),
+    prepare("--train_file body.jsonl", "body.jsonl: no column 'text'; --text_column can be one of body"),
+    prepare("--train_file text.txt --file_format parquet", "text.txt: cannot be read as parquet"),
+    prepare("--tokenizer_name nowhere", "--tokenizer_name nowhere: not a tokenizer"),
+    prepare("--tokenizer_name broken_tokenizer", "--tokenizer_name broken_tokenizer: not a tokenizer"),
+    prepare("--tokenizer_name damaged_tokenizer", "has token id 4000000000; its tokenizer.json is damaged"),
+    prepare("--dataset_name a/b", "--dataset_name a/b: cannot be loaded", "the name, the network"),
+    prepare("--chat_template x", "--chat_template x: is for --chat_column, which is not given"),
+    prepare("--shard_index 5", "--shard_index 5: must be in [0, --num_shards None)", "give --num_shards"),
+    prepare("--push_to_hub true", "--push_to_hub: needs --hub_dataset_id user/name"),
+    prepare("--output_dir model", "--output_dir model: exists and is not a prepared dataset; choose another folder"),
+    prepare("--output_dir text.txt", "text.txt is a file, not a folder; name another place"),
+    prepare("--output_dir data", "--output_dir data: holds other data"),
+    BadInput(VERIFY, "", "usage: python prepare_data.py verify FOLDER"),
+    BadInput(VERIFY, "model", "model/manifest.json: no such file"),
+    BadInput(VERIFY, "escaping_data", "'../data/validation' of split validation is not inside of the folder"),
+    BadInput(VERIFY, "cut_data", "the manifest says"),
+]
+
+BENCHMARKS = [
+    BadInput(THROUGHPUT, "--model_preset gpt5", "gpt5", "one of the presets that it names"),
+    BadInput(THROUGHPUT, "--repetitions 2", "--repetitions 2 must be at least 3"),
+    BadInput(THROUGHPUT, "--device cpu --precision tf32", "--precision tf32"),
+    BadInput(THROUGHPUT, "--device tpu", "--device tpu"),
+    BadInput(THROUGHPUT, "--attn_implementation fast", "fast"),
+    BadInput(THROUGHPUT, "--config_overrides num_key_value_heads=2", "add --peer false"),
+    BadInput(THROUGHPUT, "--output text.txt", "--output text.txt: cannot be created"),
+    BadInput(PRECISION, "--data nowhere", "--data nowhere: No such file"),
+    BadInput(PRECISION, "--data text.txt", "has 0 blocks"),
+    BadInput(PRECISION, "--steps 3", "--steps 3 must be at least 10"),
+    BadInput(PRECISION, "--tolerance nan", "--tolerance nan must be a finite number"),
+    BadInput(DATA_BENCHMARK, "--text_dir nowhere", "--text_dir nowhere: no such folder"),
+    BadInput(DATA_BENCHMARK, "--repetitions 0", "--repetitions 0 must be at least 1"),
+    BadInput(DATA_BENCHMARK, "--output report.txt", "--output report.txt: must end with .md"),
+    BadInput(DATA_BENCHMARK, "--output thesis/README.md", "--output thesis/README.md: is there already"),
+    BadInput(DATA_BENCHMARK, "--output nowhere/r.md", "--output nowhere/r.md: its folder is not there"),
+]
+
+TABLE = {
+    "Flags of a run": FLAGS,
+    "Settings of the model": SETTINGS_OF_THE_MODEL,
+    "Recipes": RECIPES,
+    "Folders and checkpoints": PLACES,
+    "The environment": ENVIRONMENT,
+    "Models": MODELS,
+    "Preparing data": PREPARATION,
+    "Benchmarks": BENCHMARKS,
+}
+
+HEAD = """\
+# Errors
+
+A wrong input is answered with one line on stderr that begins with `error: `, and exit code 2; nothing half-written is
+left. A traceback is a defect of this project: please report it. Each row below is tried by `tests/test_bad_inputs.py`
+and comes from `tests/bad_inputs.py` (`python tests/bad_inputs.py` writes this page anew). Shown is a part of the line,
+which names the value and most often the way out; where it does not, the last column does.
+
+Secrets: tokens (`HF_TOKEN`, `WANDB_API_KEY`) belong in the environment or in the file of `hf auth login`. They are not
+written anywhere. A value that is typed as a flag is not a secret: it is echoed in the error, and
+`resolved_config.yaml` keeps the command line.
+"""
+
+
+def page() -> str:
+    """docs/errors.md."""
+    lines = [HEAD]
+    for title, cases in TABLE.items():
+        lines.append(f"## {title}\n")
+        lines.append("| what you did | what you see | what to do |\n| --- | --- | --- |")
+        for case in cases:
+            done = [f"{name}={value}" for name, value in case.environment.items()]
+            done += [case.command, *([case.flags] if case.flags else [])]
+            without = f" without {case.without}" if case.without else ""
+            typed = " ".join(done).replace(f"{TINY},", "").replace("\udce9", "\\xe9")
+            typed = typed.replace("long" * 80, "longlong...")
+            lines.append(f"| `{typed}`{without} | `{case.error}` | {case.what_to_do or 'what the line says'} |")
+        lines.append("")
+    return "\n".join(lines).replace(" \n", "\n").rstrip("\n") + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), encoding="utf-8")

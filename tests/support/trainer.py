@@ -1,0 +1,86 @@
+"""Train a tiny model in this process or in others, and read what the run has left."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
+FLAGS = {
+    "config_overrides": TINY,
+    "per_device_train_batch_size": 4,
+    "total_batch_size": 256,
+    "max_steps": 8,
+    "learning_rate": 1e-2,
+    "warmup_steps": 2,
+    "logging_steps": 1,
+    "eval_steps": 4,
+    "eval_blocks": 8,
+    "save_steps": 3,
+    "save_total_limit": 9,
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def flags_for(data_dir, output_dir, **changes):
+    settings = FLAGS | {"data_dir": data_dir, "output_dir": output_dir} | changes
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def train(data_dir, output_dir, extra=(), **changes):
+    """Train in this process, on one CPU device; `extra` holds the flags that take lists."""
+    from accelerate.state import AcceleratorState
+
+    import train_accelerate
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_accelerate.main([*flags_for(data_dir, output_dir, **changes), *extra])
+    return output_dir
+
+
+def command(data_dir, output_dir, *launcher, **changes):
+    return [
+        *(launcher or [sys.executable]),
+        str(REPOSITORY / "train_accelerate.py"),
+        *flags_for(data_dir, output_dir, **changes),
+    ]
+
+
+def metrics(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir):
+    return [row["loss"] for row in metrics(output_dir)]
+
+
+def assert_same_weights(first, second):
+    expected, found = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+
+
+def environment(**more):
+    """That of a shell on a machine whose GPUs, if it has any, are hidden."""
+    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
+    return plain | {"CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | more
+
+
+def damage(path, how):
+    if how == "deleted":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
