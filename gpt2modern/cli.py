@@ -1,44 +1,57 @@
-"""The contract of every command of this project with the person who types it.
+"""Command lines: typed arguments from a dataclass and a YAML recipe, errors in one line, exit codes.
 
-Arguments are the fields of a dataclass; a YAML file given with `--config` comes before the command line, which wins.
-A user's mistake gets one line on stderr, `error: ...`, that names the flag, file or value and the way out, and exit
-code 2; a traceback means a defect of ours.
+A dataclass field made by `setting` carries what the command line and the checks need: help, group, range. A YAML file
+given with `--config` is read before the command line, which wins. A mistake of the user is one line on stderr,
+`error: ...`, that names the flag, file or value and the way out, and exit code 2; a traceback is a defect of ours.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
-import functools
 import math
-import os
-import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
+import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from gpt2modern.errors import GPT2ModernError
 
 Arguments = TypeVar("Arguments")
 
+LARGEST_COUNT = 2**31 - 1  # of whole numbers without a limit of their own
 
-def exit_code_2_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate an entry point: GPT2ModernError and Ctrl-C end the process with one line instead of a traceback."""
 
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs) -> None:
-        try:
-            main(*args, **kwargs)
-        except GPT2ModernError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    default_factory: Callable[[], Any] = dataclasses.MISSING,
+    group: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    may_be_empty: bool = False,
+    **metadata: Any,
+) -> Any:
+    """Make a dataclass field that is a flag of the command line and a key of the YAML file.
 
-    return wrapped
+    group: heading in --help. least, most: range of a number, checked by `check_ranges`. may_be_empty: whether the empty
+    text is a value. metadata: what else the owner of the dataclass keeps about the field, found in `field.metadata`.
+    """
+    metadata |= {"help": help, "group": group, "least": least, "most": most, "may_be_empty": may_be_empty}
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ValueError naming the flag of the first field whose number lies outside of its `setting`'s range."""
+    for field in dataclasses.fields(config):
+        if field.metadata.get("least") is not None:
+            value = getattr(config, field.name)
+            if not isinstance(value, str):  # "auto"
+                check_range(f"--{field.name}", value, field.metadata["least"], field.metadata["most"])
 
 
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
@@ -50,49 +63,13 @@ def check_range(name: str, value: float | None, least: float, most: float | None
     if value < least:
         raise ValueError(f"{name} {value} must be at least {least}")
     if most is None and isinstance(value, int):
-        most = 2**31 - 1
+        most = LARGEST_COUNT
     if most is not None and value > most:
         raise ValueError(f"{name} {value} must be at most {most}")
 
 
-def check_writable_folder(flag: str, path: str | None) -> None:
-    """Raise ValueError, before any work is done, unless `path` is None, a folder, or can become one. Makes nothing."""
-    if path is not None:
-        _check_writable(f"{flag} {path}", Path(os.path.abspath(path)))
-
-
-def _check_writable(given: str, place: Path) -> None:
-    try:
-        while not _exists(place):
-            place = place.parent
-        if not stat.S_ISDIR(place.stat().st_mode):
-            raise ValueError(f"{given}: {place} is a file, not a folder; name another place")
-    except OSError as error:
-        raise ValueError(f"{given}: {error.strerror}; name another place") from None
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{given}: {place} is not a folder that you may write to; name another place")
-
-
-def _exists(path: Path) -> bool:
-    """As os.path.lexists, which also says no where the name is too long or symbolic links go round."""
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
-def check_writable_file(flag: str, path: str | None) -> None:
-    """Raise ValueError, before any work is done, unless `path` is None or a file can stand there. Makes nothing."""
-    if path is None:
-        return
-    if os.path.isdir(path):
-        raise ValueError(f"{flag} {path}: is a folder; name a file in it")
-    _check_writable(f"{flag} {path}", Path(os.path.abspath(path)).parent)
-
-
 def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
-    """A whole number from 1 on, or the word auto; raises ValueError for anything else."""
+    """Read a whole number from 1 on, or the word auto; raises ValueError for anything else."""
     if value == "auto":
         return "auto"
     try:
@@ -103,21 +80,53 @@ def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
     return number
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line and exit code 2 for a GPT2ModernError, 130 for Ctrl-C."""
+    try:
+        yield
+    except GPT2ModernError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Show defaults, keep the line breaks of the description."""
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser that raises GPT2ModernError instead of printing its usage, and never guesses abbreviations."""
+    """HfArgumentParser with groups, without abbreviations, whose errors are GPT2ModernErrors."""
 
     def __init__(self, arguments: type, **kwargs):
+        self.groups: dict[str, argparse._ArgumentGroup] = {}
         super().__init__(arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
-    def add_argument(self, *flags, may_be_empty: bool = False, **kwargs):
-        """may_be_empty: from the field's metadata; whether an empty text means something for this flag."""
+    def add_argument(self, *flags, **metadata):
+        """Add one flag; its keywords are those of argparse among the field's metadata."""
+        known = {
+            "help",
+            "type",
+            "default",
+            "required",
+            "nargs",
+            "choices",
+            "action",
+            "const",
+            "dest",
+            "metavar",
+            "version",
+        }
+        keywords = {name: value for name, value in metadata.items() if name in known}
+        place = super()
+        if metadata.get("group"):
+            title = metadata["group"]
+            place = self.groups[title] = self.groups.get(title) or self.add_argument_group(title)
         # HfArgumentParser adds a hyphenated twin to every flag, which doubles each line of --help and of an error.
-        action = super().add_argument(*(flag for flag in flags if "-" not in flag[2:]), **kwargs)
-        action.may_be_empty = may_be_empty
+        action = place.add_argument(*(flag for flag in flags if "-" not in flag[2:]), **keywords)
+        action.may_be_empty = metadata.get("may_be_empty", False)
         return action
 
     def takes_a_list(self, flag: str) -> bool:
@@ -129,8 +138,8 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise GPT2ModernError(f"{message} (--help lists every flag)")
 
-    def parse_strict(self, argv: Sequence[str]):
-        """Like `parse_args`, but an unknown flag is answered with the nearest known one."""
+    def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse as `parse_args` does; the error for an unknown flag names the nearest known one."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -149,7 +158,7 @@ class _Parser(HfArgumentParser):
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str = " (--help lists every flag)") -> str:
-    """' (did you mean X?)' for the closest of `known`, or `otherwise`, the way to the full list."""
+    """Return ' (did you mean X?)' for the closest of `known`, or `otherwise` where none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else otherwise
 
@@ -159,37 +168,54 @@ def parse_arguments(
 ) -> Arguments:
     """Parse `argv` (default: the process's own) into the dataclass `arguments`.
 
-    If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags.
-    YAML values go through the same parser as flags do, so both are typed and checked alike.
-    Raises GPT2ModernError for an unknown or mistyped flag or key, and for whatever the dataclass's `__post_init__` refuses
-    with ValueError.
+    If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags, or
+    one of the recipes that are installed with this project. YAML values go through the same parser as flags do, so
+    both are typed and checked alike. Raises GPT2ModernError for an unknown or mistyped flag or key, and for whatever
+    the dataclass's `__post_init__` refuses with ValueError.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(arguments, description=description)
     namespace = parser.parse_strict(argv)
     if getattr(namespace, "config", None):
-        namespace = parser.parse_strict(_yaml_as_flags(parser, arguments, Path(namespace.config)) + argv)
+        namespace = parser.parse_strict(_yaml_as_flags(parser, arguments, find_recipe(namespace.config)) + argv)
     try:
         return arguments(**vars(namespace))
     except ValueError as error:
         raise GPT2ModernError(str(error)) from None
 
 
+def find_recipe(name: str) -> Path:
+    """Return the YAML file `name`, or, if there is none and it is a bare word, the shipped recipe of that name.
+
+    Raises GPT2ModernError, listing the shipped ones, for a bare word that is neither.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    installed = Path(__file__).parent / "recipes"
+    folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
+    recipes = {recipe.stem: recipe for recipe in sorted(folder.glob("*.yaml"))}
+    if name not in recipes:
+        raise GPT2ModernError(f"--config {name}: no such file, and no shipped recipe; there are {', '.join(recipes)}")
+    return recipes[name]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a second value for a key, of which YAML loaders silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        repeated = [key for position, key in enumerate(keys) if key in keys[:position]]
+        if repeated:
+            raise GPT2ModernError(f"{repeated[0]!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
-    import yaml
-
-    class UniqueKeys(yaml.SafeLoader):
-        """A second value for a key is a slip of the pen; YAML loaders silently take the last."""
-
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key) for key, _ in node.value]
-            repeated = [key for position, key in enumerate(keys) if key in keys[:position]]
-            if repeated:
-                raise GPT2ModernError(f"--config {path}: {repeated[0]!r} is given twice; keep one")
-            return super().construct_mapping(node, deep)
-
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except GPT2ModernError as error:
+        raise GPT2ModernError(f"--config {path}: {error}") from None
     except OSError as error:
         raise GPT2ModernError(f"--config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
