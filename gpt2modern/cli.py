@@ -1,19 +1,18 @@
 """Command lines: typed arguments from a dataclass and a YAML recipe, errors in one line, exit codes.
 
-A dataclass field made by `setting` carries what the command line and the checks need: help, group, range. A YAML file
-given with `--config` is read before the command line, which wins. A mistake of the user is one line on stderr,
-`error: ...`, that names the flag, file or value and the way out, and exit code 2; a traceback is a defect of ours.
+The fields are made by `gpt2modern.settings.setting`. A YAML file given with `--config` is read before the command
+line, which wins. A mistake of the user is one line on stderr, `error: ...`, that names the flag, file or value and the
+way out, and exit code 2; a traceback is a defect of ours.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -21,63 +20,6 @@ from transformers.hf_argparser import HfArgumentParser
 from gpt2modern.errors import GPT2ModernError
 
 Arguments = TypeVar("Arguments")
-
-LARGEST_COUNT = 2**31 - 1  # of whole numbers without a limit of their own
-
-
-def setting(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    default_factory: Callable[[], Any] = dataclasses.MISSING,
-    group: str | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    may_be_empty: bool = False,
-    **metadata: Any,
-) -> Any:
-    """Make a dataclass field that is a flag of the command line and a key of the YAML file.
-
-    group: heading in --help. least, most: range of a number, checked by `check_ranges`. may_be_empty: whether the empty
-    text is a value. metadata: what else the owner of the dataclass keeps about the field, found in `field.metadata`.
-    """
-    metadata |= {"help": help, "group": group, "least": least, "most": most, "may_be_empty": may_be_empty}
-    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
-
-
-def check_ranges(config: Any) -> None:
-    """Raise ValueError naming the flag of the first field whose number lies outside of its `setting`'s range."""
-    for field in dataclasses.fields(config):
-        if field.metadata.get("least") is not None:
-            value = getattr(config, field.name)
-            if not isinstance(value, str):  # "auto"
-                check_range(f"--{field.name}", value, field.metadata["least"], field.metadata["most"])
-
-
-def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
-    """Raise ValueError unless `value` is None or a finite number in [least, most]; counts end at 2^31 - 1 anyway."""
-    if value is None:
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} {value} must be a finite number")
-    if value < least:
-        raise ValueError(f"{name} {value} must be at least {least}")
-    if most is None and isinstance(value, int):
-        most = LARGEST_COUNT
-    if most is not None and value > most:
-        raise ValueError(f"{name} {value} must be at most {most}")
-
-
-def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
-    """Read a whole number from 1 on, or the word auto; raises ValueError for anything else."""
-    if value == "auto":
-        return "auto"
-    try:
-        number = int(value)
-    except ValueError:
-        raise ValueError(f"{name} {value!r} is neither a number nor auto") from None
-    check_range(name, number, 1)
-    return number
 
 
 @contextlib.contextmanager

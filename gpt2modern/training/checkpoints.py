@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there.
+"""Checkpoints that are either complete or not there: save, verify, choose, restore.
 
 A checkpoint is written into a hidden temporary folder, checksummed, flushed to disk and renamed; rotation comes after.
 A process killed at any moment leaves the older checkpoints as they were. What is resumed is the newest one whose files
@@ -6,23 +6,34 @@ match their checksums. `checkpoints/step_0000100/` is at the same time a model f
 """
 
 import errno
+import hashlib
 import itertools
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import flush_to_disk, sha256_of
-from gpt2modern.training.export import give_users_modes
-from gpt2modern.training.finetuning import is_adapted, load_adapter
-from gpt2modern.training.sharding import shard_like, whole_tensor
+from gpt2modern.files import apply_umask, atomic_folder, sha256_of
+from gpt2modern.training.batches import BatchPlan
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.distributed import Processes, is_sharded, shard_like, whole_model, whole_tensor
+from gpt2modern.training.export import save_model_folder
+from gpt2modern.training.models import has_adapters, load_adapters
+from gpt2modern.training.schedules import Schedule
+from gpt2modern.training.state import TrainState
+from modeling_gpt2modern import GPT2ModernForCausalLM
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -31,47 +42,198 @@ CHECKSUM_FILE = "checksums.json"  # written last: a folder without it is not a c
 TRAINING_STATE_FILES = {STATE_FILE, OPTIMIZER_FILE, CHECKSUM_FILE}  # the rest of a checkpoint is a model folder
 
 
+class Checkpoints:
+    """The checkpoints of one run: where it resumes and what it saves.
+
+    model: not wrapped; optimizers: those whose state is saved. Every process has one and calls the same methods; the
+    main process writes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        processes: Processes,
+        model: GPT2ModernForCausalLM,
+        optimizers: Sequence[torch.optim.Optimizer],
+        blocks: PackedBlocks,
+        plan: BatchPlan,
+    ):
+        self.config = config
+        self.accelerator = accelerator
+        self.processes = processes
+        self.model = model
+        self.optimizers = optimizers
+        self.blocks = blocks
+        self.schedule = config.schedule()
+        self.folder = checkpoints_dir(config)
+        self.settings = fixed_settings(config, accelerator.mixed_precision, model, blocks, plan)
+
+    def restore(self) -> TrainState:
+        """Load the checkpoint that --resume_from_checkpoint names into model and optimizers; return its position, or
+        that of a fresh run.
+
+        Another max_steps is the same setting as long as the schedule gives the updates so far the learning rates they
+        had: a constant one, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot.
+        Other settings need --force_resume, and then the optimizer state of another optimizer is left out. Raises
+        GPT2ModernError listing every setting that differs.
+        """
+        checkpoint = self.processes.on_main(
+            lambda: choose_checkpoint(self.config.resume_from_checkpoint, self.folder, report=self.accelerator.print)
+        )
+        if checkpoint is None:
+            return TrainState()
+        saved = read_trainer_state(checkpoint)
+        state = TrainState.from_json(saved)
+        differing = changed_settings(saved["settings"], self.settings)
+        schedule = Schedule(**saved["schedule"])
+        if schedule.max_steps != self.schedule.max_steps and not schedule.gave_the_same(self.schedule, state.step):
+            differing.append(f"max_steps was {schedule.max_steps}, is {self.schedule.max_steps}")
+        if differing and not self.config.force_resume:
+            raise GPT2ModernError(
+                f"{checkpoint} was made under other settings: {'; '.join(differing)}; put them back, resume all the "
+                "same with --force_resume true, or start over with --resume_from_checkpoint none or another "
+                "--output_dir"
+            )
+        if differing:
+            self.accelerator.print(f"--force_resume: {'; '.join(differing)}")
+        same_optimizer = saved["settings"]["optimizer"] == self.config.optimizer
+        load_checkpoint(checkpoint, self.model, self.optimizers if same_optimizer else None)
+        if self.accelerator.scaler is not None and saved["grad_scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["grad_scaler"])
+        self.accelerator.print(f"resumed from {checkpoint} at step {state.step}")
+        return state
+
+    def save(self, state: TrainState, callback: Callable[..., None]) -> bool:
+        """Write a checkpoint and return whether it is there; the other processes wait for it.
+
+        A disk that is full, read-only or gone leaves the older checkpoints and, by --save_failure warn, the run alive;
+        with `stop` it raises GPT2ModernError on every process. callback: told "saving" with the temporary folder.
+        """
+        main, config = self.accelerator.is_main_process, self.config
+        norm = whole_tensor(torch.nn.utils.get_total_norm(self.model.parameters())).item()
+        refuse_nonfinite("norm of the weights", norm, state.step, self.folder)
+        model = whole_model(self.model, keep=main)
+        tensors = {}
+        if main or is_sharded(self.model):  # a sharded one is gathered by all processes together
+            tensors = optimizer_state(self.optimizers, self.model, keep=main)
+        scaler = self.accelerator.scaler
+        problem = None
+        if main:
+            num_bytes = sum(parameter.nbytes for parameter in [*model.parameters(), *tensors.values()])
+
+            def write_model(folder: Path) -> None:
+                callback("saving", step=state.step, folder=folder)
+                save_model_folder(model, folder, self.blocks)
+
+            try:
+                save_checkpoint(
+                    self.folder,
+                    state.step,
+                    save_model=write_model,
+                    optimizer_state=tensors,
+                    trainer_state=state.to_json()
+                    | {
+                        "grad_scaler": scaler.state_dict() if scaler is not None else None,
+                        "settings": self.settings,
+                        "schedule": asdict(self.schedule),
+                    },
+                    save_total_limit=config.save_total_limit,
+                    num_bytes=num_bytes,
+                )
+            except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
+                problem = f"checkpoint {state.step} ({num_bytes:,} bytes) cannot be written to {self.folder}: {error}"
+        self.accelerator.wait_for_everyone()
+        failed = self.processes.largest(int(problem is not None)) > 0
+        if failed and config.save_failure == "stop":
+            raise GPT2ModernError(
+                f"{problem or 'the main process could not save'}; the older checkpoints are unchanged"
+            )
+        if failed:
+            self.accelerator.print(f"warning: {problem}; the run continues, the older checkpoints are unchanged")
+        return not failed
+
+    def path(self, step: int) -> Path:
+        return checkpoint_path(self.folder, step)
+
+
+def checkpoints_dir(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / "checkpoints"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:07d}"
+
+
+def refuse_nonfinite(name: str, value: float, step: int, folder: Path) -> None:
+    """Raise GPT2ModernError, on every process alike, before a broken model is saved or exported."""
+    if not math.isfinite(value):
+        raise GPT2ModernError(
+            f"the {name} is {value} at step {step}: lower the learning rate or --max_grad_norm, and resume from an "
+            f"earlier checkpoint of {folder}"
+        )
+
+
+def fixed_settings(
+    config: TrainConfig, mixed_precision: str, model: GPT2ModernForCausalLM, blocks: PackedBlocks, plan: BatchPlan
+) -> dict[str, Any]:
+    """Return, as JSON values, what must be the same for a checkpoint to be resumed."""
+    model_settings = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
+    manifest = json.dumps(blocks.manifest, sort_keys=True)
+    settings = config.fixed_on_resume() | {
+        "mixed_precision": mixed_precision,
+        "tokens_per_step": plan.samples_per_step * blocks.block_size,
+        "tokens_of_first_step": plan.samples_at(0) * blocks.block_size,
+        "block_size": blocks.block_size,
+        "data": hashlib.sha256(manifest.encode()).hexdigest(),
+        "model": model_settings,
+    }
+    return json.loads(json.dumps(settings))
+
+
+def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """List every setting that differs, the model's own by their names, as 'name was X, is Y'."""
+    saved = saved | saved["model"]
+    current = current | current["model"]
+    return [
+        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if name != "model" and saved.get(name) != current.get(name)
+    ]
+
+
 def save_checkpoint(
-    checkpoints_dir: Path,
+    folder: Path,
     step: int,
     *,
     save_model: Callable[[Path], None],
     optimizer_state: dict[str, torch.Tensor],
     trainer_state: dict[str, Any],
     save_total_limit: int,
-    model_bytes: int = 0,
+    num_bytes: int = 0,
 ) -> Path:
     """Write checkpoint `step` and delete the oldest beyond `save_total_limit` (0: none). Call it on one process only.
 
-    save_model: writes the Hub-ready model folder, of about `model_bytes`, into the path it is given.
-    trainer_state: JSON values; what `read_trainer_state` gives back.
-    Raises OSError, before anything is written, if the disk has less room than it takes, or for what the disk answers;
-    the temporary folder is then removed.
+    save_model: writes the Hub-ready model folder into the path it is given. trainer_state: JSON values; what
+    `read_trainer_state` gives back. num_bytes: about what all of it takes.
+    Raises OSError, before anything is written, if the disk has less room than that, or for what the disk answers; the
+    temporary folder is then removed.
     """
-    checkpoints_dir.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in checkpoints_dir.glob(".step_*.tmp"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_by_a_kill in folder.glob(".step_*.tmp"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    refuse_full_disk(checkpoints_dir, model_bytes + sum(tensor.nbytes for tensor in optimizer_state.values()))
-    final = checkpoint_path(checkpoints_dir, step)
-    temporary = checkpoints_dir / f".{final.name}.tmp"
-    temporary.mkdir()
-    try:
+    _refuse_full_disk(folder, num_bytes)
+    final = checkpoint_path(folder, step)
+    with atomic_folder(final) as temporary:
         save_model(temporary)
         save_file(optimizer_state, temporary / OPTIMIZER_FILE)
         (temporary / STATE_FILE).write_text(json.dumps(trainer_state, indent=2))
-        give_users_modes(temporary)
+        apply_umask(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         checksums = {str(path.relative_to(temporary)): sha256_of(path) for path in files}
         (temporary / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=2))
-        for path in [*files, temporary / CHECKSUM_FILE, temporary]:
-            flush_to_disk(path)
-        temporary.rename(final)
-        flush_to_disk(checkpoints_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     if save_total_limit > 0:
-        for old in list_checkpoints(checkpoints_dir)[save_total_limit:]:
+        for old in list_checkpoints(folder)[save_total_limit:]:
             if old.is_symlink():  # what it names is not of this run alone
                 old.unlink()
             else:
@@ -79,25 +241,20 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_path(checkpoints_dir: Path, step: int) -> Path:
-    return checkpoints_dir / f"step_{step:07d}"
-
-
-def refuse_full_disk(folder: Path, needed: int) -> None:
-    """Raise OSError if there are less than `needed` free bytes where `folder` is."""
+def _refuse_full_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it takes {needed:,} bytes, the disk has {free:,} left", str(folder))
 
 
-def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Finished checkpoints, newest first; not yet verified."""
-    found = [path for path in checkpoints_dir.glob("step_*") if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()]
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the finished checkpoints of a folder, newest first; not yet verified."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def find_problem(checkpoint: Path) -> str | None:
-    """None if every file of the checkpoint is there and has its checksum, otherwise what is wrong, naming the file."""
+    """Return None if every file of the checkpoint is there and has its checksum, otherwise what is wrong with which."""
     try:
         checksums = json.loads((checkpoint / CHECKSUM_FILE).read_text())
     except (OSError, ValueError, RecursionError):
@@ -122,24 +279,21 @@ def find_problem(checkpoint: Path) -> str | None:
     return None
 
 
-def checkpoint_to_resume(
-    resume_from_checkpoint: str, checkpoints_dir: Path, report: Callable[[str], None]
-) -> Path | None:
-    """The checkpoint folder named by `--resume_from_checkpoint auto|none|PATH`; None means a fresh start.
+def choose_checkpoint(resume_from_checkpoint: str, folder: Path, report: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint that `--resume_from_checkpoint auto|none|PATH` names; None for a fresh start.
 
-    `auto` takes the newest one that verifies and reports those it had to pass over. Raises GPT2ModernError if there are
-    checkpoints but none verifies, or if PATH does not.
+    `auto` takes the newest valid one of `folder` and reports those it had to pass over. Raises GPT2ModernError if
+    there are checkpoints but none is valid, or if PATH is not.
     """
     if resume_from_checkpoint == "none":
         return None
     if resume_from_checkpoint != "auto":
-        problem = find_problem(Path(resume_from_checkpoint))
-        if problem:
+        if problem := find_problem(Path(resume_from_checkpoint)):
             raise GPT2ModernError(f"--resume_from_checkpoint {resume_from_checkpoint}: {problem}")
         return Path(resume_from_checkpoint)
 
     problems = []
-    for checkpoint in list_checkpoints(checkpoints_dir):
+    for checkpoint in list_checkpoints(folder):
         problem = find_problem(checkpoint)
         if problem is None:
             return checkpoint
@@ -147,25 +301,25 @@ def checkpoint_to_resume(
         problems.append(problem)
     if problems:
         raise GPT2ModernError(
-            f"no checkpoint in {checkpoints_dir} can be resumed ({problems[0]}); "
-            f"--resume_from_checkpoint none starts again from step 0"
+            f"no checkpoint in {folder} can be resumed ({problems[0]}); "
+            "--resume_from_checkpoint none starts again from step 0"
         )
     return None
 
 
-def set_aside_later_checkpoints(checkpoints_dir: Path, step: int) -> None:
-    """Move checkpoints beyond `step`, where this run begins, into `replaced_N/`: none may pass for its newest."""
-    later = [path for path in list_checkpoints(checkpoints_dir) if int(path.name[5:]) > step]
+def set_aside_later_checkpoints(folder: Path, step: int) -> None:
+    """Move checkpoints beyond `step`, where a run begins, into `replaced_N/`, so that none passes for its newest."""
+    later = [path for path in list_checkpoints(folder) if int(path.name[5:]) > step]
     if later:
-        number = next(n for n in itertools.count(1) if not (checkpoints_dir / f"replaced_{n}").exists())
-        aside = checkpoints_dir / f"replaced_{number}"
+        number = next(n for n in itertools.count(1) if not (folder / f"replaced_{n}").exists())
+        aside = folder / f"replaced_{number}"
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The `trainer_state` that `save_checkpoint` was given."""
+    """Read the `trainer_state` that `save_checkpoint` was given."""
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
@@ -174,8 +328,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[tor
 
     Raises GPT2ModernError, naming one, if the checkpoint's tensors are not those of this model.
     """
-    if is_adapted(model):
-        load_adapter(model, checkpoint)
+    if has_adapters(model):
+        load_adapters(model, checkpoint)
     else:
         _load_weights(checkpoint, model)
     if optimizers is not None:
@@ -196,21 +350,10 @@ def _load_weights(checkpoint: Path, model: nn.Module) -> None:
             parameter.copy_(shard_like(saved[name], parameter))
 
 
-def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Every setting that differs, the model's own by their names, as 'name was X, is Y'."""
-    saved = saved | saved["model"]
-    current = current | current["model"]
-    return [
-        f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
-        for name in sorted(saved.keys() | current.keys())
-        if name != "model" and saved.get(name) != current.get(name)
-    ]
-
-
 def optimizer_state(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, *, keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """The optimizers' tensors, keyed `parameter name/state name`: independent of group order and free of pickle.
+    """Return the optimizers' tensors, keyed `parameter name/state name`: independent of group order, free of pickle.
 
     Those of a sharded model are whole: every process has to call this, and those with keep=False get nothing.
     """

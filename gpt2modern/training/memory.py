@@ -1,36 +1,30 @@
-"""Device memory of a training step: estimated from the model's shapes, and the largest micro-batch that fits."""
+"""Estimate the memory of a training step, find the largest micro-batch that fits, and print a dry run."""
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.training.models import summed_loss
-from gpt2modern.training.optimizers import muon_parameters
-from modeling_gpt2modern import GPT2ModernConfig
+from gpt2modern.evaluation.loss import batch_loss
+from gpt2modern.training.batches import BatchPlan, plan_batches
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.models import DataShape, build_model, pretrained_config
+from gpt2modern.training.optimizers import state_bytes
+from gpt2modern.training.speed import model_flops_per_token
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 # A CPU core is busy with a few thousand tokens; more of them in one pass only take memory.
 CPU_TOKENS_PER_PASS = 8192
-# Width of what an MLP keeps for its backward pass, in units of intermediate_size: gelu, before and after it; gelu_new,
-# also its three factors; relu2, also between relu and square; swiglu, the gate, its silu, up and their product.
-MLP_WIDTHS = {"gelu_new": 5, "gelu": 2, "relu2": 3, "swiglu": 4}
-FORMULA = (
-    "memory: weights 4 N (under autocast 6 N, with copies), gradients 4 P, optimizer 8 P (Muon: 4 per weight); "
-    "activations per token L (8 D + a (i D + 2 Q + 2 K + m F)) + 8 D, and for the loss 4 V (D + C); N parameters, P "
-    "of them trained, L layers, D hidden_size, Q and K widths of queries and keys, F intermediate_size, V vocab_size, "
-    "a bytes per number, i inputs of matrix products (2; under autocast a copy for each: 4, gated 5), m 2 gelu, "
-    "5 gelu_new, 3 relu2, 4 swiglu, C tokens whose logits exist at once; checkpointed: 4 D per layer and "
-    "all of one layer"
-)
 
 
 @dataclass(frozen=True)
@@ -57,111 +51,139 @@ def estimate_memory(
     gradient_checkpointing: bool,
     shards: int = 1,
 ) -> MemoryEstimate:
-    """By FORMULA; `model` may be on the meta device.
+    """Estimate what a training step holds; `model` may be on the meta device.
 
-    shards: processes over which all but the activations is divided. The activations are within 20 % of what autograd
-    was seen to keep for gpt2, modern and speedrun on a CPU.
+    shards: processes over which all but the activations is divided. Weights are fp32, under autocast with bf16 copies.
     """
     parameters = model.num_parameters()
     return MemoryEstimate(
         weights=(4 if mixed_precision == "no" else 6) * parameters // shards,
         gradients=4 * model.num_parameters(only_trainable=True) // shards,
-        optimizer_states=optimizer_state_bytes(model, optimizer) // shards,
+        optimizer_states=state_bytes(model, optimizer) // shards,
         activations=activation_bytes(
             model.config,
-            attn_implementation=model.config._attn_implementation,
-            bytes_per_number=4 if mixed_precision == "no" else 2,
-            tokens=micro_batch_size * block_size,
+            autocast=mixed_precision != "no",
+            micro_batch_size=micro_batch_size,
             block_size=block_size,
             gradient_checkpointing=gradient_checkpointing,
         ),
     )
 
 
-def optimizer_state_bytes(model: nn.Module, optimizer: str) -> int:
-    """Two fp32 averages per parameter for AdamW, one for each of Muon's."""
-    by_muon = sum(parameter.numel() for parameter in muon_parameters(model)) if optimizer == "muon" else 0
-    return 8 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) - 4 * by_muon
-
-
 def activation_bytes(
-    config: GPT2ModernConfig,
-    *,
-    attn_implementation: str,
-    bytes_per_number: int,
-    tokens: int,
-    block_size: int,
-    gradient_checkpointing: bool,
+    config: GPT2ModernConfig, *, autocast: bool, micro_batch_size: int, block_size: int, gradient_checkpointing: bool
 ) -> int:
-    """What autograd keeps for the backward pass of one micro-batch, and the buffers of the loss."""
-    width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    mlp = MLP_WIDTHS[config.mlp_type] * config.intermediate_size
-    scores = 2 * config.num_attention_heads * block_size if attn_implementation == "eager" else 0
-    inputs = 2 if bytes_per_number == 4 else 5 if config.mlp_type == "swiglu" else 4
-    layer = 8 * width + bytes_per_number * (inputs * width + 2 * queries + 2 * keys + mlp + scores)
-    layers = config.num_hidden_layers
-    kept = 4 * width * layers + layer if gradient_checkpointing else layer * layers
-    chunk = min(tokens, max(512, width))
-    return tokens * (kept + 8 * width) + 4 * config.vocab_size * (width + chunk)
+    """Count what autograd keeps for the backward pass of one micro-batch, and the buffers of the loss.
 
-
-def largest_micro_batch_size(
-    accelerator: Accelerator, model: PreTrainedModel, sizes: Sequence[int], **needs: Any
-) -> int:
-    """The largest of `sizes` (ascending) that fits on the device of every process.
-
-    On an accelerator each is tried. On a CPU, where running out of memory ends the process, the estimate decides.
-    needs: the keywords of `fits_by_trying`. `model` is not wrapped yet; its weights, its gradients and the random state
-    are left as they are. Raises GPT2ModernError if not even the first fits, and under FSDP or DeepSpeed, where no process
-    holds a whole model.
+    The layers run on fake tensors, which have shapes but no data. With checkpointing one layer is recomputed at a time.
     """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise GPT2ModernError(
-            "--per_device_train_batch_size auto does not go with a model divided over devices; give it"
-        )
-    fits = fits_by_estimate if accelerator.device.type == "cpu" else fits_by_trying
-    found = largest_that_fits(sizes, lambda size: fits(accelerator, model, size, **needs))
+    kept = _kept_by_autograd(config, autocast, micro_batch_size, block_size, gradient_checkpointing=False)
+    if gradient_checkpointing:
+        one_layer = kept // config.num_hidden_layers
+        kept = _kept_by_autograd(config, autocast, micro_batch_size, block_size, gradient_checkpointing=True)
+        kept += one_layer
+    width, tokens = config.hidden_size, micro_batch_size * block_size
+    chunk = min(tokens, max(512, width))  # tokens whose logits exist at once
+    return kept + 4 * tokens * width + 4 * config.vocab_size * (width + chunk)
+
+
+def _kept_by_autograd(
+    config: GPT2ModernConfig, autocast: bool, micro_batch_size: int, block_size: int, *, gradient_checkpointing: bool
+) -> int:
+    kept: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode():
+        model = GPT2ModernForCausalLM._from_config(config, attn_implementation=config._attn_implementation).train()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # A weight's bf16 copy counts among the weights; it is known by its shape.
+        of_weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tuple(tensor.shape) not in of_weights:
+                storage = tensor.untyped_storage()
+                kept[storage._cdata] = storage
+            return tensor
+
+        input_ids = torch.zeros(micro_batch_size, block_size, dtype=torch.int64)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            model.model(input_ids=input_ids, use_cache=False)
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+def fit_micro_batch(
+    config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, plan: BatchPlan, separator: int | None
+) -> BatchPlan:
+    """Return the plan with the largest micro-batch that fits on the device of every process.
+
+    On an accelerator sizes are tried. On a CPU, where running out of memory ends the process, the estimate decides.
+    `model` is not wrapped yet; its weights, gradients and the random state are left as they are. Raises GPT2ModernError
+    if not even one sequence fits, and under FSDP, where no process holds a whole model.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise GPT2ModernError("--per_device_train_batch_size auto does not go with FSDP2; give a number")
+
+    def fits(size: int) -> bool:
+        if accelerator.device.type == "cpu":
+            return fits_by_estimate(config, accelerator, model, size, plan.block_size)
+        return fits_by_trying(config, accelerator, model, size, plan.block_size, separator)
+
+    found = largest_that_fits(plan.micro_batch_sizes(), fits)
     agreed = accelerator.gather(torch.tensor([found], device=accelerator.device)).min().item()
     if agreed == 0:
         raise GPT2ModernError(
-            f"one sequence of {needs['block_size']} tokens does not fit in the memory of {accelerator.device}: use "
-            f"--gradient_checkpointing true, a smaller --block_size or a smaller model"
+            f"one sequence of {plan.block_size} tokens does not fit in the memory of {accelerator.device}: use "
+            "--gradient_checkpointing true, a smaller --block_size or a smaller model"
         )
-    return agreed
+    return replace(plan, micro_batch_size=agreed)
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """Return the last of ascending `sizes` before the first that does not fit; 0 if there is none."""
+    largest = 0
+    for size in sizes:
+        if not fits(size):
+            break
+        largest = size
+    return largest
 
 
 def fits_by_estimate(
-    accelerator: Accelerator, model: PreTrainedModel, size: int, *, block_size: int, optimizer: str, **needs: Any
+    config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, size: int, block_size: int
 ) -> bool:
-    """At most half of the memory that is available, and CPU_TOKENS_PER_PASS tokens."""
+    """Whether a step takes at most half of the memory that is available, and a pass CPU_TOKENS_PER_PASS tokens."""
     estimate = estimate_memory(
         model,
-        optimizer=optimizer,
+        optimizer=config.optimizer,
         mixed_precision=accelerator.mixed_precision,
         micro_batch_size=size,
         block_size=block_size,
-        gradient_checkpointing=model.is_gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
     available = psutil.virtual_memory().available / 2 / accelerator.num_processes
     return estimate.total <= available and size * block_size <= max(CPU_TOKENS_PER_PASS, block_size)
 
 
 def fits_by_trying(
+    config: TrainConfig,
     accelerator: Accelerator,
     model: PreTrainedModel,
     size: int,
-    *,
     block_size: int,
-    optimizer: str,
     separator: int | None,
+    try_pass: Callable[..., None] | None = None,
 ) -> bool:
-    """A forward and a backward pass beside a block of memory as large as what comes later: the optimizer's state, and
-    the buckets in which several processes sum their gradients."""
-    later_bytes = optimizer_state_bytes(model, optimizer)
+    """Whether a forward and a backward pass fit beside a block of memory as large as what comes later: the optimizer's
+    state, and the buckets in which several processes sum their gradients.
+
+    try_pass: in place of `try_training_pass`.
+    """
+    later_bytes = state_bytes(model, config.optimizer)
     later_bytes += 4 * model.num_parameters() if accelerator.num_processes > 1 else 0
     try:
-        try_training_pass(accelerator, model, size, block_size, later_bytes, separator)
+        (try_pass or try_training_pass)(accelerator, model, size, block_size, later_bytes, separator)
         return True
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
@@ -182,25 +204,91 @@ def try_training_pass(
     later_bytes: int,
     separator: int | None,
 ) -> None:
-    """Forward and backward on `size` made-up sequences while `later_bytes` are taken; no update."""
+    """Run forward and backward on `size` made-up sequences while `later_bytes` are taken; no update."""
     device = accelerator.device
     was_training = model.training
-    with torch.random.fork_rng([device] if device.type != "cpu" else []):
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         model.to(device).train()
         taken = torch.empty(later_bytes, dtype=torch.uint8, device=device)
         batch = torch.zeros(size, block_size + 1, dtype=torch.int64, device=device)
         with accelerator.autocast():
-            loss = summed_loss(model, batch, num_items=batch.numel(), separator=separator)
+            loss, _ = batch_loss(model, batch, num_items=batch.numel(), separator=separator)
         loss.backward()
         del taken
     model.train(was_training)
 
 
-def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The last of ascending `sizes` before the first that does not fit; 0 if there is none."""
-    largest = 0
-    for size in sizes:
-        if not fits(size):
-            break
-        largest = size
-    return largest
+def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
+    """Return the settings as a recipe, then what follows from them as comments: a file for --config.
+
+    Without --data_dir the preset's own vocabulary and context are assumed, and without --model_name_or_path the preset
+    for the model that adapters are put on. The model is built on the meta device and takes no memory. Raises what the
+    run itself would raise for its settings and its data.
+    """
+    data = PackedBlocks(config.data_dir, "train", config.block_size) if config.data_dir else _assumed_data(config)
+    with torch.device("meta"):
+        model = build_model(config, data, load_weights=False)
+    plan = plan_batches(config, block_size=data.block_size, num_processes=accelerator.num_processes)
+    if config.per_device_train_batch_size == "auto":
+        fitting = largest_that_fits(
+            plan.micro_batch_sizes(), lambda size: fits_by_estimate(config, accelerator, model, size, plan.block_size)
+        )
+        plan = replace(plan, micro_batch_size=max(1, fitting))
+    settings = yaml.safe_dump(config.chosen(), sort_keys=False)
+    facts = _facts(config, accelerator, data, model, plan)
+    return settings + "".join(f"# {name:<20} {value}\n" for name, value in facts.items())
+
+
+def _assumed_data(config: TrainConfig) -> DataShape:
+    name = config.model_name_or_path
+    preset = GPT2ModernConfig.from_preset(config.model_preset) if name is None else pretrained_config(name)
+    return DataShape(
+        preset.unpadded_vocab_size or preset.vocab_size,
+        preset.eos_token_id,
+        config.block_size or preset.max_position_embeddings,
+    )
+
+
+def _facts(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    data: PackedBlocks | DataShape,
+    model: GPT2ModernForCausalLM,
+    plan: BatchPlan,
+) -> dict[str, str]:
+    """Say what the settings amount to, each number with its unit."""
+    last = config.max_steps
+    samples, tokens = plan.consumed_samples(last), plan.tokens_seen(last)
+    epochs = f"{samples / len(data):.2f} epochs of the data" if isinstance(data, PackedBlocks) else "no --data_dir"
+    flops = model_flops_per_token(model, plan.block_size)
+    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    formula = "6 N + 12 L D T" if trained == parameters else "6 P + 4 (N - P) + 12 L D T, P of N parameters trained"
+    memory = estimate_memory(
+        model,
+        optimizer=config.optimizer,
+        mixed_precision=accelerator.mixed_precision,
+        micro_batch_size=plan.micro_batch_size,
+        block_size=plan.block_size,
+        gradient_checkpointing=config.gradient_checkpointing,
+        shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
+    )
+    stand_in = ", in place of the --model_name_or_path that a run with --lora_rank needs" if config.lora_rank else ""
+    return {
+        "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
+        "parameters": f"{parameters:,}",
+        "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
+        "processes": f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}",
+        "tokens per step": f"{plan.samples_per_step * plan.block_size:,} = {accelerator.num_processes} x "
+        f"{plan.grad_accum_steps(last)} x {plan.micro_batch_size} x {plan.block_size} "
+        "(processes, passes, sequences, tokens)",
+        "steps": f"{last:,}",
+        "tokens": f"{tokens:,} ({epochs})",
+        "FLOPs per token": f"{flops:,} ({formula})",
+        "FLOPs": f"{flops * tokens:.3e}",
+        "memory per process": f"{memory.total / 2**30:.2f} GiB (estimate)",
+        "  weights": f"{memory.weights / 2**30:.2f} GiB",
+        "  gradients": f"{memory.gradients / 2**30:.2f} GiB",
+        "  optimizer states": f"{memory.optimizer_states / 2**30:.2f} GiB",
+        "  activations": f"{memory.activations / 2**30:.2f} GiB (counted on tensors without data)",
+    }

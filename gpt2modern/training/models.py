@@ -1,64 +1,131 @@
-"""The model of a run: a preset, fitted to the data, with the user's overrides on top; and how its loss is asked for."""
+"""Make the model that a run trains: a preset with random weights or a finished model, with LoRA adapters where asked.
 
+Adapters (LoRA, arXiv:2106.09685) are PEFT's, put into the model in place: forward, evaluation and wrappers see the same
+class as without them. What is saved of such a run is both the model with the adapters merged in, a model folder as any
+other, and in its subfolder `adapter/` what `PeftModel.from_pretrained(base, ...)` reads.
+"""
+
+import copy
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from gpt2modern.cli import nearest
-from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary
-from gpt2modern.errors import GPT2ModernError
+from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
+from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.loading import load_config, load_model
+from gpt2modern.training.config import TrainConfig
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+except ImportError:  # the extra `finetune`; only --lora_rank needs it
+    LoraConfig = inject_adapter_in_model = LoraLayer = None
 
 # What the architecture reads: not what transformers keeps in every configuration, such as return_dict.
 MODEL_SETTINGS = (*GPT2ModernConfig.__annotations__, *GPT2ModernConfig.attribute_map, "rope_theta", "rope_scaling")
+DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
+ADAPTER_FOLDER = "adapter"
+ADAPTER_NAME = "default"
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a model must fit of the data; stands for blocks that are not there in a dry run."""
+
+    vocab_size: int
+    eos_token_id: int
+    block_size: int
 
 
 def build_model(
-    *,
-    model_preset: str,
-    config_overrides: str | None,
-    attn_implementation: str,
-    gradient_checkpointing: bool,
-    blocks: PackedBlocks,
+    config: TrainConfig, data: PackedBlocks | DataShape, *, load_weights: bool = True
 ) -> GPT2ModernForCausalLM:
-    """The preset, fitted to the data (vocabulary, context, special tokens), with --config_overrides on top."""
-    overrides = parse_config_overrides(config_overrides)
-    try:
-        preset = GPT2ModernConfig.from_preset(model_preset)
-        fitted = {
-            "max_position_embeddings": blocks.block_size,
-            "bos_token_id": blocks.eos_token_id,
-            "eos_token_id": blocks.eos_token_id,
-        }
-        if blocks.vocab_size != (preset.unpadded_vocab_size or preset.vocab_size):
-            fitted["vocab_size"] = blocks.vocab_size
-            if preset.unpadded_vocab_size is not None:  # rows in multiples of 64 suit tensor cores
-                fitted["vocab_size"] = -(-blocks.vocab_size // 64) * 64
-                fitted["unpadded_vocab_size"] = blocks.vocab_size
-        model_config = GPT2ModernConfig.from_preset(model_preset, **(fitted | overrides))
-    except (ValueError, TypeError) as error:
-        raise GPT2ModernError(f"--model_preset {model_preset} / --config_overrides: {error}") from None
-    refuse_larger_vocabulary("the model", model_config.vocab_size, blocks)
-    if blocks.block_size > model_config.max_position_embeddings:
-        raise GPT2ModernError(
-            f"--block_size {blocks.block_size} is longer than max_position_embeddings="
-            f"{model_config.max_position_embeddings} of --config_overrides"
-        )
-    try:
-        model = GPT2ModernForCausalLM._from_config(model_config, attn_implementation=attn_implementation)
-    except (ValueError, ImportError, RuntimeError, AttributeError) as error:
-        flags = f"--attn_implementation {attn_implementation} / --config_overrides"
-        raise GPT2ModernError(f"{flags}: the model cannot be built: {str(error).splitlines()[0]}") from None
-    if gradient_checkpointing:
+    """Make the model that a run begins with, in fp32 on the current device, with its adapters.
+
+    load_weights: False gives a finished model's shape alone; adapters may then stand on a preset's shape too. Raises
+    GPT2ModernError for settings that contradict each other and for data that does not fit the model.
+    """
+    if config.lora_rank and config.model_name_or_path is None and load_weights:
+        raise GPT2ModernError(f"--lora_rank {config.lora_rank} needs --model_name_or_path: a model worth freezing")
+    if config.model_name_or_path is None:
+        model = _preset_model(config, data)
+    else:
+        model = _pretrained_model(config, data, load_weights)
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_rank:
+        _add_adapters(model, config)
     return model
 
 
+def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2ModernForCausalLM:
+    """Make the preset fitted to the data (vocabulary, context, special tokens), with --config_overrides on top."""
+    overrides = parse_config_overrides(config.config_overrides)
+    try:
+        preset = GPT2ModernConfig.from_preset(config.model_preset)
+        fitted = {
+            "max_position_embeddings": data.block_size,
+            "bos_token_id": data.eos_token_id,
+            "eos_token_id": data.eos_token_id,
+        }
+        if data.vocab_size != (preset.unpadded_vocab_size or preset.vocab_size):
+            fitted["vocab_size"] = data.vocab_size
+            if preset.unpadded_vocab_size is not None:  # rows in multiples of 64 suit tensor cores
+                fitted["vocab_size"] = -(-data.vocab_size // 64) * 64
+                fitted["unpadded_vocab_size"] = data.vocab_size
+        model_config = GPT2ModernConfig.from_preset(config.model_preset, **(fitted | overrides))
+    except (ValueError, TypeError) as error:
+        raise GPT2ModernError(f"--model_preset {config.model_preset} / --config_overrides: {error}") from None
+    if isinstance(data, PackedBlocks):
+        refuse_larger_vocabulary("the model", model_config.vocab_size, data)
+    _refuse_longer_blocks("--config_overrides", model_config, data)
+    try:
+        return GPT2ModernForCausalLM._from_config(model_config, attn_implementation=config.attn_implementation)
+    except (ValueError, ImportError, RuntimeError, AttributeError) as error:
+        flags = f"--attn_implementation {config.attn_implementation} / --config_overrides"
+        raise GPT2ModernError(f"{flags}: the model cannot be built: {first_line(error)}") from None
+
+
+def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_weights: bool) -> GPT2ModernForCausalLM:
+    """Load the model of --model_name_or_path in fp32; raises GPT2ModernError if the data does not fit it."""
+    name, flag = config.model_name_or_path, "--model_name_or_path"
+    model_config = pretrained_config(name)
+    overrides = parse_config_overrides(config.config_overrides)
+    if fixed := sorted(overrides.keys() - set(DROPOUTS)):
+        raise GPT2ModernError(f"--config_overrides {fixed[0]} is fixed by {flag}; only dropouts can be set")
+    model_config.update(overrides)
+    if isinstance(data, PackedBlocks):
+        refuse_larger_vocabulary(name, model_config.unpadded_vocab_size or model_config.vocab_size, data)
+        refuse_other_tokenizer(name, data)
+    _refuse_longer_blocks(name, model_config, data)
+    arguments = {"config": model_config, "attn_implementation": config.attn_implementation}
+    if load_weights:
+        return load_model(name, flag=flag, **arguments)
+    return GPT2ModernForCausalLM._from_config(**arguments)
+
+
+def pretrained_config(name: str) -> GPT2ModernConfig:
+    """Load the configuration of --model_name_or_path; raises GPT2ModernError for anything but a GPT2-Modern model."""
+    config = load_config(name, flag="--model_name_or_path")
+    if not isinstance(config, GPT2ModernConfig):
+        raise GPT2ModernError(
+            f"--model_name_or_path {name} is a {config.model_type} model; convert it first: python -m "
+            f"gpt2modern.conversion --model {name} --output_dir CONVERTED"
+        )
+    return config
+
+
 def parse_config_overrides(text: str | None) -> dict[str, Any]:
-    """'hidden_size=64,layer_types=[full_attention,sliding_attention]' -> typed values, read as YAML."""
+    """Read 'hidden_size=64,layer_types=[full_attention,sliding_attention]' into typed values, each by YAML's rules."""
     overrides = {}
     for pair in re.split(r",(?=\s*\w+=)", text) if text else []:
         key, separator, value = pair.partition("=")
@@ -68,9 +135,8 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
         if key in overrides:
             raise GPT2ModernError(f"--config_overrides: {key!r} is given twice; keep one")
         if key not in MODEL_SETTINGS:
-            raise GPT2ModernError(
-                f"--config_overrides: the model has no setting {key!r}{nearest(key, MODEL_SETTINGS, '')}"
-            )
+            close = nearest(key, MODEL_SETTINGS, "")
+            raise GPT2ModernError(f"--config_overrides: the model has no setting {key!r}{close}")
         try:
             overrides[key] = yaml.safe_load(value)
         except (yaml.YAMLError, RecursionError):
@@ -78,51 +144,89 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
     return overrides
 
 
-def summed_loss(
-    model: nn.Module,
-    batch: torch.Tensor,
-    *,
-    num_items: float | torch.Tensor = 1,
-    separator: int | None = None,
-) -> torch.Tensor:
-    """Summed next-token loss of `batch` over `num_items`: a scalar in nats, in fp32; no logits are kept.
-
-    batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only. Padding, -100, is no
-        target, and as an input it is id 0: what sees it comes after it and has no target either.
-    separator: the token that ends a document; tokens then see none of the documents before their own in the block.
-        The separator itself still predicts what follows it. None: every token sees all that stands before it.
-    """
-    return _loss_output(model, batch, num_items, separator).loss
+def _refuse_longer_blocks(model: str, config: GPT2ModernConfig, data: PackedBlocks | DataShape) -> None:
+    if data.block_size > config.max_position_embeddings:
+        raise GPT2ModernError(
+            f"--block_size {data.block_size} is longer than max_position_embeddings={config.max_position_embeddings} "
+            f"of {model}; use a smaller one"
+        )
 
 
-def objective_and_loss(
-    model: nn.Module, batch: torch.Tensor, *, num_items: float | torch.Tensor, separator: int | None, z_loss: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is minimised, `summed_loss` plus z-loss with the coefficient `z_loss`; and `summed_loss` alone, detached."""
-    if not z_loss:
-        loss = summed_loss(model, batch, num_items=num_items, separator=separator)
-        return loss, loss.detach()
-    output = _loss_output(model, batch, num_items, separator, z_loss_coefficient=z_loss)
-    return output.loss, output.loss.detach() - output.z_loss
-
-
-def _loss_output(
-    model: nn.Module, batch: torch.Tensor, num_items: float | torch.Tensor, separator: int | None, **kwargs
-) -> Any:
-    input_ids = batch[:, :-1].clamp(min=0)
-    return model(
-        input_ids=input_ids,
-        position_ids=None if separator is None else document_positions(input_ids, separator),
-        shift_labels=batch[:, 1:],
-        num_items_in_batch=num_items,
-        use_cache=False,
-        skip_logits=True,
-        **kwargs,
+def _add_adapters(model: GPT2ModernForCausalLM, config: TrainConfig) -> None:
+    """Freeze the model and put adapters beside its linear layers; alpha / rank scales what they add."""
+    if inject_adapter_in_model is None:
+        raise GPT2ModernError("--lora_rank needs peft, which is not installed: pip install peft")
+    linear = (name for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear))
+    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if unknown := sorted(set(config.lora_target_modules or ()) - set(known)):
+        raise GPT2ModernError(
+            f"--lora_target_modules {unknown[0]} is not in this model; its layers have {', '.join(known)}"
+        )
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        target_modules=sorted(config.lora_target_modules or known),
+        base_model_name_or_path=config.model_name_or_path,
+        task_type="CAUSAL_LM",
     )
+    inject_adapter_in_model(lora, model, ADAPTER_NAME)
 
 
-def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
-    """(batch, seq_len) token ids -> positions that begin at 0 in each row and again after each `separator`."""
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    begins = torch.nn.functional.pad(input_ids[:, :-1] == separator, (1, 0))
-    return positions - torch.where(begins, positions, 0).cummax(dim=1).values
+def has_adapters(model: nn.Module) -> bool:
+    return getattr(model, "peft_config", None) is not None
+
+
+def save_adapters(model: GPT2ModernForCausalLM, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors to `folder`/adapter.
+
+    Beside the merged model's files, stock code would put the adapters on top of it a second time.
+    """
+    target = folder / ADAPTER_FOLDER
+    target.mkdir(parents=True)
+    model.peft_config[ADAPTER_NAME].save_pretrained(target)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_tensors(model).items()}
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapters(model: GPT2ModernForCausalLM, checkpoint: Path) -> None:
+    """Put a checkpoint's adapters into `model`.
+
+    Raises GPT2ModernError, naming a tensor, if they belong to another model or the frozen weights are not those that
+    they were trained on.
+    """
+    path = checkpoint / ADAPTER_FOLDER / "adapter_model.safetensors"
+    if not path.is_file():
+        raise GPT2ModernError(
+            f"{checkpoint} has no adapters; leave out --lora_rank, or start over in another --output_dir"
+        )
+    saved, parameters = load_file(path), _adapter_tensors(model)
+    for name in sorted(saved.keys() | parameters.keys()):
+        if name not in saved or name not in parameters or saved[name].shape != parameters[name].shape:
+            raise GPT2ModernError(f"{path} belongs to another model: tensor {name} does not match")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    expected = merged(model).state_dict()
+    for name, weight in load_file(checkpoint / "model.safetensors").items():
+        if not torch.allclose(weight, expected[name].cpu(), rtol=1e-4, atol=1e-5):  # another device adds differently
+            raise GPT2ModernError(f"{checkpoint} was trained on another --model_name_or_path: {name} differs")
+
+
+def merged(model: GPT2ModernForCausalLM) -> PreTrainedModel:
+    """Copy the model with its adapters added to the weights, with the names and shapes of a model without any."""
+    model = copy.deepcopy(model)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in adapted.items():
+        module.merge()
+        model.set_submodule(name, module.get_base_layer())
+    del model.peft_config
+    return model.requires_grad_(True)
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """List what is trained of a model with adapters, by the names that PEFT's files have."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER_NAME}.', '.')}": parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

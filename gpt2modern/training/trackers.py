@@ -1,4 +1,4 @@
-"""Experiment trackers beside metrics.jsonl: trackio, tensorboard, wandb, through Accelerate's classes for them.
+"""Send the rows of metrics.jsonl to experiment trackers too: trackio, tensorboard, wandb, through Accelerate's classes.
 
 A tracker is a convenience: what it raises while training is one warning, and it is not called again.
 """
@@ -17,8 +17,10 @@ TRACKERS = {"trackio": TrackioTracker, "tensorboard": TensorBoardTracker, "wandb
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise GPT2ModernError for a tracker of --report_to that is not installed, naming the command that installs it."""
+    """Raise GPT2ModernError for a tracker of --report_to that is unknown or not installed, with the way out."""
     for name in report_to:
+        if name not in ("none", *TRACKERS):
+            raise GPT2ModernError(f"--report_to {name} is unknown; choose from none, {', '.join(TRACKERS)}")
         if name != "none" and importlib.util.find_spec(name) is None:
             raise GPT2ModernError(f"--report_to {name}: it is not installed; python -m pip install {name}")
 
@@ -26,8 +28,8 @@ def check_trackers(report_to: Sequence[str]) -> None:
 class Trackers:
     """The trackers of one run, on the main process.
 
-    A resumed run continues under its name. Steps that were logged before the interruption and are now made again would
-    stand twice in trackio and wandb, which take no row back; there they are left out. tensorboard drops the old ones.
+    A resumed run continues under its name. trackio and wandb cannot delete rows, so steps that were logged before the
+    interruption and are repeated now are not sent to them; tensorboard replaces the old rows.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Trackers:
             self._call_all(lambda tracker: tracker.store_init_configuration(flat_settings(settings)))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers and texts of one step; None is left out."""
+        """Send the numbers and texts of one step; None is left out."""
         values = {key: value for key, value in values.items() if value is not None}
         again = step <= self.logged_step
         self._call_all(lambda tracker: tracker.log(values, step=step), except_for={"trackio", "wandb"} if again else ())
@@ -83,7 +85,7 @@ class Trackers:
 
 
 def flat_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
-    """Values that every tracker takes (tensorboard: numbers, texts, booleans): the others as JSON."""
+    """Turn settings that are not numbers, texts or booleans, which tensorboard refuses, into JSON."""
     return {
         name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in settings.items()
     }

@@ -1,10 +1,17 @@
-"""README.md of a run: what was trained on what, how it went, how to load it."""
+"""summary.json and the model card (README.md) of a run: what was trained on what, how it went, how to load it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.evaluation.loss import METRICS, evaluated_blocks
+from gpt2modern.loading import is_hub_name
+from gpt2modern.training.batches import BatchPlan
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.state import TrainState
+from modeling_gpt2modern import GPT2ModernForCausalLM
 
 TEMPLATE = """\
 ---
@@ -68,33 +75,67 @@ The numbers of each logged step are in `metrics.jsonl`; `resolved_config.yaml` r
 """
 
 
-def write_model_card(
-    path: Path,
+def summarize(
+    config: TrainConfig,
+    state: TrainState,
+    rows: list[dict[str, Any]],
+    *,
+    model: GPT2ModernForCausalLM,
+    plan: BatchPlan,
+    eval_blocks: PackedBlocks,
+) -> dict[str, Any]:
+    """Return the contents of summary.json after `state.step` steps. rows: of metrics.jsonl.
+
+    Its evaluation results are those of the last evaluation, None where there was none.
+    """
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]  # a skipped update has none
+    tokens_seen = plan.tokens_seen(state.step)
+    return {
+        "params": model.num_parameters(),
+        "steps": state.step,
+        "tokens_seen": tokens_seen,
+        "train_loss": losses[-1] if losses else None,
+        **{name: state.evaluation.get(name) for name in METRICS},
+        "tokens_per_second": tokens_seen / state.wall_time_s,
+        "wall_time_s": state.wall_time_s,
+        "mixed_precision": config.mixed_precision,
+        "num_processes": plan.num_processes,
+        "eval_blocks": len(_evaluated(config, eval_blocks)),
+        "peak_memory_gib": max([row.get("peak_memory_gib", 0.0) for row in rows], default=None),
+    }
+
+
+def _evaluated(config: TrainConfig, blocks: PackedBlocks) -> list[int]:
+    from_start = config.eval_blocks_at == "start"
+    return evaluated_blocks(len(blocks), max_blocks=config.eval_blocks, from_start=from_start)
+
+
+def model_card(
+    config: TrainConfig,
+    summary: dict[str, Any],
     *,
     name: str,
-    preset: str,
     base_model: str | None,
-    license: str | None,
-    manifest: dict[str, Any],
-    summary: dict[str, Any],
-    evaluated_blocks: str,
-    max_steps: int,
     samples: list[dict[str, Any]],
-    settings: dict[str, Any],
-) -> None:
+    manifest: dict[str, Any],
+    num_eval_blocks: int,
+) -> str:
     """Write the card of a model that was trained from scratch or from `base_model` (Hub id or folder).
 
-    summary: the contents of summary.json; evaluated_blocks: those that its loss is of; samples: rows of samples.jsonl,
-    of which the last step's are shown.
+    summary: from `summarize`; name: of the repository or folder; samples: rows of samples.jsonl, of which the last
+    step's are shown; manifest: of the data; num_eval_blocks: in the validation split.
     """
-    dataset_id, base_id = _hub_id(_source_name(manifest)), _hub_id(base_model)
+    source = _source_name(manifest)
+    dataset_id, base_id = source if is_hub_name(source) else None, base_model if is_hub_name(base_model) else None
     eval_results = _eval_results(dataset_id, manifest, summary)
+    every, used = num_eval_blocks, summary["eval_blocks"]
+    where = "the first" if config.eval_blocks_at == "start" else "at equal distances"
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["gpt2-modern", "custom_code"],
-            license=license,
+            license=config.license,
             datasets=dataset_id,
             base_model=base_id,
             model_name=name if eval_results else None,  # a key of the results' own
@@ -103,12 +144,11 @@ def write_model_card(
         template_str=TEMPLATE,
         name=name,
         title=name.split("/")[-1],
-        description=_description(preset, base_model, manifest, summary, max_steps),
-        prompt=repr("def " if _source_name(manifest) == "stdlib" else "The"),
+        description=_description(config, base_model, manifest, summary),
+        prompt=repr("def " if source == "stdlib" else "The"),
         results=[
-            ("validation loss (nats/token)", _rounded(summary["eval_loss"])),
-            ("validation bits per byte", _rounded(summary["bits_per_byte"])),
-            ("validation blocks", evaluated_blocks),
+            *((metric.label, _rounded(summary[key])) for key, metric in METRICS.items()),
+            ("validation blocks", f"all {every:,}" if used == every else f"{used:,} of {every:,}, {where}"),
             ("tokens seen", f"{summary['tokens_seen']:,}"),
             ("optimizer steps", f"{summary['steps']:,}"),
             ("training time (s)", _rounded(summary["wall_time_s"])),
@@ -120,31 +160,24 @@ def write_model_card(
             if sample["step"] == samples[-1]["step"]
         ],
         data=_data(manifest, summary),
-        settings=sorted(settings.items()),
-        licence=f"The weights: {license}." if license else "Who trained the weights has stated none for them.",
+        settings=sorted((config.chosen(card=True) | {"num_processes": summary["num_processes"]}).items()),
+        licence=f"The weights: {config.license}." if config.license else "Their owner has stated none for the weights.",
     )
-    card.save(path)
+    return str(card)
 
 
-def _description(
-    preset: str, base_model: str | None, manifest: dict[str, Any], summary: dict[str, Any], max_steps: int
-) -> str:
+def _description(config: TrainConfig, base_model: str | None, manifest: dict[str, Any], summary: dict[str, Any]) -> str:
     kind = f"A {summary['params']:,}-parameter GPT-2-class language model"
     if base_model is None:
-        kind += f" (preset `{preset}`)"
+        kind += f" (preset `{config.model_preset}`)"
     else:
-        kind += f", trained further from `{_hub_id(base_model) or Path(base_model).name}`"
+        kind += f", trained further from `{base_model if is_hub_name(base_model) else Path(base_model).name}`"
     is_stdlib = _source_name(manifest) == "stdlib"
     corpus = "the source code of Python's standard library" if is_stdlib else f"`{_source_name(manifest)}`"
     text = f"{kind}, trained with GPT2-Modern on {corpus}."
-    if summary["steps"] < max_steps:
-        text += f" This is a checkpoint: step {summary['steps']:,} of {max_steps:,}."
+    if summary["steps"] < config.max_steps:
+        text += f" This is a checkpoint: step {summary['steps']:,} of {config.max_steps:,}."
     return text
-
-
-def _hub_id(name: str | None) -> str | None:
-    """`name` if it reads owner/name and is no path here."""
-    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _source_name(manifest: dict[str, Any]) -> str:
@@ -168,9 +201,7 @@ def _data(manifest: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, 
 
 
 def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dict[str, Any]) -> list[EvalResult] | None:
-    measures = {"loss": "Loss (nats/token)", "bits_per_byte": "Bits per byte"}
-    values = {"loss": summary["eval_loss"], "bits_per_byte": summary["bits_per_byte"]}
-    if values["loss"] is None:
+    if any(summary[name] is None for name in METRICS):
         return None
     return [
         EvalResult(
@@ -178,16 +209,16 @@ def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dic
             dataset_type=dataset_id or "text",
             dataset_name=_source_name(manifest),
             dataset_split="validation",
-            metric_type=metric,
-            metric_name=label,
-            metric_value=round(values[metric], 4),
+            metric_type=name.removeprefix("eval_"),
+            metric_name=metric.label,
+            metric_value=round(summary[name], 4),
         )
-        for metric, label in measures.items()
+        for name, metric in METRICS.items()
     ]
 
 
 def _fenced(text: str) -> str:
-    """`text` as a block of Markdown whose fence is longer than any in it."""
+    """Put `text` into a code block of Markdown whose fence is longer than any in it."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -1,0 +1,66 @@
+"""Dataclass fields that are settings: with a help text, a group and a range; the checks that read them.
+
+Imports nothing heavy, so that a configuration can be made, checked and tested without torch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+LARGEST_COUNT = 2**31 - 1  # of whole numbers without a limit of their own
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    default_factory: Callable[[], Any] = dataclasses.MISSING,
+    group: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    may_be_empty: bool = False,
+    **metadata: Any,
+) -> Any:
+    """Make a dataclass field that is a flag of the command line and a key of the YAML file.
+
+    group: heading in --help. least, most: range of a number, checked by `check_ranges`. may_be_empty: whether the empty
+    text is a value. metadata: what else the owner of the dataclass keeps about the field, found in `field.metadata`.
+    """
+    metadata |= {"help": help, "group": group, "least": least, "most": most, "may_be_empty": may_be_empty}
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ValueError naming the flag of the first field whose number lies outside of its `setting`'s range."""
+    for field in dataclasses.fields(config):
+        if field.metadata.get("least") is not None:
+            value = getattr(config, field.name)
+            if not isinstance(value, str):  # "auto"
+                check_range(f"--{field.name}", value, field.metadata["least"], field.metadata["most"])
+
+
+def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
+    """Raise ValueError unless `value` is None or a finite number in [least, most]; counts end at 2^31 - 1 anyway."""
+    if value is None:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} {value} must be a finite number")
+    if value < least:
+        raise ValueError(f"{name} {value} must be at least {least}")
+    if most is None and isinstance(value, int):
+        most = LARGEST_COUNT
+    if most is not None and value > most:
+        raise ValueError(f"{name} {value} must be at most {most}")
+
+
+def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
+    """Read a whole number from 1 on, or the word auto; raises ValueError for anything else."""
+    if value == "auto":
+        return "auto"
+    try:
+        number = int(value)
+    except ValueError:
+        raise ValueError(f"{name} {value!r} is neither a number nor auto") from None
+    check_range(name, number, 1)
+    return number

@@ -1,0 +1,318 @@
+"""Several processes: join those that a launcher started, decide alike, name one that is lost, shard a model (FSDP2)."""
+
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils.logging import disable_progress_bar
+
+from gpt2modern.errors import GPT2ModernError, first_line
+from modeling_gpt2modern import GPT2ModernForCausalLM
+
+
+@contextlib.contextmanager
+def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator[tuple[Accelerator, Processes]]":
+    """Join the processes of this launch, and leave them at the end of the block, when DistributedDataParallel is gone.
+
+    A collective that fails in the block is replaced by the names of the processes that are lost. Another block may
+    follow in the same Python process, also after an error where there is one process only.
+    """
+    accelerator = build_accelerator(mixed_precision, ddp_timeout)
+    processes = Processes(accelerator, ddp_timeout)
+    try:
+        with processes.lost_ones_named():
+            yield accelerator, processes
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+        accelerator.end_training()
+    finally:
+        if not torch.distributed.is_initialized():
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
+    """Join the processes of this launch and return their Accelerator.
+
+    ddp_timeout: seconds that a process waits for the others before the run ends with an error. Raises GPT2ModernError
+    where a launch would silently train one copy per process, or asks for what the training loop cannot do.
+    """
+    disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if not launched.isdigit():
+        raise GPT2ModernError(f"WORLD_SIZE={launched!r} in the environment is not a number: unset it")
+    _refuse_other_engines()
+    _join_after_restart(ddp_timeout)
+    try:
+        # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
+        )
+    except (ValueError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.distributed.DistError):
+            raise
+        raise GPT2ModernError(
+            f"cannot set up {launched} process(es), precision {mixed_precision}: {first_line(error)}; check the "
+            "environment (ACCELERATE_*, RANK, MASTER_ADDR, ...) or use a launcher"
+        ) from None
+    if int(launched) != accelerator.num_processes:
+        raise GPT2ModernError(
+            f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
+            f"{accelerator.num_processes}: each would train alone; use a file of accelerate_configs/ for this machine"
+        )
+    _refuse_precision(accelerator)
+    if accelerator.gradient_accumulation_steps != 1:
+        raise GPT2ModernError(
+            f"the Accelerate configuration sets gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
+            "remove it: accumulation follows from --total_batch_size"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        _set_up_fsdp(accelerator)
+    return accelerator
+
+
+def _refuse_precision(accelerator: Accelerator) -> None:
+    precision, device = accelerator.mixed_precision, accelerator.device
+    if precision not in ("no", "fp16", "bf16"):
+        raise GPT2ModernError(f"mixed precision {precision!r} of the launcher is unknown; choose from no, fp16, bf16")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise GPT2ModernError(  # GPUs before the A100's generation emulate it, slowly
+            f"{torch.cuda.get_device_name(device)} has no bf16: use --mixed_precision fp16, which scales the loss"
+        )
+
+
+def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
+    """Raise GPT2ModernError where Accelerate would silently train in fp32, its fp16 being for GPUs alone."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise GPT2ModernError("--mixed_precision fp16 is for GPUs, and there is none here: use bf16 or no")
+
+
+def _join_after_restart(ddp_timeout: int) -> None:
+    """Form the process group of a run that torchrun --max_restarts has started again; otherwise Accelerate does.
+
+    The launcher's key-value store outlives its processes, with the addresses of those that are gone, which torch would
+    read (seen with 2.13 and --standalone: connection refused). The group therefore meets under keys of its own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and not torch.distributed.is_initialized():
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        torch.distributed.init_process_group(
+            torch.distributed.get_default_backend_for_device(device),
+            store=_launcher_store("attempt"),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timedelta(seconds=ddp_timeout),
+        )
+
+
+def _launcher_store(prefix: str) -> torch.distributed.Store:
+    """Connect to the launcher's key-value store, under keys that no earlier attempt of this run has used."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    return torch.distributed.PrefixStore(f"{prefix}/{attempt}", store)
+
+
+def _refuse_other_engines() -> None:
+    for variable, what in {
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported, as the loop keeps its own optimizers and checkpoints",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported, as it brings its own model and loop",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config is not supported: every process sees its own data",
+    }.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise GPT2ModernError(f"the Accelerate configuration: {what}; use accelerate_configs/fsdp2_one_node.yaml")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise GPT2ModernError(
+            f"the Accelerate configuration sets dynamo_backend {backend}; remove it and use --torch_compile"
+        )
+
+
+def _set_up_fsdp(accelerator: Accelerator) -> None:
+    """Apply the FSDP part of the configuration, on a CPU too, where Accelerate silently ignores it.
+
+    Raises GPT2ModernError for FSDP settings that `shard_model` does not follow.
+    """
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for state in (PartialState(), accelerator.state):  # the second is filled from the first every now and then
+            state.distributed_type = DistributedType.FSDP
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise GPT2ModernError(
+            "the Accelerate configuration asks for FSDP, which needs processes started by accelerate launch or torchrun"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise GPT2ModernError(
+            f"the Accelerate configuration sets fsdp_version {plugin.fsdp_version}; only 2 is supported"
+        )
+    if plugin.activation_checkpointing:
+        raise GPT2ModernError(
+            "the Accelerate configuration sets fsdp_activation_checkpointing; use --gradient_checkpointing"
+        )
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise GPT2ModernError(
+            "the Accelerate configuration sets fsdp_offload_params, which is not supported; remove it"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise GPT2ModernError("FSDP does not go with fp16: its loss scale is for whole gradients; use bf16 or no")
+
+
+class Processes:
+    """What all processes of a run decide together, and which of them does not answer.
+
+    Messages go over a group between the CPUs, so that asking does not make one wait for its GPU. ddp_timeout: seconds.
+    """
+
+    def __init__(self, accelerator: Accelerator, ddp_timeout: int):
+        self.ddp_timeout = ddp_timeout
+        self.is_main = accelerator.is_main_process
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+        self.roll_calls = 0
+        if self.count > 1:
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ddp_timeout))
+            self.store = _launcher_store("roll_call")
+            self.store.set(f"host/{self.index}", socket.gethostname())
+
+    def largest(self, number: int) -> int:
+        """Return the largest number that any process has given; every process has to call it."""
+        if self.count == 1:
+            return number
+        message = torch.tensor([number], dtype=torch.int64)
+        torch.distributed.all_reduce(message, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(message)
+
+    @contextlib.contextmanager
+    def errors_of_main(self) -> Iterator[None]:
+        """Raise on every process the GPT2ModernError that the main process raises in this block."""
+        problem = None
+        try:
+            yield
+        except GPT2ModernError as error:
+            problem = str(error)
+        (problem,) = broadcast_object_list([problem])
+        if problem is not None:
+            raise GPT2ModernError(problem)
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Call `action` on the main process and return its answer on all; a GPT2ModernError is raised on all."""
+        with self.errors_of_main():
+            answer = action() if self.is_main else None
+        return broadcast_object_list([answer])[0]
+
+    def call_roll(self, wait_s: float | None = None) -> None:
+        """Wait until every process has called; raise GPT2ModernError naming those that have not after `wait_s` seconds.
+
+        A collective that times out names none. By default this gives up a little before NCCL does, which would end the
+        process without a word.
+        """
+        if self.count == 1:
+            return
+        self.roll_calls += 1
+        self.store.set(f"{self.roll_calls}/{self.index}", "here")
+        self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # by now everybody has read it
+        keys = [f"{self.roll_calls}/{index}" for index in range(self.count)]
+        try:
+            self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
+        except torch.distributed.DistStoreError:
+            lost = [index for index, key in enumerate(keys) if not self.store.check([key])]
+            if lost:
+                names = ", ".join(f"{index} on {self.store.get(f'host/{index}').decode()}" for index in lost)
+                raise GPT2ModernError(
+                    f"of {self.count} processes these did not answer in --ddp_timeout {self.ddp_timeout} s: {names}; "
+                    "start all again to resume from the newest checkpoint"
+                ) from None
+
+    @contextlib.contextmanager
+    def lost_ones_named(self) -> Iterator[None]:
+        """Replace the error of a collective that fails in this block by the names of the processes that are lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+                self.call_roll(wait_s=1 + self.ddp_timeout / 10)  # the others have failed, or will soon
+            raise
+
+
+def shard_model(model: GPT2ModernForCausalLM, accelerator: Accelerator, *, torch_compile: bool) -> torch.nn.Module:
+    """Shard the model's parameters in place (FSDP2): one unit per decoder layer and one, the root, for all the rest.
+
+    Weights, gradients and optimizer state lie in one piece per process and are gathered layer by layer while they are
+    used, as the Accelerate configuration says (accelerate_configs/fsdp2_*.yaml). Accelerate's own division is not used:
+    it makes a unit of the head that is gathered when the head is called, and the loss without logits reads the head's
+    matrix without calling it. The root is whole from forward to backward. Under bf16 the layers compute in bf16 as
+    under autocast, but the residual stream is bf16 too; gradients are summed over the processes in fp32, and what a
+    forward is given (rotations, the number of targets) keeps its precision.
+    torch_compile: compile each layer; the gathering stays outside.
+    """
+    # The values that later layers mix in are a view. It would matter if anything were done to it in place.
+    warnings.filterwarnings("ignore", message=".* returned a view tensor")
+    precision = MixedPrecisionPolicy()
+    if accelerator.mixed_precision == "bf16":
+        precision = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    reshard_after_forward = accelerator.state.fsdp_plugin.reshard_after_forward
+    for module in list(model.modules()):
+        if type(module).__name__ in model._no_split_modules:
+            if torch_compile:
+                module.compile()
+            fully_shard(module, reshard_after_forward=reshard_after_forward, mp_policy=precision)
+    return fully_shard(model, mp_policy=precision)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Free what a forward pass has gathered and no backward pass has freed: after an evaluation or a sample."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a tensor from its shards, which every process has to do; return any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """Copy a whole tensor, which every process has, to the device of `example` and shard it in the same way."""
+    tensor = tensor.to(example.device, copy=True)
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
+
+
+def whole_model(model: GPT2ModernForCausalLM, *, keep: bool) -> GPT2ModernForCausalLM | None:
+    """Gather a sharded model into an ordinary one in main memory that can be saved; return any other model as it is.
+
+    Every process has to call it; those with keep=False get None for a sharded model.
+    """
+    if not is_sharded(model):
+        return model
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weight = whole_tensor(parameter.detach())
+        if keep:
+            weights[name] = weight.cpu()
+    if not keep:
+        return None
+    with torch.device("meta"):
+        whole = GPT2ModernForCausalLM(model.config)
+    whole.load_state_dict(weights, strict=False, assign=True)
+    whole.tie_weights()
+    return whole
