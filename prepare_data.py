@@ -39,9 +39,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gpt2modern.cli import check_range, check_writable_folder, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.settings import WORKSPACE, finished_manifest, read_template, settings_of
 from gpt2modern.errors import GPT2ModernError, warn
+from gpt2modern.files import check_writable_folder
+from gpt2modern.settings import check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -187,8 +189,12 @@ class PrepareConfig:
             raise ValueError("--shard_index: needs --tokenizer_name, or each machine would train its own tokenizer")
 
 
-@exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["verify"]:
         verify(argv[1:])

@@ -29,8 +29,9 @@ from statistics import median
 
 from benchmarks.data_corpora import MEGABYTE, Corpus, read_documents, write_corpora
 from benchmarks.measuring import REPOSITORY, commit, markdown_table
-from gpt2modern.cli import check_range, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.settings import check_range
 
 CHECKED_DOCUMENTS = 200
 FOLDERS = ("work_dir", "output", "tokenizer_name", "text_dir")  # where things lie is nobody else's concern
@@ -417,8 +418,12 @@ def command_without_folders(argv: list[str]) -> str:
     return shlex.join(["python", "-m", "benchmarks.data", *words])
 
 
-@exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
     if not Path("/proc/self/smaps_rollup").exists():

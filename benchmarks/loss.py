@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from benchmarks.measuring import process_status_kib
-from gpt2modern.cli import exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError
 
 if TYPE_CHECKING:
@@ -182,8 +182,12 @@ def table_row(name: str, logits: Measurement, chunked: Measurement) -> str:
     )
 
 
-@exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     config = parse_arguments(LossBenchmarkConfig, argv, __doc__)
     if config.device == "cpu" and not Path("/proc/self/status").exists():
         raise GPT2ModernError("--device cpu: peak memory is read from /proc, which only Linux has")

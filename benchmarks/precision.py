@@ -23,8 +23,9 @@ from benchmarks.throughput import (
     model_config,
     refuse_rows_that_cannot_be,
 )
-from gpt2modern.cli import check_range, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.settings import check_range
 
 if TYPE_CHECKING:
     import torch
@@ -144,8 +145,12 @@ Verdict: {verdict} (tolerance {tolerance} nats/token on the mean of the last {la
 """
 
 
-@exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     config = parse_arguments(PrecisionCheckConfig, argv, __doc__)
 
     from transformers.utils import logging as transformers_logging

@@ -27,8 +27,9 @@ from benchmarks.measuring import (
     report_path,
     reset_peak_memory,
 )
-from gpt2modern.cli import check_range, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.settings import check_range
 
 if TYPE_CHECKING:
     import torch
@@ -335,7 +336,7 @@ def flops_per_token(row: Row, shape: Shape) -> int:
     """Of training, by the convention of gpt2modern.training.metrics; the peer's are those of the same shape of ours."""
     import torch
 
-    from gpt2modern.training.metrics import model_flops_per_token
+    from gpt2modern.training.speed import model_flops_per_token
 
     with torch.device("meta"):
         return model_flops_per_token(build_model(replace(row, is_peer=False), shape), shape.block_size)
@@ -418,7 +419,7 @@ def report(
     import torch
 
     from benchmarks.measuring import device_words
-    from gpt2modern.training.metrics import peak_flops
+    from gpt2modern.training.speed import peak_flops
 
     device = torch.device(shape.device)
     peak = peak_flops(device)
@@ -461,8 +462,12 @@ def choose_device(name: str | None) -> "torch.device":
     return device
 
 
-@exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     config = parse_arguments(ThroughputConfig, argv, __doc__)
 
     from transformers.utils import logging as transformers_logging

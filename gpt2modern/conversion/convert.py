@@ -58,8 +58,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from gpt2modern.cli import check_writable_folder, exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.files import check_writable_folder
 from modeling_gpt2modern.configuration_gpt2modern import GATED_MLP_TYPES, ROPE_TYPES, GPT2ModernConfig
 from modeling_gpt2modern.layers_gpt2modern import NORMS
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
@@ -1110,8 +1111,12 @@ def _quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-@exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        _main(argv)
+
+
+def _main(argv: list[str] | None) -> None:
     config = parse_arguments(ConversionConfig, argv, __doc__)
     with _quiet_transformers():
         facts = convert_folder(Path(config.model), Path(config.output_dir), config.architecture)
