@@ -46,11 +46,9 @@ from .layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
-    linear_cross_entropy_and_z_loss,
-    logits_z_loss,
     positions_from_lengths,
-    soft_cap,
 )
+from .loss_gpt2modern import linear_cross_entropy_and_z_loss, logits_z_loss, soft_cap
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep

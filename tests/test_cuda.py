@@ -12,7 +12,7 @@ from transformers import CompileConfig, DynamicCache
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
-from modeling_gpt2modern.layers_gpt2modern import linear_cross_entropy
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy
 from tests.support.models import FLAG_SETS, random_ids, tiny_model
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))

@@ -16,10 +16,9 @@ from modeling_gpt2modern.layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
-    linear_cross_entropy,
     positions_from_lengths,
-    soft_cap,
 )
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 from tests.support.models import tiny_config
 
 

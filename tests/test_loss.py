@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.loss import CASES, LossBenchmarkConfig, Measurement, make_step, table_row
-from modeling_gpt2modern.layers_gpt2modern import (
+from modeling_gpt2modern.loss_gpt2modern import (
     _linear_cross_entropy_sum,
     _summed_loss_and_gradients,
     linear_cross_entropy,
