@@ -8,7 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_gpt2modern import PRESETS, GPT2ModernConfig
+from .configuration_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, MLPKind
 from .modeling_gpt2modern import (
     GPT2ModernForCausalLM,
     GPT2ModernForSequenceClassification,
@@ -30,6 +30,7 @@ def register() -> None:
 register()
 
 __all__ = [
+    "MLPS",
     "PRESETS",
     "GPT2ModernConfig",
     "GPT2ModernForCausalLM",
@@ -37,5 +38,6 @@ __all__ = [
     "GPT2ModernForTokenClassification",
     "GPT2ModernModel",
     "GPT2ModernPreTrainedModel",
+    "MLPKind",
     "register",
 ]

@@ -6,9 +6,9 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -46,7 +46,30 @@ TRANSFORMERS_KEYS = {
     "transformers_weights",
 }
 
-GATED_MLP_TYPES = ("swiglu",)
+
+class MLPKind(NamedTuple):
+    """Describe one kind of MLP: its activation function, by its name in transformers' ACT2FN, and its matrices.
+
+    Not gated: down(activation(up(x))), two matrices. Gated: down(activation(gate(x)) * up(x)), three matrices.
+    """
+
+    activation: str
+    gated: bool = False
+
+    def default_intermediate_size(self, hidden_size: int) -> int:
+        """Return 4 x hidden_size; for a gated MLP 8/3 x hidden_size rounded up to a multiple of 64, which gives its
+        three matrices as many parameters as the other two have."""
+        return -(-hidden_size * 8 // (3 * 64)) * 64 if self.gated else 4 * hidden_size
+
+
+# The one table of MLP kinds: `mlp_type` takes its keys; layers, default sizes, parallel plans and conversion read it.
+MLPS: dict[str, MLPKind] = {
+    "gelu_new": MLPKind("gelu_new"),
+    "gelu": MLPKind("gelu"),
+    "relu2": MLPKind("relu2"),
+    "swiglu": MLPKind("silu", gated=True),
+}
+
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_KEYS = tuple(RopeParameters.__annotations__)
 # The numbers among them, with the least that each may be; 0: anything above 0.
@@ -64,6 +87,12 @@ ROPE_NUMBERS = {
 
 def _is_finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_mlp_type(mlp_type: str) -> None:
+    """Raise ValueError for a name that is not in MLPS; called by `@strict` whenever `mlp_type` is set."""
+    if mlp_type not in MLPS:
+        raise ValueError(f"mlp_type={mlp_type!r} is unknown; choose from {', '.join(MLPS)}")
 
 
 def _as_value_error(method: Callable) -> Callable:
@@ -151,7 +180,7 @@ class GPT2ModernConfig(PreTrainedConfig):
     norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_affine: bool = True
     norm_eps: float = 1e-5
-    mlp_type: Literal["gelu_new", "gelu", "relu2", "swiglu"] = "swiglu"
+    mlp_type: str = validated_field(_check_mlp_type, default="swiglu")
     mlp_bias: bool = False
     attention_bias: bool = False
     attention_scale: float | int | None = None
@@ -229,8 +258,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
-            gated = self.mlp_type in GATED_MLP_TYPES
-            self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64 if gated else 4 * self.hidden_size
+            self.intermediate_size = MLPS[self.mlp_type].default_intermediate_size(self.hidden_size)
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
@@ -250,7 +278,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         Learned positions and the embedding norm count: a later stage gets that output as `inputs_embeds`.
         """
         absent = {
-            "gate_proj": self.mlp_type not in GATED_MLP_TYPES,
+            "gate_proj": not MLPS[self.mlp_type].gated,
             "q_norm": not (self.use_qk_norm and self.qk_norm_affine),
             "k_norm": not (self.use_qk_norm and self.qk_norm_affine),
             "value_residual": not self.use_value_residual,

@@ -9,6 +9,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.utils.import_utils import is_tracing
 
+from .configuration_gpt2modern import MLPS, GPT2ModernConfig
+
 
 class GPT2ModernRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), times a learned gain if `elementwise_affine` (arXiv:1910.07467).
@@ -36,40 +38,37 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": GPT2M
 
 
 class GPT2ModernMLP(nn.Module):
-    """down(act(up(x))), as in GPT-2."""
+    """Compute down(activation(up(x))), as in GPT-2."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2ModernConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.writes_residual = True
-        self.act_fn = ACT2FN[config.mlp_type]
+        self.act_fn = ACT2FN[MLPS[config.mlp_type].activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
 class GPT2ModernGatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), SwiGLU (arXiv:2002.05202); identical to Llama's."""
+    """Compute down(activation(gate(x)) * up(x)) (arXiv:2002.05202); identical to Llama's."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2ModernConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.writes_residual = True
-        self.act_fn = nn.SiLU()
+        self.act_fn = ACT2FN[MLPS[config.mlp_type].activation]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-MLPS: dict[str, type[nn.Module]] = {
-    "gelu_new": GPT2ModernMLP,
-    "gelu": GPT2ModernMLP,
-    "relu2": GPT2ModernMLP,
-    "swiglu": GPT2ModernGatedMLP,
-}
+def build_mlp(config: GPT2ModernConfig) -> nn.Module:
+    """Build the MLP that `config.mlp_type` names in MLPS."""
+    return GPT2ModernGatedMLP(config) if MLPS[config.mlp_type].gated else GPT2ModernMLP(config)
 
 
 class GPT2ModernRotaryEmbedding(nn.Module):

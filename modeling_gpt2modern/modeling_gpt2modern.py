@@ -36,7 +36,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2modern import GPT2ModernConfig
 from .layers_gpt2modern import (
-    MLPS,
     NORMS,
     EmbeddingResidual,
     FirstArgument,
@@ -46,6 +45,7 @@ from .layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
+    build_mlp,
     positions_from_lengths,
 )
 from .loss_gpt2modern import linear_cross_entropy_and_z_loss, logits_z_loss, soft_cap
@@ -177,7 +177,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(
             config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine
         )
-        self.mlp = MLPS[config.mlp_type](config)
+        self.mlp = build_mlp(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from modeling_gpt2modern import PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM
+from modeling_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM, MLPKind
 from tests.support.models import FLAG_SETS, tiny_config
 
 
@@ -56,6 +56,7 @@ MISTAKES = {
     "foreign key": ({"frobnicate": 1}, "unknown configuration key 'frobnicate'"),
     "generation setting": ({"temperature": 0.5}, "unknown configuration key 'temperature'"),
     "unknown choice": ({"norm_type": "batchnorm"}, "norm_type.*batchnorm"),
+    "unknown MLP": ({"mlp_type": "geglu"}, "mlp_type='geglu' is unknown; choose from gelu_new, gelu, relu2, swiglu"),
     "wrong type": ({"hidden_size": "32"}, "hidden_size.*expected int"),
     "heads do not divide": ({"hidden_size": 30}, "hidden_size=30 .*num_attention_heads=12"),
     "key heads do not divide": ({"num_key_value_heads": 5}, "num_attention_heads=12 .*num_key_value_heads=5"),
@@ -102,6 +103,19 @@ MISTAKES = {
 def test_mistake_raises_value_error_naming_the_key(keys, message):
     with pytest.raises(ValueError, match=message):
         GPT2ModernConfig(**keys)
+
+
+def test_mlp_kind_of_a_user_is_a_choice_like_ours(monkeypatch, tmp_path):
+    """One entry of the table is all: the model is built from it, has its default size and its plans, and is saved."""
+    monkeypatch.setitem(MLPS, "reglu", MLPKind("relu", gated=True))
+    config = tiny_config(mlp_type="reglu")
+    assert config.intermediate_size == 128 and "layers.*.mlp.gate_proj" in config.base_model_tp_plan
+    model = GPT2ModernForCausalLM(config).eval()
+    mlp, hidden_states = model.model.layers[0].mlp, torch.randn(2, 3, 32)
+    expected = mlp.down_proj(mlp.gate_proj(hidden_states).clamp(min=0) * mlp.up_proj(hidden_states))
+    torch.testing.assert_close(mlp(hidden_states), expected)
+    model.save_pretrained(tmp_path)
+    assert GPT2ModernForCausalLM.from_pretrained(tmp_path).config.mlp_type == "reglu"
 
 
 def test_assignment_of_a_wrong_type_raises_value_error():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from modeling_gpt2modern import MLPS
 from modeling_gpt2modern.layers_gpt2modern import (
-    MLPS,
     NORMS,
     EmbeddingResidual,
     GPT2ModernRMSNorm,
@@ -16,6 +16,7 @@ from modeling_gpt2modern.layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
+    build_mlp,
     positions_from_lengths,
 )
 from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
@@ -76,9 +77,9 @@ MLP_FORMULAS = {
 @pytest.mark.parametrize("mlp_type", MLPS)
 def test_mlp_is_its_formula(mlp_type, bias):
     torch.manual_seed(0)
-    mlp = MLPS[mlp_type](tiny_config(mlp_type=mlp_type, mlp_bias=bias)).double()
+    mlp = build_mlp(tiny_config(mlp_type=mlp_type, mlp_bias=bias)).double()
     hidden_states = normal(2, 5, 32, dtype=torch.float64)
-    gate = mlp.gate_proj(hidden_states) if mlp_type == "swiglu" else None
+    gate = mlp.gate_proj(hidden_states) if MLPS[mlp_type].gated else None
     expected = MLP_FORMULAS[mlp_type](mlp.up_proj(hidden_states), gate) @ mlp.down_proj.weight.T
     expected = expected + (mlp.down_proj.bias if bias else 0)
     torch.testing.assert_close(mlp(hidden_states), expected, atol=1e-12, rtol=0)

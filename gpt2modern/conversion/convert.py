@@ -60,7 +60,7 @@ from transformers.utils import logging as hf_logging
 
 from gpt2modern.cli import check_writable_folder, exit_code_2_on_user_error, parse_arguments
 from gpt2modern.errors import GPT2ModernError, first_line
-from modeling_gpt2modern.configuration_gpt2modern import GATED_MLP_TYPES, ROPE_TYPES, GPT2ModernConfig
+from modeling_gpt2modern.configuration_gpt2modern import MLPS, ROPE_TYPES, GPT2ModernConfig
 from modeling_gpt2modern.layers_gpt2modern import NORMS
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
 
@@ -266,7 +266,7 @@ class Activation(Trait):
     setting: str = "hidden_act"
 
     def settings_in_the_way(self, config):
-        return ["mlp_type"] if config.mlp_type in GATED_MLP_TYPES else []
+        return ["mlp_type"] if MLPS[config.mlp_type].gated else []
 
     def stock_settings(self, config):
         return {self.setting: config.mlp_type}
