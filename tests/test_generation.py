@@ -57,6 +57,17 @@ def test_greedy_generation_is_that_by_hand(flag_set, settings):
     assert torch.equal(generated, greedy_by_hand(model, input_ids, 8))
 
 
+@EVERY_FLAG_SET
+def test_drafts_from_the_first_layers_do_not_change_what_is_generated(flag_set):
+    """transformers lowers config.num_hidden_layers for the draft, so that the forward ends after two of the layers."""
+    changes = {"layer_types": ["sliding_attention", "full_attention"] * 2} if flag_set == "sliding_mixed" else {}
+    model, input_ids = tiny_model(flag_set, num_hidden_layers=4, **changes), random_ids(1, 10)
+    generated = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=8, assistant_early_exit=2, **GREEDY
+    )
+    assert torch.equal(generated, greedy_by_hand(model, input_ids, 8))
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @EVERY_FLAG_SET
 def test_cached_logits_are_those_of_the_full_forward(flag_set, cache):
