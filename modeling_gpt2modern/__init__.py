@@ -1,4 +1,4 @@
-"""GPT2-Modern for those who install the package: importing it registers the model with transformers' Auto classes."""
+"""Configuration, models and presets of GPT2-Modern; importing the package registers them with transformers."""
 
 from transformers import (
     AutoConfig,
@@ -19,7 +19,7 @@ from .modeling_gpt2modern import (
 
 
 def register() -> None:
-    """Make the Auto classes know `model_type` "gpt2modern", so that saved folders load without trust_remote_code."""
+    """Register the models with the Auto classes, so that saved folders load without trust_remote_code."""
     AutoConfig.register(GPT2ModernConfig.model_type, GPT2ModernConfig, exist_ok=True)
     AutoModel.register(GPT2ModernConfig, GPT2ModernModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ModernConfig, GPT2ModernForCausalLM, exist_ok=True)

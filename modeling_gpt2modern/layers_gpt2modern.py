@@ -13,9 +13,9 @@ from .configuration_gpt2modern import MLPS, GPT2ModernConfig
 
 
 class GPT2ModernRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), times a learned gain if `elementwise_affine` (arXiv:1910.07467).
+    """Normalise to x / sqrt(mean(x^2) + eps), times a learned gain if `elementwise_affine` (arXiv:1910.07467).
 
-    Computed in fp32 whatever the input, returned in the input's dtype; identical to Llama's where there is a gain.
+    Computes in fp32 and returns the dtype of the input; with a gain identical to Llama's.
     """
 
     def __init__(self, normalized_shape: int, eps: float, elementwise_affine: bool = True):
@@ -72,9 +72,9 @@ def build_mlp(config: GPT2ModernConfig) -> nn.Module:
 
 
 class GPT2ModernRotaryEmbedding(nn.Module):
-    """cos and sin of position x frequency (RoPE, arXiv:2104.09864), for every `rope_type` of transformers.
+    """Compute cos and sin of position x frequency (RoPE, arXiv:2104.09864), for every `rope_type` of transformers.
 
-    Identical to Llama's except that `partial_rotary_factor` holds for the default type too and that cos and sin stay
+    Identical to Llama's except that `partial_rotary_factor` applies to the default type too, and that cos and sin stay
     in fp32. Class name, buffers and `compute_default_rope_parameters` are what transformers looks for when it restores
     the non-persistent frequencies of a model that was built on the meta device.
     """
@@ -92,14 +92,16 @@ class GPT2ModernRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config, *args, **kwargs) -> tuple[torch.Tensor, float]:
-        """Frequencies theta^(-2i / rotary_dim), shape (rotary_dim / 2,), and the factor 1 for cos and sin."""
+        """Return the frequencies theta^(-2i / rotary_dim), (rotary_dim / 2,), and the factor 1 of cos and sin."""
         rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        """Moves the frequencies but never rounds them, as `model.bfloat16()` would and `from_pretrained` does not: with
-        128 dimensions per head, the angle at position 1,000 would be off by up to 1.2 radians."""
+        """Move the frequencies to another device but keep them in fp32, even in `model.bfloat16()`.
+
+        Rounded to bf16, with 128 dimensions per head, the angle at position 1,000 would be wrong by up to 1.2 radians.
+        """
 
         def move(buffer: torch.Tensor) -> torch.Tensor:
             moved = fn(buffer)
@@ -110,44 +112,45 @@ class GPT2ModernRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each (batch, seq_len, rotary_dim) in fp32, for position_ids of shape (batch, seq_len)."""
+        """Return cos and sin, each (batch, seq_len, rotary_dim) in fp32, for position_ids of shape (batch, seq_len)."""
         inv_freq = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
-        angles = position_ids[..., None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = position_ids[..., None].float() * inv_freq  # (batch, seq_len, rotary_dim / 2)
+        angles = torch.cat((angles, angles), dim=-1)  # (batch, seq_len, rotary_dim)
         return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
 def apply_rotary(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first rotary_dim dimensions of query and key by position; half-split layout as in Llama.
+    """Rotate the first rotary_dim dimensions of query and key by their position (RoPE, arXiv:2104.09864).
 
+    The layout is half-split as in Llama: dimension i is paired with i + rotary_dim / 2.
     query: (batch, num_heads, seq_len, head_dim); key: same with num_key_value_heads; cos, sin: (batch, seq_len,
-    rotary_dim), fp32, with an even rotary_dim <= head_dim. The rotation is done in fp32; both come back in their dtype.
+    rotary_dim), fp32, with an even rotary_dim <= head_dim. Rotates in fp32 and returns both in their input dtype.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (batch, 1, seq_len, rotary_dim)
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     rotary_dim = cos.shape[-1]
     rotated, passed = states[..., :rotary_dim], states[..., rotary_dim:]
-    first, second = rotated.chunk(2, dim=-1)
+    first, second = rotated.chunk(2, dim=-1)  # (batch, heads, seq_len, rotary_dim / 2) each
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((rotated.to(states.dtype), passed), dim=-1)
 
 
 class FirstArgument(nn.Module):
-    """nn.Identity for a part that takes two tensors: the "off" form of the residual mixes below."""
+    """Return the first of two tensors: stands in for a residual mix that is switched off, as nn.Identity would."""
 
     def forward(self, states: torch.Tensor, other_states: torch.Tensor | None) -> torch.Tensor:
         return states
 
 
 class ResidualMix(nn.Module):
-    """Base of the mixes with learned weights, which start at `initial_weight`.
+    """Hold the learned weights of a mix of two tensors; they start at `initial_weight`.
 
-    The weights are vectors even where one number would do, because FSDP2 does not shard 0-dimensional parameters.
+    A single weight is a vector of length 1, because FSDP2 does not shard 0-dimensional parameters.
     """
 
     initial_weight: tuple[float, ...]
@@ -158,7 +161,7 @@ class ResidualMix(nn.Module):
 
 
 class UNetSkip(ResidualMix):
-    """x + w * y, y being the output of the mirror layer in the first half."""
+    """Compute x + w * y, where y is the output of the mirror layer in the first half of the model."""
 
     initial_weight = (1.0,)
 
@@ -167,7 +170,7 @@ class UNetSkip(ResidualMix):
 
 
 class EmbeddingResidual(ResidualMix):
-    """a * x + b * x0, x0 being what the first layer saw."""
+    """Compute a * x + b * x0, where x0 is the input of the first layer."""
 
     initial_weight = (1.0, 0.0)
 
@@ -176,9 +179,9 @@ class EmbeddingResidual(ResidualMix):
 
 
 class ValueResidual(ResidualMix):
-    """(1 - w) * v + w * v1, v1 being the values of the first layer (arXiv:2410.17897, with a learned w).
+    """Compute (1 - w) * v + w * v1, where v1 are the values of the first layer (arXiv:2410.17897, with a learned w).
 
-    Returned in the dtype of v: w is fp32 under autocast, and flash attention wants values in the dtype of the queries.
+    Returns the dtype of v: w is fp32 under autocast, and flash attention needs values in the dtype of the queries.
     """
 
     initial_weight = (0.5,)
@@ -189,38 +192,41 @@ class ValueResidual(ResidualMix):
 
 
 def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:
-    """position_ids (batch, seq_len) that restart with each document.
+    """Return position_ids (batch, seq_len) that restart at 0 with each document.
 
-    cu_seq_lens: (documents + 1,), where each document begins and the last one ends in the flattened batch.
+    cu_seq_lens: (documents + 1,), the index in the flattened batch at which each document begins and the last one ends.
     """
-    index = torch.arange(batch_size * seq_len, device=cu_seq_lens.device)
+    index = torch.arange(batch_size * seq_len, device=cu_seq_lens.device)  # (batch * seq_len,)
     document = torch.searchsorted(cu_seq_lens[1:].contiguous(), index.to(cu_seq_lens.dtype), right=True)
     return (index - cu_seq_lens[document]).view(batch_size, seq_len)
 
 
 class PackedDocuments(NamedTuple):
-    """Which of the tokens before it each token may see when rows hold several documents.
+    """Describe rows that hold several documents, so that a token attends only to tokens of its own document.
 
-    Tokens are counted without padding, from the first one in the cache: a token's `rank`. A new document begins where
-    the position does not grow from one token to the next; a gap in the positions, as a hole in the mask leaves it, is
-    none. A document that began in the cache began `position` ranks ago, or at the first token where there are fewer.
+    The `rank` of a token is its index among the tokens of its row, without padding and including those in the cache.
+    A new document begins where the position does not increase from one token to the next; a jump to a higher position,
+    which padding inside a row leaves, begins none. The document of the first new token began `position` ranks before
+    it, or at rank 0 where there are fewer.
 
-    starts: (batch, seq_len), rank of the first token of the document of each token.
-    ranks: (batch, past_length + seq_len), rank of each token, past ones included.
+    starts: (batch, seq_len), rank of the first token of each token's document.
+    ranks: (batch, past_length + seq_len), rank of each token, including those in the cache; None without padding, where
+        the rank is the index.
+    past_length: number of tokens in the cache.
     """
 
     starts: torch.Tensor
-    ranks: torch.Tensor
+    ranks: torch.Tensor | None
     past_length: int | torch.Tensor
 
     @classmethod
     def find(
         cls, position_ids: torch.Tensor, past_length: int | torch.Tensor, attention_mask: torch.Tensor | None
     ) -> "PackedDocuments | None":
-        """None where each row is one document. That needs a look at the values, which a traced graph cannot take: there
-        position_ids of more than one document are always expected.
+        """Find the documents in each row; return None where every row is one document.
 
         position_ids: (batch, seq_len); attention_mask: (batch, past_length + seq_len), 0 for padding, or None.
+        A traced graph cannot depend on values, so that tracing never returns None.
         """
         batch_size, seq_len = position_ids.shape
         index = torch.arange(seq_len, device=position_ids.device).expand(batch_size, -1)
@@ -228,37 +234,38 @@ class PackedDocuments(NamedTuple):
             ranks, query_ranks, is_token = None, index + past_length, torch.ones_like(index, dtype=torch.bool)
         else:
             attention_mask = attention_mask.to(position_ids.device)
-            ranks = attention_mask.long().cumsum(-1) - 1
+            ranks = attention_mask.long().cumsum(-1) - 1  # (batch, past_length + seq_len)
             query_ranks, is_token = ranks[:, -seq_len:], attention_mask[:, -seq_len:].bool()
 
-        # Padding takes over from the token before it, or in front of the first token from that one.
+        # Padding gets position and rank of the token before it, or at the start of a row of the first token after it.
         source = torch.where(is_token, index, -1).cummax(-1).values
-        source = torch.where(source < 0, is_token.int().argmax(-1, keepdim=True), source)
+        source = torch.where(source < 0, is_token.int().argmax(-1, keepdim=True), source)  # (batch, seq_len)
         positions, ranks_of_tokens = (
             position_ids.expand(batch_size, -1).gather(1, source),
             query_ranks.gather(1, source),
         )
+        # (batch, seq_len - 1): whether a new document begins at each token but the first.
         begins = (positions[:, 1:] <= positions[:, :-1]) & (source[:, 1:] != source[:, :-1])
         first_start = (ranks_of_tokens - positions)[:, :1].clamp(min=0)
         starts = torch.cat((first_start, torch.where(begins, ranks_of_tokens[:, 1:], 0)), dim=-1)
-        starts = starts.cummax(-1).values
+        starts = starts.cummax(-1).values  # (batch, seq_len)
         if is_tracing(starts) or ((starts > 0) & is_token).any():
             return cls(starts, ranks, past_length)
         return None
 
     def mask_function(self, batch_idx, head_idx, query_idx, key_idx) -> torch.Tensor:
-        """True where a query may see a key, for the `and_mask_function` of transformers' masks."""
+        """Say whether a query and a key are in the same document; the `and_mask_function` of transformers' masks."""
         start = self.starts[batch_idx, query_idx - self.past_length]
         if self.ranks is None:
             return key_idx >= start
         return self.ranks[batch_idx, key_idx.clamp(max=self.ranks.shape[1] - 1)] >= start
 
     def flash_arguments(self, key_length: int, key_offset: int) -> dict[str, Any]:
-        """The same for flash attention, which has no masks: where each document begins in queries and keys.
+        """Return the arguments of flash attention, which takes lengths of documents instead of a mask.
 
-        key_length: keys per row that the layer will hold; key_offset: index of the first of them, where a sliding
-        window has dropped some. Keys that belong to no query, before and after the documents, become documents without
-        queries. Raises ValueError if there is padding as well.
+        key_length: keys per row that the layer's cache will hold; key_offset: index of the first of them, above 0 where
+        a sliding window has dropped some. Keys without a query, before the first document and after the last, become
+        documents without queries. Raises ValueError if there is padding as well.
         """
         batch_size, seq_len = self.starts.shape
         if self.ranks is not None and (self.ranks[:, -1] + 1 < self.ranks.shape[1]).any():
@@ -266,16 +273,18 @@ class PackedDocuments(NamedTuple):
                 "flash attention takes packed documents or padding, not both: leave out attention_mask and let the "
                 "padding be a document of its own in position_ids, or use attn_implementation='sdpa'"
             )
-        index = torch.arange(seq_len, device=self.starts.device).expand(batch_size, -1)
-        rows = torch.arange(batch_size, device=self.starts.device).unsqueeze(1)
+        index = torch.arange(seq_len, device=self.starts.device).expand(batch_size, -1)  # (batch, seq_len)
+        rows = torch.arange(batch_size, device=self.starts.device).unsqueeze(1)  # (batch, 1)
         zero, one = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
 
+        # (batch, seq_len + 2) each: the keys before the first document, the tokens, and the keys after the last one;
+        # whether a document begins there, and its first query and key in the flattened batch.
         is_first = torch.cat((one, one, self.starts[:, 1:] != self.starts[:, :-1], one), dim=1)
         queries = torch.cat((zero, index, zero + seq_len), dim=1) + rows * seq_len
         first_keys = (self.starts - key_offset).clamp(min=0)
         keys = torch.cat((zero, first_keys, zero + self.past_length + seq_len - key_offset), dim=1) + rows * key_length
-        query_lengths = queries[is_first].diff(append=queries.new_tensor([batch_size * seq_len]))
-        key_lengths = keys[is_first].diff(append=keys.new_tensor([batch_size * key_length]))
+        query_lengths = queries[is_first].diff(append=queries.new_tensor([batch_size * seq_len]))  # (documents,)
+        key_lengths = keys[is_first].diff(append=keys.new_tensor([batch_size * key_length]))  # (documents,)
 
         is_document = query_lengths + key_lengths > 0
         query_lengths, key_lengths = query_lengths[is_document], key_lengths[is_document]

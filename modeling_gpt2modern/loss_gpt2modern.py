@@ -1,4 +1,4 @@
-"""The loss of GPT2-Modern: cross-entropy of a linear head without holding all logits, soft cap of logits, z-loss."""
+"""The loss of GPT2-Modern: cross-entropy of a linear head that never holds all logits, soft cap of logits, z-loss."""
 
 import re
 
@@ -6,12 +6,12 @@ import torch
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(logits / cap), which keeps logits within +-cap (arXiv:2408.00118); None caps nothing."""
+    """Bound logits to +-cap by cap * tanh(logits / cap) (arXiv:2408.00118); return them unchanged if cap is None."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-# Rows of the weight gradient added up at a time. One 8,192 x 768 fp32 block is 25 MB: small enough that the allocator
-# keeps it between blocks. A mixed bf16 -> fp32 `add_` over all 50,304 rows takes 9x as long on CPU.
+# Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
+# allocator keeps it between blocks. An `add_` of bf16 to fp32 over all 50,304 rows at once takes 9x as long on CPU.
 _WEIGHT_ROWS_PER_BLOCK = 8192
 
 
@@ -28,10 +28,11 @@ def _summed_loss_and_gradients(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed loss, the part of it that is z-loss, and the gradients of the loss with respect to hidden_states
-    (compute_dtype) and weight (at least fp32).
+    """Compute the summed loss, the z-loss in it, and the gradients of the loss, a chunk of tokens at a time.
 
-    A gradient that is not needed comes back empty.
+    hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64.
+    Returns two scalars in at least fp32, the gradient with respect to hidden_states in compute_dtype, and that with
+    respect to weight in at least fp32, both in the shape of their tensor. A gradient that is not needed is empty.
     """
     num_tokens = hidden_states.shape[0]
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
@@ -41,7 +42,7 @@ def _summed_loss_and_gradients(
     total.zero_()
     z_total.zero_()
     weight_gradient.zero_()
-    output_weight = weight[:vocab_size].to(compute_dtype)
+    output_weight = weight[:vocab_size].to(compute_dtype)  # (vocab_size, hidden_size)
 
     # Allocated once: a fresh 150 MB buffer per chunk would cost the CPU more in page faults than the softmax itself.
     buffer_shape = (min(chunk_size, num_tokens), vocab_size)
@@ -52,11 +53,12 @@ def _summed_loss_and_gradients(
     for start in range(0, num_tokens, chunk_size):
         chunk = slice(start, min(start + chunk_size, num_tokens))
         rows = chunk.stop - chunk.start
+        # logits, scores and log_probs: (rows, vocab_size)
         logits, scores, log_probs = logits_buffer[:rows], scores_buffer[:rows], log_probs_buffer[:rows]
-        is_ignored = (labels[chunk] == ignore_index).unsqueeze(1)
-        targets = labels[chunk].unsqueeze(1).masked_fill(is_ignored, 0)
+        is_ignored = (labels[chunk] == ignore_index).unsqueeze(1)  # (rows, 1)
+        targets = labels[chunk].unsqueeze(1).masked_fill(is_ignored, 0)  # (rows, 1)
         # A zeroed hidden state adds exactly nothing to the weight gradient: cheaper than masking (rows, vocab_size).
-        inputs = hidden_states[chunk].to(compute_dtype).masked_fill(is_ignored, 0)
+        inputs = hidden_states[chunk].to(compute_dtype).masked_fill(is_ignored, 0)  # (rows, hidden_size)
 
         torch.mm(inputs, output_weight.t(), out=logits)
         if scores is not logits:
@@ -64,17 +66,17 @@ def _summed_loss_and_gradients(
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         torch.log_softmax(scores, dim=-1, out=log_probs)
-        target_log_probs = log_probs.gather(1, targets)
+        target_log_probs = log_probs.gather(1, targets)  # (rows, 1)
         total -= target_log_probs.masked_fill(is_ignored, 0).sum()
         if z_loss_coefficient:
-            # A log-probability is a score minus the logarithm of the sum, which needs no second pass this way.
+            # log(sum(exp(scores))) = score - log-probability of any token, which saves a second pass over the scores.
             log_sum = (scores.gather(1, targets) - target_log_probs).masked_fill_(is_ignored, 0)
             z_total += z_loss_coefficient * log_sum.square().sum()
         if not (needs_hidden_gradient or needs_weight_gradient):
             continue
 
         # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
-        gradient = log_probs.exp_()
+        gradient = log_probs.exp_()  # (rows, vocab_size)
         if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
             z_slope = 2 * z_loss_coefficient * log_sum
             gradient.addcmul_(gradient, z_slope)
@@ -102,7 +104,7 @@ def _empty_outputs(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Uninitialised results of the operator."""
+    """Allocate the results of the operator without setting their values."""
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
     return (
         hidden_states.new_empty((), dtype=loss_dtype),
@@ -113,8 +115,8 @@ def _empty_outputs(
 
 
 # One opaque operator, so that torch.compile neither breaks the graph here nor unrolls the loop over chunks. Its name
-# must be unique in the process: torch lets a second registration silently replace the first, and each checkpoint
-# loaded with trust_remote_code brings its own copy of this file, under a module name of its own.
+# must be unique in the process: in torch a second registration silently replaces the first, and each checkpoint that is
+# loaded with trust_remote_code brings its own copy of this file, under another module name.
 _linear_cross_entropy_sum = torch.library.custom_op(
     f"{re.sub(r'[^0-9a-zA-Z_]', '_', __name__)}::linear_cross_entropy_sum", _summed_loss_and_gradients, mutates_args=()
 )
@@ -141,7 +143,7 @@ def _keep_gradients(ctx, inputs, output) -> None:
     hidden_states, weight, *_, needs_hidden_gradient, needs_weight_gradient = inputs
     _, z_total, hidden_gradient, weight_gradient = output
     ctx.mark_non_differentiable(z_total, hidden_gradient, weight_gradient)
-    ctx.set_materialize_grads(False)  # otherwise backward is handed a (vocab_size, hidden_size) block of zeros
+    ctx.set_materialize_grads(False)  # otherwise backward receives a (vocab_size, hidden_size) block of zeros
     ctx.save_for_backward(hidden_gradient, weight_gradient)
     ctx.dtypes = (
         hidden_states.dtype if needs_hidden_gradient else None,
@@ -150,10 +152,13 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
-    """Chain rule: the stored gradients are those of the sum; 1 / num_items and a loss scale arrive only here."""
+    """Multiply the stored gradients, which are those of the sum, by the factor that arrives in the backward pass.
+
+    It holds 1 / num_items and, in fp16, the loss scale.
+    """
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy is differentiable once only; for create_graph=True use plain logits.")
-    # Multiplied in the loss dtype, then rounded: in bf16 the factor 1 / num_items alone is off by up to 0.2%.
+        raise RuntimeError("linear_cross_entropy is differentiable once only; for create_graph=True compute all logits")
+    # Multiply in the loss dtype, then round: in bf16 the factor 1 / num_items alone is wrong by up to 0.2 %.
     hidden_gradient, weight_gradient = (
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
         for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -175,21 +180,21 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """`cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels)` that never holds all logits.
+    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) and never hold all logits.
 
     hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
-    labels: (num_tokens,), int64, aligned with hidden_states (the caller shifts), `ignore_index` where there is none.
-    vocab_size: number of real ids; the rows of `weight` beyond it get no probability and an exactly zero gradient.
-    softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None for none.
-    num_items_in_batch: the summed loss is divided by it; by the number of labels that are not ignored when None.
-    chunk_size: tokens whose logits exist at once; by default hidden_size, and at least 512. The weight gradient is kept
-    in fp32 while it adds up, and as many tokens as hidden_size make a buffer of logits no larger than that sum, on
-    any vocabulary; fewer tokens only add passes over the sum.
+    labels: (num_tokens,), int64, aligned with hidden_states (the caller shifts); `ignore_index` has no loss.
+    vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
+    softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
+    num_items_in_batch: divides the summed loss; None means the number of labels that are not ignored.
+    chunk_size: number of tokens whose logits exist at once; by default hidden_size, and at least 512. The sum of the
+    weight gradient is fp32, (vocab_size, hidden_size), and the logits of hidden_size tokens take no more memory than
+    it does; a smaller chunk only adds passes over that sum.
 
-    Returns the loss in nats per token, fp32 for every dtype of the inputs (float64 for float64). Matmuls run in the
-    dtype of autocast where it is on, otherwise in that of hidden_states; softmax, loss and the sum of the weight
-    gradient stay in fp32. As in `torch.nn.functional.cross_entropy`, the mean over no labels is nan with zero
-    gradients. Gradients are formed in the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only
+    Returns the loss in nats per token, fp32 for every dtype of the inputs (float64 for float64). Matrix products run in
+    the dtype of autocast where it is on, otherwise in that of hidden_states; softmax, loss and the sum of the weight
+    gradient stay in fp32. As in `torch.nn.functional.cross_entropy`, the mean over no labels is NaN with zero
+    gradients. Gradients are computed in the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only
     scales them; differentiating twice raises RuntimeError. Raises ValueError for shapes or sizes that do not fit.
     """
     loss, _ = linear_cross_entropy_and_z_loss(
@@ -218,10 +223,11 @@ def linear_cross_entropy_and_z_loss(
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`linear_cross_entropy` plus z-loss, and the z-loss alone, without a gradient.
+    """Compute the loss of `linear_cross_entropy` plus z-loss; return the sum, and the z-loss alone without a gradient.
 
-    z-loss is z_loss_coefficient times the square of log(sum(exp(logits))), per token as the cross-entropy is: it keeps
-    the logits from drifting away together, which a softmax does not see (PaLM, arXiv:2204.02311, section 5: 1e-4).
+    z-loss is z_loss_coefficient times the square of log(sum(exp(logits))), averaged over tokens as the cross-entropy
+    is. It keeps all logits from growing together, which does not change a softmax (PaLM, arXiv:2204.02311, section 5,
+    has 1e-4).
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check_arguments(hidden_states, weight, labels, vocab_size, softcap, chunk_size)
@@ -256,8 +262,8 @@ def logits_z_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """The z-loss of `linear_cross_entropy_and_z_loss` from all logits (..., vocab_size), with a gradient."""
-    log_sum = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+    """Compute the z-loss from all logits (..., vocab_size), with a gradient; labels: (...)."""
+    log_sum = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)  # (...)
     total = z_loss_coefficient * log_sum.square().masked_fill(labels == ignore_index, 0).sum()
     return _mean_over_labels(total, labels, num_items_in_batch, ignore_index)
 
@@ -267,7 +273,7 @@ def _mean_over_labels(
 ) -> torch.Tensor:
     if num_items_in_batch is None:
         num_labels = (labels != ignore_index).sum()
-        # Dividing by zero would give nan gradients too; nn.functional.cross_entropy gives zeros.
+        # Dividing by zero would make the gradients NaN too; nn.functional.cross_entropy gives zeros.
         return torch.where(num_labels > 0, total / num_labels.clamp(min=1), torch.nan)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)

@@ -65,16 +65,16 @@ MISTAKES = {
     "no layer slides": ({"sliding_window": 4, "layer_types": ["full_attention"] * 12}, "sliding_window=4"),
     "no window": ({"layer_types": ["sliding_attention"] * 12}, "sliding_window=None"),
     "empty window": ({"sliding_window": 0}, "sliding_window=0"),
-    "too few layer types": ({"layer_types": ["full_attention"] * 3}, "3 entries"),
+    "too few layer types": ({"layer_types": ["full_attention"] * 3}, r"num_hidden_layers.*\(12\).*layer_types.*\(3\)"),
     "layer type of other models": ({"layer_types": ["chunked_attention"] * 12}, "chunked_attention"),
-    "rope without rope": ({"position_embedding_type": "learned", "rope_theta": 1e4}, "rope_theta has no use"),
+    "rope without rope": ({"position_embedding_type": "learned", "rope_theta": 1e4}, "rope_theta has no effect"),
     "rope parameters without rope": (
         {"position_embedding_type": "learned", "rope_parameters": {"rope_theta": 1e4}},
-        "rope_parameters has no use",
+        "rope_parameters has no effect",
     ),
     "partial rope without rope": (
         {"position_embedding_type": "learned", "partial_rotary_factor": 0.5},
-        "partial_rotary_factor has no use",
+        "partial_rotary_factor has no effect",
     ),
     "two fractions": (
         {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
