@@ -1,4 +1,4 @@
-"""The configuration refuses what it cannot mean, survives JSON, and its presets have the published sizes."""
+"""The configuration refuses invalid settings, survives JSON, and its presets have the published sizes."""
 
 import dataclasses
 import json
@@ -106,7 +106,7 @@ def test_mistake_raises_value_error_naming_the_key(keys, message):
 
 
 def test_mlp_kind_of_a_user_is_a_choice_like_ours(monkeypatch, tmp_path):
-    """One entry of the table is all: the model is built from it, has its default size and its plans, and is saved."""
+    """One entry in MLPS is enough: the model is built from it with its default size and plans, saved and loaded."""
     monkeypatch.setitem(MLPS, "reglu", MLPKind("relu", gated=True))
     config = tiny_config(mlp_type="reglu")
     assert config.intermediate_size == 128 and "layers.*.mlp.gate_proj" in config.base_model_tp_plan
@@ -151,7 +151,7 @@ def test_misspelt_key_in_config_json_raises(tmp_path):
 
 
 def test_attribute_that_is_no_key_is_not_saved(tmp_path):
-    """Otherwise a configuration that was saved might be refused when it is loaded."""
+    """Otherwise a saved configuration might be refused when it is loaded."""
     config = GPT2ModernConfig()
     config.norm_epsilon = 1e-6
     config.save_pretrained(tmp_path)
@@ -193,7 +193,7 @@ def test_auto_map_names_every_auto_class():
 
 
 def test_saved_auto_map_points_into_the_saved_folder(tmp_path):
-    """A copy loaded from the Hub may refer to its repository; what is saved brings its own code."""
+    """A copy loaded from the Hub may refer to its repository; a saved one refers to the code files beside it."""
     config = GPT2ModernConfig(
         auto_map={"AutoConfig": "someone/model--configuration_gpt2modern.GPT2ModernConfig", "AutoTokenizer": "own.Own"}
     )
@@ -204,7 +204,7 @@ def test_saved_auto_map_points_into_the_saved_folder(tmp_path):
 
 
 def test_defaults_are_the_modern_preset():
-    """Except for what belongs to GPT-2's vocabulary: its ids and its padding."""
+    """Only special token ids and padding of GPT-2's vocabulary differ."""
     default, preset = GPT2ModernConfig().to_dict(), GPT2ModernConfig.from_preset("modern").to_dict()
     vocabulary = {"vocab_size", "unpadded_vocab_size", "bos_token_id", "eos_token_id"}
     assert {key for key in default if default[key] != preset[key]} == vocabulary
@@ -212,7 +212,7 @@ def test_defaults_are_the_modern_preset():
 
 @pytest.mark.parametrize(("mlp_type", "intermediate_size"), [("gelu", 4 * 1280), ("swiglu", 3456)])
 def test_intermediate_size_follows_the_hidden_size(mlp_type, intermediate_size):
-    """8/3 x 1280 = 3413.3, next multiple of 64."""
+    """8/3 x 1280 = 3413.3; the next multiple of 64 is 3456."""
     config = GPT2ModernConfig.from_preset("modern", mlp_type=mlp_type, hidden_size=1280)
     assert config.intermediate_size == intermediate_size
 

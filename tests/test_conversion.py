@@ -1,4 +1,4 @@
-"""The same logits under a stock class and back, for every row of the table; what has no stock class is refused."""
+"""A model has the same logits under a stock class and back; a model without a stock class is refused by name."""
 
 import copy
 import dataclasses
@@ -101,7 +101,7 @@ CASES = [
 
 
 def randomise(model, seed=7):
-    """Every parameter away from its initial value: matrices 0.2 n, biases 0.3 n, gains 1 + 0.3 n, n ~ N(0, 1)."""
+    """Draw all parameters at random: matrices 0.2 n, biases 0.3 n, gains 1 + 0.3 n, with n from N(0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -157,7 +157,7 @@ def test_export_and_import_keep_the_logits_and_the_configuration(architecture, f
 
 @pytest.mark.parametrize(("architecture", "flag_set", "overrides"), CASES)
 def test_stock_model_with_random_weights_is_imported(architecture, flag_set, overrides):
-    """The way back alone, on weights that no export has touched."""
+    """Tests the import alone, with weights that no export has written."""
     stock = randomise(to_native(fit_for(architecture, ours(flag_set, **overrides)), architecture))
     assert_same_logits(from_native(stock), stock)
 
@@ -357,7 +357,7 @@ def test_only_our_causal_lm_is_exported():
 
 
 def test_weights_beside_the_model_are_refused():
-    """Adapters, say, which no stock class would know."""
+    """Adapters, for example, which no stock class has."""
     model = ours()
     model.model.layers[0].self_attn.q_proj.lora_A = torch.nn.Linear(32, 2, bias=False)
     with pytest.raises(ValueError, match=r"q_proj\.lora_A\.weight has no counterpart; merge adapters"):
@@ -492,7 +492,7 @@ def test_stock_defaults_are_read_as_the_stock_class_means_them(name, overrides):
 
 
 def byte_tokenizer():
-    """Byte-level BPE of at most 90 entries. Its one merge shows whether digits are split before it."""
+    """Build a byte-level BPE of at most 90 entries, whose one merge shows whether digits are split before it."""
     symbols = [*string.ascii_letters, *string.digits, *".,:;!?'()+-=<>|#_/", "\u0120", "\u010a", "12"]
     vocab = {symbol: index for index, symbol in enumerate(symbols)}
     fast = Tokenizer(models.BPE(vocab=vocab | {"<|endoftext|>": END_OF_TEXT}, merges=[("1", "2")]))
@@ -509,7 +509,7 @@ def save_folder(model, folder):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder of ours with padded rows, and what the command makes of it."""
+    """Save a model with padded rows to a folder, and convert the folder by the command."""
     root = tmp_path_factory.mktemp("exported")
     model = save_folder(ours(unpadded_vocab_size=90, attention_scale=0.7), root / "mine")
     main(["--model", str(root / "mine"), "--output_dir", str(root / "native")])

@@ -1,4 +1,4 @@
-"""Norms, MLPs, RoPE, residual mixes and the loss against their formulas in float64."""
+"""Norms, MLPs, RoPE, residual mixes and the loss equal their formulas in float64."""
 
 import math
 
@@ -87,7 +87,7 @@ def test_mlp_is_its_formula(mlp_type, bias):
 
 
 def rotated_by_hand(states: torch.Tensor, position: int, theta: float, rotary_dim: int) -> torch.Tensor:
-    """One vector in float64: dimension i is paired with i + rotary_dim / 2, turned by position * theta^(-2i / dim)."""
+    """Rotate one vector in float64: dimensions i and i + rotary_dim / 2 by the angle position * theta^(-2i / dim)."""
     result, half = states.double().clone(), rotary_dim // 2
     for index in range(half):
         angle = position * theta ** (-2 * index / rotary_dim)
@@ -198,7 +198,7 @@ def test_one_document_is_not_taken_for_several(position_ids, past_length, attent
 
 
 def test_document_that_began_in_the_cache_is_found_by_its_position():
-    """Seven tokens are cached, of which the last three are the document that goes on."""
+    """Seven tokens are cached; the last three of them belong to the document that continues."""
     documents = PackedDocuments.find(torch.tensor([[3, 4, 0, 1]]), 7, None)
     assert documents.starts.tolist() == [[4, 4, 9, 9]]
 
