@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from modeling_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM, MLPKind
+from modeling_gpt2modern.layers_gpt2modern import build_mlp
 from tests.support.models import FLAG_SETS, tiny_config
 
 
@@ -116,6 +118,19 @@ def test_mlp_kind_of_a_user_is_a_choice_like_ours(monkeypatch, tmp_path):
     torch.testing.assert_close(mlp(hidden_states), expected)
     model.save_pretrained(tmp_path)
     assert GPT2ModernForCausalLM.from_pretrained(tmp_path).config.mlp_type == "reglu"
+
+
+def test_mlp_kind_may_have_an_activation_function_of_its_own(monkeypatch):
+    """The function is added to transformers' ACT2FN by its name, the kind to MLPS."""
+
+    class CubedReLU(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states.relu() ** 3
+
+    monkeypatch.setitem(ACT2FN, "relu3", CubedReLU)
+    monkeypatch.setitem(MLPS, "relu3", MLPKind("relu3"))
+    mlp, hidden_states = build_mlp(tiny_config(mlp_type="relu3")), torch.randn(2, 3, 32)
+    torch.testing.assert_close(mlp(hidden_states), mlp.down_proj(mlp.up_proj(hidden_states).clamp(min=0) ** 3))
 
 
 def test_assignment_of_a_wrong_type_raises_value_error():

@@ -25,17 +25,13 @@ from transformers.utils import logging as hf_logging
 from gpt2modern.cli import check_writable_folder, exit_code_2_on_user_error, parse_arguments
 from gpt2modern.conversion import architectures
 from gpt2modern.conversion.architectures import ARCHITECTURES, Architecture
-from gpt2modern.conversion.traits import Weights, of_layers, with_zero_biases
+from gpt2modern.conversion.traits import Weights, of_layers
 from gpt2modern.errors import GPT2ModernError, first_line
 from modeling_gpt2modern.configuration_gpt2modern import GPT2ModernConfig
 from modeling_gpt2modern.layers_gpt2modern import NORMS
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm")
-QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-ATTENTION_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP_MATRICES = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def cut_vocabulary(weights: Weights, config: GPT2ModernConfig) -> Weights:
@@ -53,27 +49,6 @@ def norm_embedding_table(weights: Weights, config: GPT2ModernConfig) -> Weights:
     return {name: weight for name, weight in weights.items() if name not in own} | {EMBEDDING: table}
 
 
-def give_unit_gains(weights: Weights, config: GPT2ModernConfig) -> Weights:
-    """Add gains of one, and for layernorm biases of zero, to the norms of every layer and to the final norm."""
-    return _with_unit_gains(weights, config, [*_in_every_layer(config, BLOCK_NORMS), "model.norm"], config.hidden_size)
-
-
-def give_unit_qk_gains(weights: Weights, config: GPT2ModernConfig) -> Weights:
-    """Add gains of one, and for layernorm biases of zero, to the norms of queries and keys."""
-    return _with_unit_gains(weights, config, _in_every_layer(config, QK_NORMS), config.head_dim)
-
-
-def _with_unit_gains(weights: Weights, config: GPT2ModernConfig, norms: list[str], size: int) -> Weights:
-    like = weights[EMBEDDING]
-    gains = {f"{norm}.weight": like.new_ones(size) for norm in norms}
-    biases = {f"{norm}.bias": like.new_zeros(size) for norm in norms} if config.norm_type == "layernorm" else {}
-    return weights | gains | biases
-
-
-def _in_every_layer(config: GPT2ModernConfig, modules: tuple[str, ...]) -> list[str]:
-    return [f"model.layers.{layer}.{module}" for layer in range(config.num_hidden_layers) for module in modules]
-
-
 def scale_queries(weights: Weights, config: GPT2ModernConfig) -> Weights:
     """Multiply the queries by attention_scale x sqrt(head_dim), because stock attention divides by sqrt(head_dim).
 
@@ -84,32 +59,51 @@ def scale_queries(weights: Weights, config: GPT2ModernConfig) -> Weights:
     return weights | {name: weights[name] * factor for name in of_layers(weights, [module])}
 
 
-# How a model of ours becomes an equal one with another configuration: the function that changes the weights, given the
-# configuration from before; and the fields that change, of which the first is tried where it is in the way. No fields:
-# impossible with this configuration.
-Rewrite = Callable[[Weights, GPT2ModernConfig], Weights]
-REWRITES: dict[Rewrite, Callable[[GPT2ModernConfig], dict[str, Any]]] = {
-    cut_vocabulary: lambda config: {"unpadded_vocab_size": None, "vocab_size": config.unpadded_vocab_size},
-    norm_embedding_table: lambda config: (
-        {"use_embedding_norm": False, "tie_word_embeddings": False} if config.position_embedding_type == "rope" else {}
+def add_neutral_weights(weights: Weights, config: GPT2ModernConfig) -> Weights:
+    """Add the gains of one and the biases of zero that a model with this configuration has and `weights` lack."""
+    with torch.device("meta"):
+        tensors = GPT2ModernForCausalLM(config).state_dict()
+    missing = {name: tensor.shape for name, tensor in tensors.items() if name not in weights}
+    like = weights[EMBEDDING]
+    gains = {name: like.new_ones(shape) for name, shape in missing.items() if name.endswith("norm.weight")}
+    biases = {name: like.new_zeros(shape) for name, shape in missing.items() if name.endswith(".bias")}
+    return weights | gains | biases
+
+
+# Ways to turn a model of ours into an equal one with another configuration: a function that changes the weights, given
+# the configuration from before (None: neutral weights are added and no more), and a function that returns the fields
+# that change. The first field is the one that must be in the way of an architecture; no fields: it is impossible.
+RewriteWeights = Callable[[Weights, GPT2ModernConfig], Weights] | None
+REWRITES: tuple[tuple[RewriteWeights, Callable[[GPT2ModernConfig], dict[str, Any]]], ...] = (
+    (cut_vocabulary, lambda config: {"unpadded_vocab_size": None, "vocab_size": config.unpadded_vocab_size}),
+    (
+        norm_embedding_table,
+        lambda config: (
+            {"use_embedding_norm": False, "tie_word_embeddings": False}
+            if config.position_embedding_type == "rope"
+            else {}
+        ),
     ),
-    give_unit_gains: lambda config: {"norm_affine": True},
-    give_unit_qk_gains: lambda config: {"qk_norm_affine": True} if config.use_qk_norm else {},
-    scale_queries: lambda config: {"attention_scale": None} if config.qk_norm_affine or not config.use_qk_norm else {},
-    lambda weights, config: with_zero_biases(weights, ATTENTION_MATRICES): lambda config: {"attention_bias": True},
-    lambda weights, config: with_zero_biases(weights, MLP_MATRICES): lambda config: {"mlp_bias": True},
-}
+    (None, lambda config: {"norm_affine": True}),
+    (None, lambda config: {"qk_norm_affine": True}),
+    (
+        scale_queries,
+        lambda config: {"attention_scale": None} if config.qk_norm_affine or not config.use_qk_norm else {},
+    ),
+    (None, lambda config: {"attention_bias": True}),
+    (None, lambda config: {"mlp_bias": True}),
+)
 
 
 class Plan(NamedTuple):
     """Describe how a model becomes `architecture`.
 
-    rewrites: each with the configuration that it starts from; config: the configuration after the last of them;
+    rewrites: functions for the weights, each with the configuration before and after it; config: the last of these;
     in_the_way: settings and weights that no rewrite removes, empty where the conversion is exact.
     """
 
     architecture: Architecture
-    rewrites: list[tuple[Rewrite, GPT2ModernConfig]]
+    rewrites: list[tuple[RewriteWeights, GPT2ModernConfig, GPT2ModernConfig]]
     config: GPT2ModernConfig
     in_the_way: list[str]
 
@@ -117,14 +111,14 @@ class Plan(NamedTuple):
 def plan_export(architecture: Architecture, config: GPT2ModernConfig, weights: Weights) -> Plan:
     """Choose the rewrites that bring a model with this configuration and these weights nearer to `architecture`."""
     rewrites = []
-    for rewrite, changes_of in REWRITES.items():
+    for rewrite, changes_of in REWRITES:
         changes = changes_of(config)
         if not changes or next(iter(changes)) not in architecture.in_the_way(config):
             continue
         rewritten = copy.deepcopy(config)
         rewritten.update(changes)
         if next(iter(changes)) not in architecture.in_the_way(rewritten):
-            rewrites.append((rewrite, config))
+            rewrites.append((rewrite, config, rewritten))
             config = rewritten
     return Plan(architecture, rewrites, config, architecture.in_the_way(config, weights))
 
@@ -150,8 +144,8 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
     if not exact:
         raise ValueError(_refusal(plans, model.config))
     plan = min(exact, key=lambda plan: len(plan.rewrites))
-    for rewrite, before in plan.rewrites:
-        weights = rewrite(weights, before)
+    for rewrite, before, after in plan.rewrites:
+        weights = add_neutral_weights(rewrite(weights, before) if rewrite else weights, after)
     settings: dict[str, Any] = {}
     for trait in plan.architecture.traits:
         settings |= trait.stock_settings(plan.config)

@@ -26,13 +26,6 @@ def of_layers(weights: Weights, modules: Iterable[str], kinds: Iterable[str] = (
     return [name for name in weights if name.startswith("model.layers.") and name.endswith(endings)]
 
 
-def with_zero_biases(weights: Weights, modules: Iterable[str]) -> Weights:
-    """Add a bias of zeros to these modules of every layer, where they have none."""
-    matrices = of_layers(weights, modules, ["weight"])
-    biases = {name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in matrices}
-    return biases | weights
-
-
 class Trait:
     """Translate one part of a model; a method that a trait does not override leaves settings and weights unchanged.
 
@@ -279,7 +272,11 @@ class WithoutBias(Trait):
         return {name: weight for name, weight in weights.items() if name not in absent}
 
     def our_weights(self, weights, config):
-        return with_zero_biases(weights, self.modules) if config.attention_bias else weights
+        matrices = of_layers(weights, self.modules, ["weight"]) if config.attention_bias else []
+        biases = {
+            name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in matrices
+        }
+        return weights | biases
 
 
 class GainsMinusOne(Trait):
