@@ -1,4 +1,4 @@
-"""Configuration, models and presets of GPT2-Modern; importing the package registers them with transformers."""
+"""Provide configuration, models and presets of GPT2-Modern, and register them with transformers on import."""
 
 from transformers import (
     AutoConfig,

@@ -1,4 +1,4 @@
-"""Configuration of GPT2-Modern: one field for each choice between GPT-2 (2019) and its modern descendants; presets."""
+"""Configure GPT2-Modern: one field for each choice between GPT-2 (2019) and its modern descendants; presets."""
 
 import dataclasses
 import difflib
@@ -268,7 +268,9 @@ class GPT2ModernConfig(PreTrainedConfig):
         # Not a validation method, which also runs before saving: transformers' own tools set a window on models whose
         # layers do not use it, and save them.
         if self.sliding_window is not None and "sliding_attention" not in self.layer_types and not is_loaded:
-            raise ValueError(f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention")
+            raise ValueError(
+                f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention; change one of them"
+            )
 
         self.auto_map = AUTO_MAP | (kwargs.pop("auto_map", None) or {})
         self._choose_parallel_plans()
@@ -387,7 +389,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
+                f"num_key_value_heads={self.num_key_value_heads}; change one of them"
             )
         if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= self.vocab_size:
             raise ValueError(
@@ -400,7 +402,9 @@ class GPT2ModernConfig(PreTrainedConfig):
                     raise ValueError(f"{name}={value} must be between 0 and {self.vocab_size - 1}, the last token id")
         slides = "sliding_attention" in self.layer_types
         if slides and not (self.sliding_window and self.sliding_window > 0):
-            raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
+            raise ValueError(
+                f"layer_types has sliding_attention, but sliding_window={self.sliding_window}; give a number of tokens"
+            )
         if unsupported := set(self.layer_types) - {"full_attention", "sliding_attention"}:
             raise ValueError(
                 f"layer_types has unknown {sorted(unsupported)}; choose from full_attention and sliding_attention"

@@ -1,4 +1,4 @@
-"""Norms, MLPs, rotary embedding, residual mixes and packed documents of GPT2-Modern, each usable without the others."""
+"""Provide the parts of GPT2-Modern: norms, MLPs, rotary embedding, residual mixes and packed documents."""
 
 from typing import Any, NamedTuple
 

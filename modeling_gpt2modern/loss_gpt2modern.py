@@ -1,4 +1,4 @@
-"""The loss of GPT2-Modern: cross-entropy of a linear head that never holds all logits, soft cap of logits, z-loss."""
+"""Compute the loss: cross-entropy of a linear head without holding all logits, soft cap of logits, z-loss."""
 
 import re
 

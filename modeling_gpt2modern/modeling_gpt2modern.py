@@ -1,4 +1,4 @@
-"""GPT2-Modern: a decoder-only transformer between GPT-2 (2019) and its modern descendants, for transformers 5.
+"""Define GPT2-Modern, a decoder-only transformer between GPT-2 (2019) and its modern descendants.
 
 The file goes from the inside out: attention, decoder layer, model, heads. Each choice of the configuration becomes a
 module in `__init__`; no forward reads a flag. Module names are those of Llama. Norms, MLPs and the rotary embedding are
@@ -147,7 +147,7 @@ class GPT2ModernAttention(nn.Module):
         if position_embeddings is not None:
             query_states, key_states = apply_rotary(query_states, key_states, *position_embeddings)
         if past_key_values is not None:
-            # (batch, num_key_value_heads, past_length + seq_len, head_dim)
+            # (batch, num_key_value_heads, key_len, head_dim): the keys and values in the cache and the new ones
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -554,7 +554,7 @@ class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2
     """Predict a label for each sequence from the hidden state of its last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever num_items_in_batch says
+    accepts_loss_kwargs = False  # its loss is always a mean over the batch; num_items_in_batch is ignored
 
     def __init__(self, config: GPT2ModernConfig):
         # Not the __init__ of the mixin: it calls AutoModel, which needs trust_remote_code.

@@ -303,7 +303,7 @@ def test_a_refusal_names_what_is_in_the_way(case):
 
 
 def test_a_rope_type_that_means_something_else_there_is_refused():
-    with pytest.raises(ValueError, match="in the way of StableLmForCausalLM rope_parameters="):
+    with pytest.raises(ValueError, match="StableLmForCausalLM does not allow rope_parameters="):
         to_native(ours(**LAYERNORM, **PROPORTIONAL), "StableLmForCausalLM")
 
 

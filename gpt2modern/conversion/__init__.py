@@ -1,4 +1,4 @@
-"""Conversion between GPT2-Modern and the stock architectures of transformers that compute the same logits."""
+"""Convert between GPT2-Modern and the stock architectures of transformers that compute the same logits."""
 
 from gpt2modern.conversion.architectures import ARCHITECTURES
 from gpt2modern.conversion.convert import convert_folder, from_native, to_native

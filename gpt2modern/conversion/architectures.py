@@ -1,4 +1,4 @@
-"""The stock architectures of transformers that a GPT2-Modern model can be converted to and from.
+"""List the stock architectures of transformers that a GPT2-Modern model can be converted to and from.
 
 | architecture          | our models that it can be, besides the rewrites below                                |
 |-----------------------|--------------------------------------------------------------------------------------|

@@ -189,7 +189,7 @@ def _architecture_of(model_type: str, class_name: str | None) -> Architecture:
 
 
 def _refusal(plans: list[Plan], config: GPT2ModernConfig) -> str:
-    """Say what is in the way of the three nearest architectures, each for reasons of its own."""
+    """Say what the three nearest architectures do not allow; one that adds no reason of its own is left out."""
 
     def described(name: str) -> str:
         if not hasattr(config, name):
@@ -200,9 +200,11 @@ def _refusal(plans: list[Plan], config: GPT2ModernConfig) -> str:
     for plan in sorted(plans, key=lambda plan: (len(plan.in_the_way), len(plan.rewrites))):
         if not any(set(plan.in_the_way) >= set(other.in_the_way) for other in shown):
             shown.append(plan)
-    reasons = [f"of {plan.architecture.name} {', '.join(map(described, plan.in_the_way))}" for plan in shown[:3]]
+    reasons = [
+        f"{plan.architecture.name} does not allow {', '.join(map(described, plan.in_the_way))}" for plan in shown
+    ]
     subject = "no stock architecture has" if len(plans) > 1 else f"{plans[0].architecture.name} cannot have"
-    return f"{subject} the same logits; in the way {'; '.join(reasons)}"
+    return f"{subject} the same logits: {'; '.join(reasons[:3])}"
 
 
 def _in_full_precision(model: PreTrainedModel) -> Weights:
@@ -240,7 +242,7 @@ def _load(name: str | os.PathLike, dtype: str | torch.dtype = "auto") -> PreTrai
 
 @dataclass
 class ConversionConfig:
-    """Hold the arguments of the command."""
+    """Hold and check the arguments of the command."""
 
     model: str = field(metadata={"help": "folder of a GPT2-Modern model to export, or of a stock model to import"})
     output_dir: str = field(metadata={"help": "folder to write, which must not exist yet"})

@@ -1,6 +1,7 @@
-"""Traits of stock architectures: each translates one part of a model's settings and weights, in both directions.
+"""Translate settings and weights between GPT2-Modern and stock architectures of transformers.
 
-An architecture is a tuple of traits (architectures.py). "Ours" is GPT2-Modern, "stock" the class of transformers.
+A trait translates one part of a model in both directions; an architecture is a tuple of traits (architectures.py).
+"Ours" means GPT2-Modern, "stock" a class of transformers.
 """
 
 import re
