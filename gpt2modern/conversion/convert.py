@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from gpt2modern.cli import check_writable_folder, exit_code_2_on_user_error, parse_arguments
-from gpt2modern.conversion import architectures
 from gpt2modern.conversion.architectures import ARCHITECTURES, Architecture
+from gpt2modern.conversion.architectures import __doc__ as table_of_architectures
 from gpt2modern.conversion.traits import Weights, of_layers
 from gpt2modern.errors import GPT2ModernError, first_line
 from modeling_gpt2modern.configuration_gpt2modern import GPT2ModernConfig
@@ -382,7 +382,7 @@ def _give_usual_modes(folder: Path) -> None:
 @exit_code_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Run the command and print what was converted and how far the logits differ."""
-    config = parse_arguments(ConversionConfig, argv, f"{__doc__}\n{architectures.__doc__}")
+    config = parse_arguments(ConversionConfig, argv, f"{__doc__}\n{table_of_architectures}")
     hf_logging.set_verbosity_error()  # what matters of the warnings of loading is raised here
     hf_logging.disable_progress_bar()
     facts = convert_folder(Path(config.model), Path(config.output_dir), config.architecture)
