@@ -69,8 +69,8 @@ def test_the_finished_model_arrives_with_its_card_and_records_and_nothing_else(f
     assert upload.revision == fake.branch == "trial"
     assert upload.names == {
         "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "configuration_gpt2modern.py", "layers_gpt2modern.py", "modeling_gpt2modern.py", "README.md", "summary.json",
-        "metrics.jsonl", "samples.jsonl", "training_curves.png", "resolved_config.yaml",
+        "configuration_gpt2modern.py", "layers_gpt2modern.py", "loss_gpt2modern.py", "modeling_gpt2modern.py",
+        "README.md", "summary.json", "metrics.jsonl", "samples.jsonl", "training_curves.png", "resolved_config.yaml",
     }  # fmt: skip
     assert 'model="someone/run"' in upload.card and "license: mit" in upload.card
     output = capsys.readouterr()

@@ -129,7 +129,7 @@ SETTINGS_OF_THE_MODEL = [
     overrides("norm_eps=.nan", "norm_eps=nan must be a finite number"),
     overrides("attention_scale=.inf", "attention_scale=inf must be a finite number"),
     overrides("hidden_dropout=1.0", "hidden_dropout=1.0 must be at least 0 and below 1"),
-    overrides("layer_types=[full_attention]", "layer_types has 1 entries, num_hidden_layers=2"),
+    overrides("layer_types=[full_attention]", "(2) must be equal to the number of"),
     overrides("rope_theta=-5", "rope_parameters has rope_theta=-5; it must be a number above 0"),
     overrides("rope_theta=nan", "rope_parameters has rope_theta='nan'; it must be a number above 0"),
     overrides("rope_parameters='{rope_type: linear, factor: -3}'", "factor=-3; it must be a number of at least 1"),

@@ -1,4 +1,4 @@
-"""Models small enough for a test: one for each set of flags that the promises of the model are tested on."""
+"""Models small enough for a test, one for each set of flags that the tests of the model run on."""
 
 import torch
 
@@ -36,14 +36,14 @@ FLAG_SETS = {
 
 
 def tiny_config(flag_set: str = "modern", **overrides) -> GPT2ModernConfig:
-    """The configuration of one of FLAG_SETS in 32 dimensions and 2 layers, without dropout."""
+    """Build the configuration of one of FLAG_SETS with 32 dimensions, 2 layers and no dropout."""
     preset, flags = FLAG_SETS[flag_set]
     dropouts = dict.fromkeys(("embedding_dropout", "attention_dropout", "hidden_dropout"), 0.0)
     return GPT2ModernConfig.from_preset(preset, **(TINY | dropouts | flags | overrides))
 
 
 def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
-    """The same as a model in evaluation mode, every weight away from its initial value."""
+    """Build the model of `tiny_config` in evaluation mode, with every weight moved away from its initial value."""
     torch.manual_seed(0)
     model = GPT2ModernForCausalLM(tiny_config(flag_set, **overrides)).eval()
     with torch.no_grad():
@@ -53,5 +53,5 @@ def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
-    """Token ids below 90, which every flag set has."""
+    """Draw token ids below 90, which exist in every flag set."""
     return torch.randint(0, 90, shape, generator=torch.Generator().manual_seed(seed))
