@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.training.batches import BatchPlan, MicroBatchSampler, plan_batches, samples_in_order, step_batches
+from gpt2modern.training.batches import (
+    BatchPlan,
+    MicroBatchSampler,
+    plan_batches,
+    refuse_too_few_blocks,
+    samples_in_order,
+    step_batches,
+)
 from gpt2modern.training.config import TrainConfig
 
 
@@ -138,7 +145,8 @@ def test_a_total_of_zero_is_refused():
 
 def test_fewer_blocks_than_one_step_takes_are_refused():
     with pytest.raises(GPT2ModernError, match="has 7 blocks but one step takes 8"):
-        read_steps(CountedBlocks(7), plan_of(8, 8, 1), max_steps=1)
+        refuse_too_few_blocks(CountedBlocks(7), plan_of(8, 8, 1))
+    refuse_too_few_blocks(CountedBlocks(8), plan_of(8, 8, 1))
 
 
 # Batch-size warm-up
