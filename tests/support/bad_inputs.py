@@ -105,7 +105,11 @@ FLAGS = [
         "--batch_size_warmup_steps 3", "a batch-size warm-up from 32 tokens (--initial_total_batch_size) must go from"
     ),
     train("--initial_total_batch_size 128", "--initial_total_batch_size needs --batch_size_warmup_steps"),
-    train("--block_size 1000000", "--block_size 1000000", "take a --block_size that divides --total_batch_size"),
+    train(
+        "--block_size 1000000",
+        "x --block_size 1000000 x 1 processes",
+        "take a --block_size that divides --total_batch_size",
+    ),
     train("--block_size 9223372036854775808", "--block_size 9223372036854775808 must be at most 2147483647"),
     train("--model_preset gpt5", "unknown preset 'gpt5'; the presets are gpt2,"),
     train("--attn_implementation fast", "--attn_implementation fast"),
@@ -134,7 +138,7 @@ SETTINGS_OF_THE_MODEL = [
     train("--config_overrides hidden_size=30,num_attention_heads=4", "hidden_size=30 is not a multiple of"),
     overrides("hidden_size=64", "'hidden_size' is given twice; keep one"),
     overrides("return_dict=false", "the model has no setting 'return_dict'", "take a setting of README.md"),
-    overrides("vocab_size=8", "vocab_size=8", "leave it out: the data decides it"),
+    overrides("vocab_size=8", "must be between 1 and vocab_size=8", "leave it out: the data decides it"),
     overrides("max_position_embeddings=16", "--block_size 32 is longer than max_position_embeddings=16"),
     overrides("initializer_range=-1", "initializer_range=-1 must not be negative"),
     overrides("norm_eps=.nan", "norm_eps=nan must be a finite number"),
@@ -172,9 +176,9 @@ RECIPES = [
 
 PLACES = [
     train("--data_dir nowhere", "nowhere/manifest.json: no such file; prepare_data.py makes folders that have one"),
-    train("--data_dir model", "model/manifest.json: no such file", "name a folder that prepare_data.py wrote"),
+    train("--data_dir model", "model/manifest.json: no such file"),
     train("--data_dir loop", "loop/manifest.json: no such file"),
-    train("--data_dir a/b", "a/b: no such folder, and no dataset that the Hub gives", "check the name and the network"),
+    train("--data_dir a/b", "a/b: no such folder, and no dataset that the Hub gives"),
     train("--output_dir ''", "--output_dir '' is empty"),
     train("--output_dir data", "--output_dir data is the --data_dir or inside of it; name another folder"),
     train("--output_dir data/train", "--output_dir data/train is the --data_dir or inside of it"),
@@ -194,7 +198,7 @@ PLACES = [
 
 ENVIRONMENT = [
     environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset it"),
-    environment("WORLD_SIZE", "2", "cannot set up 2 process(es)", "start it with accelerate launch or torchrun"),
+    environment("WORLD_SIZE", "2", "cannot set up 2 process(es)"),
     environment("LOCAL_RANK", "first", "cannot set up 1 process(es)", "unset what an earlier launch left behind"),
     environment("ACCELERATE_TORCH_DEVICE", "toaster", "cannot set up 1 process(es)", "unset ACCELERATE_TORCH_DEVICE"),
     environment(
@@ -220,15 +224,15 @@ def finetune(flags: str, error: str, advice: str = "") -> BadInput:
 MODELS = [
     finetune("--model_name_or_path data", "--model_name_or_path data: Unrecognized model"),
     finetune("--model_name_or_path llama", "llama is a llama model; convert it first"),
-    finetune(
-        "--model_name_or_path other_tokenizer", "another tokenizer than", "prepare the data with the model's tokenizer"
-    ),
+    finetune("--model_name_or_path other_tokenizer", "another tokenizer than"),
     finetune("--model_name_or_path no_weights", "--model_name_or_path no_weights cannot be loaded: Error no file"),
     finetune("--model_name_or_path half_weights", "--model_name_or_path half_weights cannot be loaded"),
     finetune("--model_name_or_path lost_tensor", "tensor model.norm.weight is missing"),
     finetune("--model_name_or_path not_numbers", "has values that are not finite numbers; use an earlier checkpoint"),
     finetune(
-        "--model_name_or_path own_code", "code from the folder is never run", "convert it to a stock architecture"
+        "--model_name_or_path own_code",
+        "code from the folder is never run",
+        "convert it to an architecture of transformers",
     ),
     finetune("--model_name_or_path model --output_dir model", "--output_dir model is the --model_name_or_path"),
     finetune("--model_name_or_path model --block_size 64", "is longer than max_position_embeddings=32"),
@@ -244,15 +248,30 @@ MODELS = [
     BadInput(GENERATE, "--model no_weights", "--model no_weights cannot be loaded: Error no file"),
     BadInput(GENERATE, "--model half_weights", "--model half_weights cannot be loaded", "copy it again"),
     BadInput(GENERATE, "--model lost_tensor", "tensor model.norm.weight is missing", "copy it again"),
-    BadInput(GENERATE, "--model other_width", "in the file, (", "put back its own config.json"),
+    BadInput(
+        GENERATE,
+        "--model other_width",
+        "is (32, 128) in the file, (32, 8) by config.json",
+        "put back its own config.json",
+    ),
     BadInput(GENERATE, "--model gpt2_config", "(gpt2 by config.json)", "put back its own config.json"),
     BadInput(GENERATE, "--model not_numbers", "has values that are not finite numbers"),
     BadInput(GENERATE, "--model own_code", "code from the folder is never run"),
-    BadInput(GENERATE, "--model pickled", "--model pickled cannot be loaded: Weights only load failed"),
-    BadInput(GENERATE, "--model quantized", "--model quantized cannot be loaded", "install what it names"),
+    BadInput(
+        GENERATE,
+        "--model pickled",
+        "--model pickled cannot be loaded: Weights only load failed",
+        "ask for it as safetensors: pickled files can run code",
+    ),
+    BadInput(GENERATE, "--model quantized", "--model quantized cannot be loaded"),
     BadInput(GENERATE, "--model broken_config", "is not a valid JSON file"),
     BadInput(GENERATE, "--model no_tokenizer", "it has no tokenizer.json; save the tokenizer beside the model"),
-    BadInput(GENERATE, "--model other_tokenizer", "--model other_tokenizer has no tokenizer that can be loaded"),
+    BadInput(
+        GENERATE,
+        "--model other_tokenizer",
+        "--model other_tokenizer has no tokenizer that can be loaded",
+        "put back its own tokenizer.json",
+    ),
     BadInput(GENERATE, "--model larger_tokenizer", "the tokenizer gives token id 300, the model's vocab_size is only"),
     BadInput(GENERATE, "--model learned --max_new_tokens 99", "more than the 32 positions that the model has learned"),
     BadInput(GENERATE, "--temperature nan", "--temperature nan must be a finite number"),
@@ -271,8 +290,18 @@ MODELS = [
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(CONVERT, "--model lost_tensor", "1 of its weights are missing, among them model.norm.weight"),
-    BadInput(CONVERT, "--model pickled", "--model pickled cannot be loaded", "save it as safetensors"),
-    BadInput(CONVERT, "--model own_code", "--model own_code cannot be loaded", "code from the folder is never run"),
+    BadInput(
+        CONVERT,
+        "--model pickled",
+        "--model pickled cannot be loaded",
+        "ask for it as safetensors: pickled files can run code",
+    ),
+    BadInput(
+        CONVERT,
+        "--model own_code",
+        "--model own_code cannot be loaded",
+        "convert it with its own code: none from a folder is run",
+    ),
     BadInput(CONVERT, "--architecture BertModel", "BertModel"),
     BadInput(CONVERT, "--outptu_dir x", "unknown argument '--outptu_dir' (did you mean '--output_dir'?)"),
     BadInput(CONVERT, "--output_dir data", "--output_dir data exists; delete it, or name another folder"),
@@ -304,7 +333,7 @@ PREPARATION = [
     prepare("--tokenizer_name nowhere", "--tokenizer_name nowhere: not a tokenizer"),
     prepare("--tokenizer_name broken_tokenizer", "--tokenizer_name broken_tokenizer: not a tokenizer"),
     prepare("--tokenizer_name damaged_tokenizer", "has token id 4000000000; its tokenizer.json is damaged"),
-    prepare("--dataset_name a/b", "--dataset_name a/b: cannot be loaded", "check the name and the network"),
+    prepare("--dataset_name a/b", "--dataset_name a/b: cannot be loaded"),
     prepare("--chat_template x", "--chat_template x: is for --chat_column, which is not given"),
     prepare("--shard_index 5", "--shard_index 5: must be in [0, --num_shards None)", "give --num_shards"),
     prepare("--push_to_hub true", "--push_to_hub: needs --hub_dataset_id user/name"),
