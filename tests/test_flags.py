@@ -89,7 +89,7 @@ def checkpoints_of(run):
 
 @pytest.fixture(scope="module")
 def model_dir(data_dir, tmp_path_factory):
-    """A model to put adapters on."""
+    """Train a model to put adapters on."""
     output_dir = tmp_path_factory.mktemp("model")
     train(config_of(data_dir, output_dir, max_steps=1))
     return output_dir
@@ -253,7 +253,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for(data_dir, tmp_path, limit, ke
 
 @pytest.fixture(scope="module")
 def first(data_dir, tmp_path_factory):
-    """The parts of a run that is looked at and not trained."""
+    """Build the parts of a run and do not train it."""
     with built(data_dir, tmp_path_factory.mktemp("first")) as run:
         return run
 

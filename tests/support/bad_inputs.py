@@ -50,7 +50,7 @@ class BadInput:
 
     @property
     def typed(self) -> str:
-        """The command as the page shows it."""
+        """Return the command as the page shows it."""
         words = [f"{name}={value}" for name, value in self.environment.items()]
         text = " ".join([*words, self.command, *([self.flags] if self.flags else [])])
         return text.replace(f"{TINY},", "").replace("\udce9", "\\xe9").replace("long" * 80, "longlong...")
