@@ -101,6 +101,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     kind = optimizer_kind(config.optimizer)
     embedding = model.get_input_embeddings().weight
     taken = kind.parameters(model)
+    beside = [kind.build(taken, config, sharded=is_sharded(model))] if kind.build else []
     others = {id(parameter) for parameter in [embedding, *taken]}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in others]
     groups = [
@@ -120,7 +121,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         eps=config.adam_epsilon,
         fused=True,
     )
-    return [adamw, kind.build(taken, config, sharded=is_sharded(model))] if kind.build else [adamw]
+    return [adamw, *beside]
 
 
 def state_bytes(model: nn.Module, optimizer: str) -> int:

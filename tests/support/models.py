@@ -1,7 +1,13 @@
 """Models small enough for a test, one for each set of flags that the tests of the model run on."""
 
+from pathlib import Path
+
 import torch
 
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.export import export_model
+from gpt2modern.training.models import build_model
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 TINY = {
@@ -55,3 +61,13 @@ def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
     """Draw token ids below 90, which exist in every flag set."""
     return torch.randint(0, 90, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def export_fresh_model(data_dir: Path, folder: Path, model_preset: str) -> Path:
+    """Write a freshly initialised model folder as a training run on `data_dir` leaves it."""
+    blocks = PackedBlocks(data_dir, "train")
+    torch.manual_seed(0)
+    overrides = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2"
+    config = TrainConfig(dry_run=True, model_preset=model_preset, config_overrides=overrides)
+    export_model(build_model(config, blocks), folder, blocks)
+    return folder
