@@ -93,7 +93,7 @@ FLAGS = [
     train("--warmup_ratio 0.5", "--warmup_steps 2 and --warmup_ratio 0.5 say the same thing twice; give one"),
     train("--warmup_ratio 1.5", "--warmup_ratio 1.5 must be at most 1"),
     train("--decay_steps 2", "belong to --lr_scheduler_type warmup_stable_decay"),
-    train("--decay_type linear", "--decay_type linear is the shape of warmup_stable_decay's fall; remove it"),
+    train("--decay_type linear", "--decay_type linear is the shape of warmup_stable_decay's decay; remove it"),
     train("--max_grad_norm inf", "--max_grad_norm inf must be a finite number"),
     train("--total_batch_size -64", "--total_batch_size -64 must be at least 1"),
     train("--total_batch_size 100", "= 128 tokens; use 128"),
