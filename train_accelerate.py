@@ -59,7 +59,7 @@ def no_callback(event: str, **details: Any) -> None:
     """Do nothing at the events of a run; see `train`."""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, callback: Callback = no_callback) -> None:
     with one_line_errors():
         config = parse_arguments(TrainConfig, argv, __doc__)
         if config.dry_run:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
                 config = replace(config, mixed_precision=accelerator.mixed_precision)
                 accelerator.print(dry_run(config, accelerator), end="", flush=True)
             return
-        summary = train(config)
+        summary = train(config, callback)
     if summary["stopped"]:
         raise SystemExit(exit_code_of_stop())
 
