@@ -1,6 +1,7 @@
 """TrainConfig: every setting of a training run, with its unit, range and group; imports nothing heavy."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -287,7 +288,7 @@ class TrainConfig:
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
-        self.schedule()
+        self.schedule  # noqa: B018  raises ValueError
 
     def _check_output_dir(self) -> None:
         check_writable_folder("--output_dir", self.output_dir)
@@ -308,8 +309,9 @@ class TrainConfig:
             except HFValidationError:
                 raise ValueError(f"--hub_model_id {name!r} is not a repository name; give owner/name") from None
 
+    @functools.cached_property  # read in every step
     def schedule(self) -> Schedule:
-        """Return the learning rate's schedule; raises ValueError for settings that contradict each other."""
+        """The learning rate's schedule; raises ValueError for settings that contradict each other."""
         warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":

@@ -1,6 +1,7 @@
 """Several processes: join those that a launcher started, decide alike, name one that is lost, shard a model (FSDP2)."""
 
 import contextlib
+import math
 import os
 import socket
 import warnings
@@ -244,6 +245,17 @@ class Processes:
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
                 self.call_roll(wait_s=1 + self.ddp_timeout / 10)  # the others have failed, or will soon
             raise
+
+
+def all_finite(loss: torch.Tensor, grad_norm: torch.Tensor, accelerator: Accelerator, processes: Processes) -> bool:
+    """Tell, alike on all processes, whether the loss of each of them and the gradient norm are finite.
+
+    loss: of this process's part of the step; both are scalars. With a loss scale (fp16) an infinite gradient does not
+    count: the scale skips that update and lowers itself. Waits for the device, the only time in a step.
+    """
+    loss_value, norm_value = torch.stack((loss.float(), grad_norm.float())).tolist()
+    finite = math.isfinite(loss_value) and (accelerator.scaler is not None or math.isfinite(norm_value))
+    return not processes.largest(int(not finite))
 
 
 def shard_model(model: GPT2ModernForCausalLM, accelerator: Accelerator, *, torch_compile: bool) -> torch.nn.Module:
