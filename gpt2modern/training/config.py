@@ -273,6 +273,9 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):  # Python code may give a folder as a Path
+            if isinstance(value := getattr(self, field.name), Path):
+                setattr(self, field.name, str(value))
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
         self.per_device_train_batch_size = number_or_auto(
