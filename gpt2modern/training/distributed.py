@@ -28,9 +28,9 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
     A collective that fails in the block is replaced by the names of the processes that are lost. Another block may
     follow in the same Python process, also after an error where there is one process only.
     """
-    accelerator = build_accelerator(mixed_precision, ddp_timeout)
-    processes = Processes(accelerator, ddp_timeout)
     try:
+        accelerator = build_accelerator(mixed_precision, ddp_timeout)
+        processes = Processes(accelerator, ddp_timeout)
         with processes.lost_ones_named():
             yield accelerator, processes
         accelerator.wait_for_everyone()
