@@ -672,6 +672,20 @@ def test_a_stopped_run_says_why(data_dir, tmp_path, capsys):
     assert caught.value.code == STOPPED_EXIT_CODE and "stopped after step 2" in capsys.readouterr().out
 
 
+def test_the_callback_is_told_every_event(data_dir, tmp_path):
+    told, rows = [], []
+
+    def callback(event, step, **details):
+        told.append((event, step))
+        rows.extend([details["row"]] if event == "logged" else [])
+
+    train_accelerate.train(config_for(data_dir, tmp_path, eval_steps=0, save_steps=1), callback)
+    first = [(event, 1) for event in ("before_update", "logged", "saving")]
+    last = [(event, 2) for event in ("before_update", "evaluating", "logged", "saving")]
+    assert told == first + last
+    assert [row["loss"] for row in rows] == losses(tmp_path)
+
+
 def own_calls(data_dir, output_dir):
     """Train for one step and list the calls of this project's functions within it and the reading of its batch.
 
