@@ -28,7 +28,14 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import check_prompts, generate_samples
 from gpt2modern.evaluation.loss import METRICS, batch_loss, evaluate_loss
-from gpt2modern.training.batches import BatchPlan, StepBatch, hash_seed, plan_batches, step_batches
+from gpt2modern.training.batches import (
+    BatchPlan,
+    StepBatch,
+    hash_seed,
+    plan_batches,
+    refuse_too_few_blocks,
+    step_batches,
+)
 from gpt2modern.training.checkpoints import Checkpoints, checkpoints_dir, refuse_nonfinite
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import (
@@ -173,6 +180,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
     eval_blocks = PackedBlocks(config.data_dir, "validation", config.block_size)
     plan = plan_batches(config, block_size=train_blocks.block_size, num_processes=accelerator.num_processes)
+    refuse_too_few_blocks(train_blocks, plan)
     torch.manual_seed(config.seed)
     model = unwrapped_model = build_model(config, train_blocks)
     check_prompts(config.sample_prompts, config.sample_max_new_tokens, train_blocks.tokenizer_path, unwrapped_model)

@@ -85,7 +85,7 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
     import torch
     from torch.nn import functional as F
 
-    from modeling_gpt2modern.layers_gpt2modern import linear_cross_entropy, soft_cap
+    from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)

@@ -1,0 +1,29 @@
+"""The parts of GPT2-Modern that are used from Python. Each is imported when it is first asked for."""
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "GPT2ModernError": "gpt2modern.errors",
+    "PackedBlocks": "gpt2modern.data.blocks",
+    "PrepareConfig": "gpt2modern.data.config",
+    "TrainConfig": "gpt2modern.training.config",
+    "evaluate_loss": "gpt2modern.evaluation.loss",
+    "from_native": "gpt2modern.conversion.convert",
+    "generate_text": "gpt2modern.evaluation.generation",
+    "load_model": "gpt2modern.loading",
+    "load_tokenizer": "gpt2modern.loading",
+    "to_native": "gpt2modern.conversion.convert",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def find_recipe(name: str) -> Path:
     Raises GPT2ModernError, listing the shipped ones, for a bare word that is neither.
     """
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if os.path.lexists(path) or path.suffix or len(path.parts) != 1:
         return path
     installed = Path(__file__).parent / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"

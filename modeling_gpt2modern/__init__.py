@@ -1,4 +1,4 @@
-"""GPT2-Modern for those who install the package: importing it registers the model with transformers' Auto classes."""
+"""Provide configuration, models and presets of GPT2-Modern, and register them with transformers on import."""
 
 from transformers import (
     AutoConfig,
@@ -8,7 +8,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_gpt2modern import PRESETS, GPT2ModernConfig
+from .configuration_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, MLPKind
 from .modeling_gpt2modern import (
     GPT2ModernForCausalLM,
     GPT2ModernForSequenceClassification,
@@ -19,7 +19,7 @@ from .modeling_gpt2modern import (
 
 
 def register() -> None:
-    """Make the Auto classes know `model_type` "gpt2modern", so that saved folders load without trust_remote_code."""
+    """Register the models with the Auto classes, so that saved folders load without trust_remote_code."""
     AutoConfig.register(GPT2ModernConfig.model_type, GPT2ModernConfig, exist_ok=True)
     AutoModel.register(GPT2ModernConfig, GPT2ModernModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ModernConfig, GPT2ModernForCausalLM, exist_ok=True)
@@ -30,6 +30,7 @@ def register() -> None:
 register()
 
 __all__ = [
+    "MLPS",
     "PRESETS",
     "GPT2ModernConfig",
     "GPT2ModernForCausalLM",
@@ -37,5 +38,6 @@ __all__ = [
     "GPT2ModernForTokenClassification",
     "GPT2ModernModel",
     "GPT2ModernPreTrainedModel",
+    "MLPKind",
     "register",
 ]

@@ -1,4 +1,4 @@
-"""Configuration of GPT2-Modern: GPT-2 (2019) and each of its modernisations, one field per choice."""
+"""Configure GPT2-Modern: one field for each choice between GPT-2 (2019) and its modern descendants; presets."""
 
 import dataclasses
 import difflib
@@ -6,9 +6,9 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -46,11 +46,35 @@ TRANSFORMERS_KEYS = {
     "transformers_weights",
 }
 
-GATED_MLP_TYPES = ("swiglu",)
+
+class MLPKind(NamedTuple):
+    """Describe one kind of MLP: its activation function, by its name in transformers' ACT2FN, and its matrices.
+
+    Not gated: down(activation(up(x))), two matrices. Gated: down(activation(gate(x)) * up(x)), three matrices.
+    """
+
+    activation: str
+    gated: bool = False
+
+    def default_intermediate_size(self, hidden_size: int) -> int:
+        """Return 4 x hidden_size; for a gated MLP 8/3 x hidden_size rounded up to a multiple of 64, which gives its
+        three matrices as many parameters as the other two have."""
+        return -(-hidden_size * 8 // (3 * 64)) * 64 if self.gated else 4 * hidden_size
+
+
+# The one table of MLP kinds: `mlp_type` takes its keys; layers, default sizes, parallel plans and conversion read it.
+MLPS: dict[str, MLPKind] = {
+    "gelu_new": MLPKind("gelu_new"),
+    "gelu": MLPKind("gelu"),
+    "relu2": MLPKind("relu2"),
+    "swiglu": MLPKind("silu", gated=True),
+}
+
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_KEYS = tuple(RopeParameters.__annotations__)
-# The numbers among them, with the least that each may be; 0: anything above 0.
-ROPE_NUMBERS = {
+# Minimum of each number among them; 0 means any number above 0. transformers 5.23 logs a warning for some of these
+# values and nothing for others, and the angles would then be NaN or turn backwards.
+ROPE_MINIMUM = {
     "rope_theta": 0,
     "factor": 1,
     "attention_factor": 0,
@@ -66,8 +90,14 @@ def _is_finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _check_mlp_type(mlp_type: str) -> None:
+    """Raise ValueError for a name that is not in MLPS; called by `@strict` whenever `mlp_type` is set."""
+    if mlp_type not in MLPS:
+        raise ValueError(f"mlp_type={mlp_type!r} is unknown; choose from {', '.join(MLPS)}")
+
+
 def _as_value_error(method: Callable) -> Callable:
-    """`@strict` reports with its own exception types; a wrong value is a ValueError, in one line."""
+    """Decorate a method of `@strict` to raise a ValueError of one line in place of `@strict`'s own exceptions."""
 
     @functools.wraps(method)
     def wrapped(*args, **kwargs):
@@ -81,31 +111,32 @@ def _as_value_error(method: Callable) -> Callable:
 
 @strict
 class GPT2ModernConfig(PreTrainedConfig):
-    """Every axis of the model; the defaults are the modern model of GPT-2's smallest size.
+    """Hold every setting of the model; the defaults are the modern model in the size of the smallest GPT-2.
 
-    vocab_size: rows of the embedding and of the head. `unpadded_vocab_size`: ids that exist (None: all rows do);
-        the rows beyond are padding for the hardware and never get probability.
+    vocab_size: rows of the embedding and of the head. `unpadded_vocab_size`: number of token ids (None: as many as
+        rows); the rows beyond it are padding for the hardware and their tokens have probability 0.
     intermediate_size: None means 4 x hidden_size, or for a gated MLP 8/3 x hidden_size rounded up to a multiple of 64,
-        which costs the same number of parameters.
-    head_dim, num_key_value_heads: None means hidden_size / num_attention_heads, and one per attention head.
-    position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), set up by `rope_parameters` as anywhere
-        in transformers; `partial_rotary_factor` is the rotated fraction of each head.
+        which has the same number of parameters.
+    head_dim: None means hidden_size / num_attention_heads. `num_key_value_heads`: None means num_attention_heads.
+    position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), configured by `rope_parameters` as for any
+        model of transformers; `partial_rotary_factor` is the rotated fraction of each head.
     norm_type: "layernorm" (arXiv:1607.06450) or "rmsnorm" (arXiv:1910.07467). `norm_affine`: with learned gain (and
         bias, for layernorm). `norm_eps`: added to the variance.
-    mlp_type: "gelu_new" (GPT-2's tanh form), "gelu" (arXiv:1606.08415), "relu2" (arXiv:2109.08668),
+    mlp_type: a key of MLPS: "gelu_new" (GPT-2's tanh form), "gelu" (arXiv:1606.08415), "relu2" (arXiv:2109.08668),
         "swiglu" (arXiv:2002.05202).
     attention_scale: factor of the attention scores; None means 1 / sqrt(head_dim).
     use_qk_norm: normalise queries and keys per head before RoPE (arXiv:2010.04245); `qk_norm_affine`: with gain.
-    sliding_window: tokens that a layer of type "sliding_attention" sees, itself included (arXiv:2004.05150);
-        `layer_types` lists the type of each layer, None means all sliding where there is a window, else all full.
+    sliding_window: number of tokens, itself included, that a token sees in a layer of type "sliding_attention"
+        (arXiv:2004.05150). `layer_types` lists the type of each layer; None means that all layers slide if there is a
+        window, and that all have full attention otherwise.
     use_unet_skips, use_value_residual (arXiv:2410.17897), use_x0_residual, use_embedding_norm: the residual stream of
         the GPT-2 speedrun (github.com/KellerJordan/modded-nanogpt, record of 2024-11-10).
     final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means none.
-    initializer_range: standard deviation of all matrices, `embedding_initializer_range` of the token embedding (None:
-        the same). Attention and MLP outputs get initializer_range / sqrt(2 x num_hidden_layers), as GPT-2 has it, or
-        with `zero_init_projections` zero, and an untied head zero too.
+    initializer_range: standard deviation of all matrices; `embedding_initializer_range`: that of the token embedding
+        (None: the same). Output matrices of attention and MLP get initializer_range / sqrt(2 x num_hidden_layers), as
+        in GPT-2; with `zero_init_projections` they start at zero, and so does an untied head.
 
-    Raises ValueError for a key that does not exist, for a value of the wrong type, and for values that contradict.
+    Raises ValueError for an unknown key, for a value of the wrong type, and for values that contradict each other.
     """
 
     model_type = "gpt2modern"
@@ -151,7 +182,7 @@ class GPT2ModernConfig(PreTrainedConfig):
     norm_type: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_affine: bool = True
     norm_eps: float = 1e-5
-    mlp_type: Literal["gelu_new", "gelu", "relu2", "swiglu"] = "swiglu"
+    mlp_type: str = validated_field(_check_mlp_type, default="swiglu")
     mlp_bias: bool = False
     attention_bias: bool = False
     attention_scale: float | int | None = None
@@ -183,16 +214,17 @@ class GPT2ModernConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "GPT2ModernConfig":
-        """The configuration called `name` in PRESETS, with the fields in `overrides` replaced.
+        """Return the configuration called `name` in PRESETS, with the fields in `overrides` replaced.
 
-        What depends on an overridden field and is not overridden itself is derived again: heads keep their size where
-        hidden_size is a multiple of it, a new vocab_size has no padding, and token ids beyond it are dropped.
+        Fields that depend on an overridden one, and are not overridden themselves, are derived again: heads keep their
+        size where hidden_size is a multiple of it, a new vocab_size has no padding, and special token ids beyond it
+        are dropped.
         Raises ValueError for an unknown preset or field, and whatever the constructor raises.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
         overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
-        for key in ("hidden_size", "vocab_size"):  # what is derived below is computed with them
+        for key in ("hidden_size", "vocab_size"):  # used in arithmetic below, before `@strict` checks types
             if not isinstance(overrides.get(key, 0), int):
                 raise ValueError(f"{key}={overrides[key]!r} must be a whole number")
         fields = PRESETS[name] | overrides
@@ -212,7 +244,7 @@ class GPT2ModernConfig(PreTrainedConfig):
                 if getattr(self, name) not in (defaults[name], value):
                     raise ValueError(f"{alias}={value} contradicts {name}={getattr(self, name)}; give one of them")
                 setattr(self, name, value)
-        for key in ("rope_theta", "rope_scaling"):  # the older spelling of what rope_parameters holds
+        for key in ("rope_theta", "rope_scaling"):  # older names for keys of rope_parameters
             value = kwargs.get(key)
             if value is not None and self.rope_parameters and self.rope_parameters.get(key) != value:
                 raise ValueError(f"{key}={value} contradicts rope_parameters={self.rope_parameters}; give one of them")
@@ -229,14 +261,16 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.intermediate_size is None:
-            gated = self.mlp_type in GATED_MLP_TYPES
-            self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64 if gated else 4 * self.hidden_size
+            self.intermediate_size = MLPS[self.mlp_type].default_intermediate_size(self.hidden_size)
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
-        # Not among the validations: transformers' own tools set a window on models that have no use for it, and save.
+        # Not a validation method, which also runs before saving: transformers' own tools set a window on models whose
+        # layers do not use it, and save them.
         if self.sliding_window is not None and "sliding_attention" not in self.layer_types and not is_loaded:
-            raise ValueError(f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention")
+            raise ValueError(
+                f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention; change one of them"
+            )
 
         self.auto_map = AUTO_MAP | (kwargs.pop("auto_map", None) or {})
         self._choose_parallel_plans()
@@ -245,12 +279,13 @@ class GPT2ModernConfig(PreTrainedConfig):
             self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
 
     def _choose_parallel_plans(self) -> None:
-        """Name only modules that exist, and no pipeline where a stage needs more than the output of the one before.
+        """Remove modules that this model lacks from the tensor-parallel plan, and the pipeline plan where it is wrong.
 
-        Learned positions and the embedding norm count: a later stage gets that output as `inputs_embeds`.
+        A pipeline stage gets only the output of the stage before, as `inputs_embeds`. Residuals from earlier layers
+        are then missing, and learned positions or an embedding norm would be applied again.
         """
         absent = {
-            "gate_proj": self.mlp_type not in GATED_MLP_TYPES,
+            "gate_proj": not MLPS[self.mlp_type].gated,
             "q_norm": not (self.use_qk_norm and self.qk_norm_affine),
             "k_norm": not (self.use_qk_norm and self.qk_norm_affine),
             "value_residual": not self.use_value_residual,
@@ -263,10 +298,10 @@ class GPT2ModernConfig(PreTrainedConfig):
             self.base_model_pp_plan = None
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any], is_loaded: bool) -> None:
-        """A misspelt key would otherwise become an attribute that nothing reads.
+        """Raise ValueError for a key that no field has, which transformers would keep as an attribute without effect.
 
-        In a config.json a key that resembles none of ours is kept, with a warning: other tools leave their marks
-        there, and a checkpoint should still load.
+        In a config.json a key that resembles no field is kept, with a warning: other tools write keys of their own
+        there, and the checkpoint should still load.
         """
         for key in kwargs:
             if self._is_known(key):
@@ -285,20 +320,22 @@ class GPT2ModernConfig(PreTrainedConfig):
         return key in fields or key in self.attribute_map or key in TRANSFORMERS_KEYS or key.startswith("_")
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without attributes that were set on the configuration but are none of its keys."""
+        """Return the fields as transformers does, without other attributes that were set on the configuration."""
         return {key: value for key, value in super().to_dict().items() if self._is_known(key)}
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
-        """transformers' hook that completes `rope_parameters`; learned positions have none."""
+        """Complete `rope_parameters` (a hook of transformers); refuse RoPE settings beside learned positions."""
         if self.position_embedding_type == "rope":
-            # A copy, so that the dict that the caller holds stays as it is; `type` is rope_type's name of old.
+            # A copy, because the dict belongs to the caller. `type` is the older name of rope_type.
             parameters = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
             rope_type = parameters.setdefault("rope_type", parameters.pop("type", "default"))
             if rope_type not in ROPE_TYPES:
-                raise ValueError(f"rope_parameters has rope_type={rope_type!r}; there are {', '.join(ROPE_TYPES)}")
+                raise ValueError(
+                    f"rope_parameters has unknown rope_type={rope_type!r}; choose from {', '.join(ROPE_TYPES)}"
+                )
             for key in parameters:
                 if key not in ROPE_KEYS:
-                    raise ValueError(f"rope_parameters has an unknown key {key!r}; there are {', '.join(ROPE_KEYS)}")
+                    raise ValueError(f"rope_parameters has unknown key {key!r}; choose from {', '.join(ROPE_KEYS)}")
             fraction = parameters.setdefault("partial_rotary_factor", self.partial_rotary_factor)
             if self.partial_rotary_factor not in (1.0, fraction):
                 raise ValueError(
@@ -312,21 +349,20 @@ class GPT2ModernConfig(PreTrainedConfig):
         given += ["partial_rotary_factor"] if self.partial_rotary_factor != 1.0 else []
         if given:
             raise ValueError(
-                f"{given[0]} has no use with position_embedding_type={self.position_embedding_type!r}; "
+                f"{given[0]} has no effect with position_embedding_type={self.position_embedding_type!r}; "
                 "remove it, or set position_embedding_type='rope'"
             )
         self.rope_parameters = None
         return kwargs
 
     def validate_rope(self):
-        """As in transformers, which raises KeyError for a key that the rope_type needs; and refuses what it only warns
-        of, and values with which angles would be no numbers."""
+        """Check `rope_parameters` as transformers does, and raise ValueError also for values that give wrong angles."""
         try:
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from None
         parameters = self.rope_parameters or {}
-        for key, least in ROPE_NUMBERS.items():
+        for key, least in ROPE_MINIMUM.items():
             value = parameters.get(key)
             if value is not None and not (_is_finite_number(value) and value >= least and value > 0):
                 limit = f"of at least {least}" if least else "above 0"
@@ -339,7 +375,8 @@ class GPT2ModernConfig(PreTrainedConfig):
                 raise ValueError(f"rope_parameters has {key}={factors!r}; it must be a list of {count} numbers")
 
     def validate_architecture(self):
-        """Refuse values that contradict each other; called by `@strict` after construction and before saving."""
+        """Raise ValueError for values out of range or in contradiction; `@strict` calls this after construction and
+        before saving."""
         for name in type(self).__annotations__:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -352,7 +389,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
+                f"num_key_value_heads={self.num_key_value_heads}; change one of them"
             )
         if self.unpadded_vocab_size is not None and not 0 < self.unpadded_vocab_size <= self.vocab_size:
             raise ValueError(
@@ -363,15 +400,15 @@ class GPT2ModernConfig(PreTrainedConfig):
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name}={value} must be between 0 and {self.vocab_size - 1}, the last token id")
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"layer_types has {len(self.layer_types)} entries, num_hidden_layers={self.num_hidden_layers}"
-            )
         slides = "sliding_attention" in self.layer_types
         if slides and not (self.sliding_window and self.sliding_window > 0):
-            raise ValueError(f"layer_types has sliding_attention, but sliding_window={self.sliding_window}")
+            raise ValueError(
+                f"layer_types has sliding_attention, but sliding_window={self.sliding_window}; give a number of tokens"
+            )
         if unsupported := set(self.layer_types) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"layer_types has {sorted(unsupported)}; there are full_attention and sliding_attention")
+            raise ValueError(
+                f"layer_types has unknown {sorted(unsupported)}; choose from full_attention and sliding_attention"
+            )
         if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
             raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be positive, or None")
         for name in ("norm_eps", "initializer_range", "embedding_initializer_range"):
@@ -390,7 +427,7 @@ class GPT2ModernConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """As in transformers; the saved `auto_map` names the files that are saved along, whatever was loaded."""
+        """Save as transformers does, with an `auto_map` that names the code files saved beside the configuration."""
         self.auto_map = self.auto_map | AUTO_MAP
         super().save_pretrained(save_directory, *args, **kwargs)
 

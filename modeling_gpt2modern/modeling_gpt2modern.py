@@ -1,8 +1,8 @@
-"""GPT2-Modern: a decoder-only transformer between GPT-2 (2019) and its modern descendants, for transformers 5.
+"""Define GPT2-Modern, a decoder-only transformer between GPT-2 (2019) and its modern descendants.
 
-From the inside out: attention, decoder layer, model, heads. Each choice of the configuration becomes a module in
-`__init__`; no forward reads a flag. Module names are Llama's; norms, MLPs, rotary embedding and the loss are in
-layers_gpt2modern.py.
+The file goes from the inside out: attention, decoder layer, model, heads. Each choice of the configuration becomes a
+module in `__init__`; no forward reads a flag. Module names are those of Llama. Norms, MLPs and the rotary embedding are
+in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
 
 import functools
@@ -36,7 +36,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2modern import GPT2ModernConfig
 from .layers_gpt2modern import (
-    MLPS,
     NORMS,
     EmbeddingResidual,
     FirstArgument,
@@ -46,18 +45,17 @@ from .layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
-    linear_cross_entropy_and_z_loss,
-    logits_z_loss,
+    build_mlp,
     positions_from_lengths,
-    soft_cap,
 )
+from .loss_gpt2modern import linear_cross_entropy_and_z_loss, logits_z_loss, soft_cap
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
 except ImportError:  # transformers 5.17 has none
 
     def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """The positions that need logits: the last `logits_to_keep` (0: all), or those that a 1D tensor lists."""
+        """Return the hidden states that need logits: the last `logits_to_keep` (0: all), or those a 1D tensor lists."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, kept, :]
 
@@ -78,14 +76,14 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(query @ key.T * scaling + mask) @ value in plain PyTorch, the reference of all other implementations.
+    """Compute softmax(query @ key.T * scaling + mask) @ value in plain PyTorch, the reference for all other kernels.
 
     query: (batch, num_heads, query_len, head_dim); key, value: (batch, num_key_value_heads, key_len, head_dim).
     Returns the output (batch, query_len, num_heads, head_dim) and the weights (batch, num_heads, query_len, key_len).
     """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (batch, num_heads, key_len, head_dim)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.transpose(2, 3) * scaling  # (batch, num_heads, query_len, key_len)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -94,7 +92,10 @@ def eager_attention_forward(
 
 
 class GPT2ModernAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245); identical to Qwen3's except for the parts that may be off."""
+    """Attend from each token to those before it, with grouped heads (arXiv:2305.13245) and optional QK-norm.
+
+    Identical to Qwen3's except that QK-norm and RoPE are optional, and for the value residual.
+    """
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
         super().__init__()
@@ -120,7 +121,7 @@ class GPT2ModernAttention(nn.Module):
             else nn.Identity()
             for _ in range(2)
         )
-        # The first layer's values are the ones that the others mix in.
+        # Layer 0 has nothing to mix in: its own values are those that the other layers read.
         self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else FirstArgument()
 
     def forward(
@@ -132,9 +133,12 @@ class GPT2ModernAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Returns the output (batch, seq_len, hidden_size), the weights (eager only) and this layer's new values."""
-        input_shape = hidden_states.shape[:-1]
+        """Return the output (batch, seq_len, hidden_size), the attention weights (eager only), and the values of the
+        new tokens (batch, num_key_value_heads, seq_len, head_dim), which later layers may mix into theirs.
+        """
+        input_shape = hidden_states.shape[:-1]  # (batch, seq_len)
         head_shape = (*input_shape, -1, self.head_dim)
+        # query: (batch, num_heads, seq_len, head_dim); key, value: the same with num_key_value_heads
         query_states = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
         key_states = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
@@ -143,6 +147,7 @@ class GPT2ModernAttention(nn.Module):
         if position_embeddings is not None:
             query_states, key_states = apply_rotary(query_states, key_states, *position_embeddings)
         if past_key_values is not None:
+            # (batch, num_key_value_heads, key_len, head_dim): the keys and values in the cache and the new ones
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -159,12 +164,13 @@ class GPT2ModernAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        # (batch, seq_len, num_heads, head_dim) -> (batch, seq_len, hidden_size)
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
         return attn_output, attn_weights, new_value_states
 
 
 class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: attention, then MLP, each added to the residual stream."""
+    """Add attention, then an MLP, each behind a norm of its own, to the residual stream."""
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
         super().__init__()
@@ -179,7 +185,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(
             config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine
         )
-        self.mlp = MLPS[config.mlp_type](config)
+        self.mlp = build_mlp(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
@@ -190,10 +196,11 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         first_value_states: torch.Tensor | None = None,
         **attention_kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states, skip_states, embedding_states: (batch, seq_len, hidden_size); first_value_states: (batch,
-        num_key_value_heads, seq_len, head_dim). They are positional, as reentrant gradient checkpointing wants them.
+        """Return the new hidden_states; layer 0 of a model with value residuals returns a pair with its values.
 
-        Returns the new hidden_states; the first layer of a model with value residuals returns its values beside them.
+        hidden_states, skip_states, embedding_states: (batch, seq_len, hidden_size); first_value_states: (batch,
+        num_key_value_heads, seq_len, head_dim). Reentrant gradient checkpointing needs tensors with gradients to be
+        positional arguments.
         """
         hidden_states = self.unet_skip(hidden_states, skip_states)
         hidden_states = self.embedding_residual(hidden_states, embedding_states)
@@ -206,7 +213,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
 
 
 class GPT2ModernPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what transformers asks of a model class."""
+    """Initialise weights, and declare to transformers what the models can do."""
 
     config: GPT2ModernConfig
     config_class = GPT2ModernConfig
@@ -223,29 +230,30 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GPT2ModernConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        # Saving copies the file of `self.__module__`; FSDP2 replaces the class by one that torch's own module defines.
+        # Saving copies the file of `self.__module__`, but FSDP2 replaces the class by one that is defined in torch.
         self.__module__ = type(self).__module__
 
     @classmethod
     def maybe_distribute_model(
         cls, model: "GPT2ModernPreTrainedModel", distributed_config, *args, **kwargs
     ) -> nn.Module:
-        """As in transformers, which cuts any model into pipeline stages, without a look at its plan.
+        """Distribute the model as transformers does, but raise ValueError for pipeline stages that give wrong logits.
 
-        Raises ValueError where that would give wrong logits.
+        transformers cuts any model into stages, even one without a pipeline plan.
         """
         if getattr(distributed_config, "pp_size", None) not in (None, 1) and model.config.base_model_pp_plan is None:
             raise ValueError(
-                f"pp_size={distributed_config.pp_size}, but a stage of a pipeline knows the output of the last one "
-                "and no more: no learned positions, embedding norm, U-Net skips, value or x0 residuals"
+                f"pp_size={distributed_config.pp_size}, but a stage of a pipeline gets only the output of the stage "
+                "before it, and this model has learned positions, an embedding norm, U-Net skips, value or x0 "
+                "residuals; leave out pp_size"
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As in transformers, with the exceptions that GPT-2 and the speedrun make.
+        """Initialise one module as transformers does, except for output projections, residual mixes and embeddings.
 
-        transformers calls this only on modules with parameters or buffers of their own, so that the projections that
-        write to the residual stream are marked by their parents instead of being set from there.
+        transformers calls this only on modules with parameters or buffers of their own. Attention and MLP therefore
+        mark the projections that write to the residual stream (`writes_residual`) and do not initialise them.
         """
         super()._init_weights(module)
         config = self.config
@@ -264,7 +272,7 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in transformers; rows beyond `new_num_tokens`, which `pad_to_multiple_of` adds, are no ids."""
+        """Resize as transformers does; rows that `pad_to_multiple_of` adds are padding and not token ids."""
         real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
@@ -272,7 +280,7 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
 
 
 class GPT2ModernModel(GPT2ModernPreTrainedModel):
-    """Token ids to hidden states: embeddings, decoder layers, final norm."""
+    """Turn token ids into hidden states by embeddings, decoder layers and a final norm."""
 
     _auto_class = "AutoModel"
 
@@ -311,9 +319,10 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Arguments and result are those of every decoder in transformers, see LlamaModel.
+        """Return the hidden states (batch, seq_len, hidden_size); arguments and output are those of LlamaModel.
 
-        Raises ValueError unless exactly one of input_ids and inputs_embeds is given.
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and for more tokens than learned
+        positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -337,15 +346,21 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             if seq_len > self.embed_positions.num_embeddings:
-                raise ValueError(f"{seq_len} tokens, but max_position_embeddings={self.embed_positions.num_embeddings}")
+                raise ValueError(
+                    f"{seq_len} tokens, but max_position_embeddings={self.embed_positions.num_embeddings}; "
+                    "shorten the input"
+                )
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         embedding_states = hidden_states = self.dropout(self.embedding_norm(hidden_states))
 
         first_value_states = None
-        skips: list[torch.Tensor] = []  # outputs of the first half, each read by its mirror layer in the second
-        for index, layer in enumerate(self.layers):
+        # Outputs of the layers of the first half; the last one is read first, by the first layer of the second half.
+        skips: list[torch.Tensor] = []
+        # The number in the configuration may be lower than that of the layers: generate(assistant_early_exit=...).
+        # A slice of self.layers, as in Llama, would build a new ModuleList in every forward: 50 us for 12 layers.
+        for index, layer in zip(range(self.config.num_hidden_layers), self.layers, strict=False):
             skip_states = skips.pop() if index >= len(self.layers) - self.unet_depth else None
             hidden_states = layer(
                 hidden_states,
@@ -376,12 +391,12 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         past_length: int | torch.Tensor,
         document_positions: torch.Tensor | None,
     ) -> dict[str, dict[str, Any]]:
-        """For each type of layer the arguments by which its attention sees what it may: a mask, or for packed
-        documents under flash attention, which has no masks, their lengths.
+        """Return, for each type of layer, the arguments that restrict its attention to the tokens it may see.
 
-        document_positions: (batch, seq_len), restarting with each document; None where nobody spoke of documents.
-        Attention that makes no masks (of a server, say) keeps documents apart by itself. A traced graph cannot compute
-        lengths: there flash attention has to be given `cu_seq_lens_*`.
+        They are a mask, or under flash attention the lengths of packed documents, because it takes no masks.
+        document_positions: (batch, seq_len), restarting with each document; None if the caller gave no positions.
+        An attention implementation that transformers makes no masks for, as in vLLM, separates documents itself. A
+        traced graph cannot compute lengths, so that flash attention needs `cu_seq_lens_*` from the caller there.
         """
         if isinstance(attention_mask, dict):  # generate() prepares the masks itself for a cache of fixed size
             return {attention_type: {"attention_mask": mask} for attention_type, mask in attention_mask.items()}
@@ -415,13 +430,13 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
 
 @dataclass
 class GPT2ModernCausalLMOutput(CausalLMOutputWithPast):
-    """z_loss: the part of `loss` that is z-loss, detached; None where there is none."""
+    """Add to transformers' output `z_loss`: the part of `loss` that is z-loss, detached; None without z-loss."""
 
     z_loss: torch.FloatTensor | None = None
 
 
 class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
-    """The language model: GPT2ModernModel, a linear head, the loss."""
+    """Predict the next token: GPT2ModernModel, a linear head, and the loss."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -454,14 +469,14 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         z_loss_coefficient: float = 0.0,
         **kwargs,
     ) -> GPT2ModernCausalLMOutput:
-        """Logits (batch, seq_len, number of real ids) and, given labels, the loss in nats/token, always in fp32.
+        """Return logits (batch, seq_len, number of token ids) and, given labels, the loss in nats/token in fp32.
 
-        labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels` are
-            instead taken as they are. `num_items_in_batch` divides the summed loss in place of the number of labels.
-        skip_logits: with labels, compute the loss without ever holding all logits, and return none.
-        pad_logits: return one column per row of the head, those beyond the real ids at the dtype's minimum; generate()
-            asks for it, because transformers sizes its buffers by config.vocab_size.
-        z_loss_coefficient: adds to the loss this times the square of log(sum(exp(logits))), see
+        labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels`: labels
+            that the caller has shifted. `num_items_in_batch`: divides the summed loss; None means the number of labels.
+        skip_logits: with labels, compute the loss without ever holding all logits, and return no logits.
+        pad_logits: return one column per row of the head, those beyond the token ids at the dtype's minimum; generate()
+            sets it, because transformers sizes its buffers by config.vocab_size.
+        z_loss_coefficient: this times the square of log(sum(exp(logits))) is added to the loss, see
             `linear_cross_entropy_and_z_loss`.
         """
         outputs = self.model(
@@ -475,12 +490,12 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         if labels is not None and shift_labels is None:
-            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)  # (batch, seq_len)
 
         logits = loss = z_loss = None
         if skip_logits and shift_labels is not None and self._head_is_a_matrix():
             loss, z_loss = linear_cross_entropy_and_z_loss(
-                hidden_states.flatten(0, -2),
+                hidden_states.flatten(0, -2),  # (batch * seq_len, hidden_size)
                 self.lm_head.weight,
                 shift_labels.flatten().to(hidden_states.device),
                 z_loss_coefficient=z_loss_coefficient,
@@ -489,6 +504,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
         else:
+            # (batch, seq_len, vocab_size) -> (batch, seq_len, unpadded_vocab_size)
             logits = self.lm_head(hidden_states)[..., : self.config.unpadded_vocab_size]
             logits = soft_cap(logits, self.final_logit_softcapping)
             if shift_labels is not None:
@@ -521,8 +537,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         )
 
     def _head_is_a_matrix(self) -> bool:
-        """False where LoRA, a quantiser or tensor parallelism has replaced the head, or only its weight, by something
-        other than one full matrix."""
+        """Say whether the head is still one full matrix, which LoRA, quantisation and tensor parallelism change."""
         weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
         return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape[0] == self.config.vocab_size
 
@@ -536,13 +551,14 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ModernConfig.model_type, GPT2Mo
 
 
 class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2ModernPreTrainedModel):
-    """A label for each sequence, from the hidden state of its last token that is not padding."""
+    """Predict a label for each sequence from the hidden state of its last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # its loss is a mean over the batch, whatever num_items_in_batch says
+    accepts_loss_kwargs = False  # its loss is always a mean over the batch; num_items_in_batch is ignored
 
     def __init__(self, config: GPT2ModernConfig):
-        GPT2ModernPreTrainedModel.__init__(self, config)  # the mixin's would ask AutoModel, which asks for trust
+        # Not the __init__ of the mixin: it calls AutoModel, which needs trust_remote_code.
+        GPT2ModernPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GPT2ModernModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
@@ -550,7 +566,7 @@ class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2
 
 
 class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2ModernPreTrainedModel):
-    """A label for each token."""
+    """Predict a label for each token."""
 
     _auto_class = "AutoModelForTokenClassification"
     accepts_loss_kwargs = False  # as above

@@ -1,21 +1,32 @@
-"""Every wrong input of bad_inputs.py is one line and exit code 2, leaves nothing behind, and is in docs/errors.md."""
+"""Every wrong input of tests/support/bad_inputs.py is answered with one line and exit code 2, and leaves nothing."""
 
 import importlib
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
+from eval import generate, perplexity
+from prepare_data import main as prepare
 from tests.support import bad_inputs
-from tests.support.bad_inputs import PAGE, PREPARE, TABLE, TRAIN, VERIFY
+from tests.support.bad_inputs import CONVERT, PAGE, PREPARE, TABLE, TRAIN, VERIFY
+from tests.support.models import export_fresh_model
+from tests.support.trainer import REPOSITORY
 
-MODULES = {TRAIN: "train_accelerate", PREPARE: "prepare_data", VERIFY: "prepare_data"}
+MODULES = {
+    TRAIN: "train_accelerate",
+    PREPARE: "prepare_data",
+    VERIFY: "prepare_data",
+    CONVERT: "gpt2modern.conversion.convert",
+}
 RECIPES = {
     "typo.yaml": "sed: 1\n",
     "twice.yaml": "seed: 1\nseed: 2\n",
@@ -52,7 +63,7 @@ def change_tensors(path: Path, change) -> None:
 
 
 def add_token(folder: Path) -> None:
-    """ "def" becomes token 300, the first that a vocabulary of 300 does not have."""
+    """Make "def" token 300, the first that a vocabulary of 300 does not have."""
     added = {"id": 300, "content": "def", "single_word": False, "lstrip": False, "rstrip": False}
     added |= {"normalized": False, "special": True}
     change_json(folder / "tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].append(added))
@@ -110,9 +121,7 @@ def write_checkpoint(folder: Path, model: Path, names: dict[str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def places(data_dir, tmp_path_factory) -> Path:
-    """The folder that the cases run in: sound data and models, and what has gone wrong with them."""
-    from test_eval import export_fresh_model
-
+    """Make the folder that the cases run in: sound data and models, and spoiled ones."""
     folder = tmp_path_factory.mktemp("places")
     shutil.copytree(data_dir, folder / "data")
     export_fresh_model(data_dir, folder / "model", "modern")
@@ -146,7 +155,7 @@ def places(data_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def kept_environment():
-    """Accelerate leaves variables of a launch behind."""
+    """Put back the variables of a launch that Accelerate leaves behind."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -162,39 +171,44 @@ def tree(folder: Path) -> list[tuple[str, int]]:
 CASES = [case for cases in TABLE.values() for case in cases]
 
 
-@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^\w.=-]+", "_", f"{case.command} {case.flags}")[:80])
-def test_a_wrong_input_is_one_line_and_leaves_nothing(case, places, capfd, kept_environment, monkeypatch):
-    from accelerate.state import AcceleratorState
+def answer(case, capfd):
+    """Run a case in the current folder and return its (exit code, stdout, stderr)."""
+    module = MODULES.get(case.command, case.command)
+    if case.without:  # as it would be imported there
+        code = f"import sys; sys.modules[{case.without!r}] = None; import {module}; {module}.main()"
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", code, *case.argv]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return result.returncode, result.stdout, result.stderr
+    main = importlib.import_module(module).main
+    with pytest.raises(SystemExit) as caught:
+        main(case.argv)
+    return caught.value.code, *capfd.readouterr()
 
+
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: re.sub(r"[^\w.=-]+", "_", case.typed)[:80])
+def test_a_wrong_input_is_one_line_and_leaves_nothing(case, places, capfd, kept_environment, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.chdir(places)
     for name, value in case.environment.items():
         monkeypatch.setenv(name, value)
-    if case.without:
-        monkeypatch.setitem(sys.modules, case.without, None)
-    main = importlib.import_module(MODULES.get(case.command, case.command)).main
     before = tree(places)
-    with pytest.raises(SystemExit) as caught:
-        main(case.argv)
-    output = capfd.readouterr()
-    lines = output.err.splitlines()
-    assert caught.value.code == 2
+    code, output, errors = answer(case, capfd)
+    lines = errors.splitlines()
+    assert code == 2
     assert lines[-1].startswith("error: ") and case.error in lines[-1], lines[-1]
-    assert output.err.count("error: ") == 1 and "Traceback" not in output.err + output.out
+    assert errors.count("error: ") == 1 and "Traceback" not in errors + output
     assert tree(places) == before
 
 
 def test_the_page_is_the_table():
-    assert PAGE.read_text(encoding="utf-8") == bad_inputs.page(), "python tests/bad_inputs.py writes it anew"
+    assert PAGE.read_text(encoding="utf-8") == bad_inputs.page(), "python -m tests.support.bad_inputs writes it anew"
 
 
 def test_the_sound_inputs_are_accepted(places, tmp_path, monkeypatch, capsys):
     """What the cases spoil would work: no case is refused for another reason than its own."""
     monkeypatch.chdir(places)
-    from eval import generate, perplexity
-    from prepare_data import main as prepare
-
     generate.main(["--model", "model", "--prompt", "def ", "--max_new_tokens", "2"])
     perplexity.main(["--model", "model", "--data", "data"])
     prepare(["verify", "data"])

@@ -1,6 +1,8 @@
 """The data order depends on (seed, epoch, consumed samples) alone, however the work is divided."""
 
+import contextlib
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +13,52 @@ from gpt2modern.training.batches import (
     BatchPlan,
     MicroBatchSampler,
     plan_batches,
+    refuse_too_few_blocks,
     samples_in_order,
-    samples_of_step,
-    training_batches,
+    step_batches,
 )
+from gpt2modern.training.config import TrainConfig
+
+
+def plan_of(samples_per_step, micro_batch_size, num_processes, **warmup):
+    return BatchPlan(samples_per_step, micro_batch_size, num_processes, block_size=4, **warmup)
+
+
+def planned(*, num_processes=2, per_device_train_batch_size=8, **settings):
+    """Return the plan for these settings and blocks of 64 tokens."""
+    config = TrainConfig(
+        data_dir="data", output_dir="out", per_device_train_batch_size=per_device_train_batch_size, **settings
+    )
+    return plan_batches(config, block_size=64, num_processes=num_processes)
+
+
+class CountedBlocks(torch.utils.data.Dataset):
+    """Blocks of 4 tokens that remember which of them were read."""
+
+    def __init__(self, count):
+        self.count, self.read = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitems__(self, indices):
+        self.read += indices
+        return torch.tensor(indices)[:, None].expand(-1, 5)
+
+    def num_targets(self, indices):
+        return 4 * len(indices)
+
+
+def read_steps(blocks, plan, *, first_step=0, max_steps, process_index=0):
+    """Return (samples, blocks read by this process) of each of the steps from `first_step` on."""
+    config = TrainConfig(data_dir="data", output_dir="out", seed=1, max_steps=max_steps)
+    accelerator = SimpleNamespace(process_index=process_index, device=torch.device("cpu"))
+    with contextlib.closing(step_batches(config, accelerator, blocks, plan, first_step=first_step)) as batches:
+        return [(batch.samples.tolist(), [block[:, 0].tolist() for block in batch.micro_batches]) for batch in batches]
 
 
 def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
-    """The set of samples of each of `count` steps, gathered over all processes, in global order."""
+    """Return the samples of each of `count` steps, gathered over all processes, in global order."""
     samplers = [
         iter(MicroBatchSampler(num_blocks, plan, seed=seed, consumed_samples=consumed_samples, process_index=rank))
         for rank in range(plan.num_processes)
@@ -32,24 +72,24 @@ def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
 
 @pytest.mark.fault("F3 an epoch has every block once")
 def test_an_epoch_visits_every_block_of_whole_batches_once():
-    seen = list(itertools.chain.from_iterable(steps(50, BatchPlan(8, 2, 2), 6)))
+    seen = list(itertools.chain.from_iterable(steps(50, plan_of(8, 2, 2), 6)))
     assert len(seen) == 48 == len(set(seen)) and set(seen) <= set(range(50))
 
 
 def test_epochs_are_different_permutations():
-    first, second = np.split(np.array(steps(48, BatchPlan(8, 8, 1), 12)), 2)
+    first, second = np.split(np.array(steps(48, plan_of(8, 8, 1), 12)), 2)
     assert sorted(first.ravel()) == sorted(second.ravel()) and (first != second).any()
 
 
 @pytest.mark.fault("F2 another number of processes or micro-batch")
-@pytest.mark.parametrize("plan", [BatchPlan(8, 8, 1), BatchPlan(8, 2, 1), BatchPlan(8, 2, 2), BatchPlan(8, 1, 4)])
+@pytest.mark.parametrize("plan", [plan_of(8, 8, 1), plan_of(8, 2, 1), plan_of(8, 2, 2), plan_of(8, 1, 4)])
 def test_the_global_order_does_not_depend_on_processes_or_micro_batches(plan):
-    assert steps(50, plan, 15) == steps(50, BatchPlan(8, 4, 1), 15)
+    assert steps(50, plan, 15) == steps(50, plan_of(8, 4, 1), 15)
 
 
 @pytest.mark.parametrize("consumed_steps", [1, 5, 6, 7, 13])
 def test_seeking_gives_the_order_of_an_uninterrupted_run(consumed_steps):
-    plan = BatchPlan(8, 2, 2)
+    plan = plan_of(8, 2, 2)
     resumed = steps(50, plan, 15 - consumed_steps, consumed_samples=8 * consumed_steps)
     assert resumed == steps(50, plan, 15)[consumed_steps:]
 
@@ -58,50 +98,63 @@ def test_seeking_gives_the_order_of_an_uninterrupted_run(consumed_steps):
 @pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 5, "first_samples": 2}])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_samples_of_a_step_are_what_all_processes_read_in_it(warmup, num_processes):
-    plan = BatchPlan(8, 2 // num_processes, num_processes, **warmup)
-    samplers = [
-        iter(MicroBatchSampler(50, plan, seed=1, consumed_samples=0, process_index=rank))
-        for rank in range(num_processes)
+    plan = plan_of(8, 2 // num_processes, num_processes, **warmup)
+    count = 20  # steps: more than three epochs
+    of_processes = [
+        read_steps(CountedBlocks(50), plan, max_steps=count, process_index=rank) for rank in range(num_processes)
     ]
-    for step in range(20):  # more than three epochs
-        passes = [[next(sampler) for sampler in samplers] for _ in range(plan.grad_accum_steps(step))]
+    for step, of_step in enumerate(zip(*of_processes, strict=True)):
+        passes = zip(*(micro_batches for _, micro_batches in of_step), strict=True)
         read = list(itertools.chain.from_iterable(itertools.chain.from_iterable(passes)))
-        assert samples_of_step(50, plan, seed=1, step=step).tolist() == read
+        assert len(read) == plan.samples_at(step)
+        assert all(samples == read for samples, _ in of_step)
 
 
 def test_another_seed_gives_another_order():
-    assert steps(50, BatchPlan(8, 8, 1), 1, seed=1) != steps(50, BatchPlan(8, 8, 1), 1, seed=2)
+    assert steps(50, plan_of(8, 8, 1), 1, seed=1) != steps(50, plan_of(8, 8, 1), 1, seed=2)
 
 
 def test_accumulation_follows_from_tokens_per_step():
-    plan = plan_batches(total_batch_size=4096, block_size=64, per_device_train_batch_size=8, num_processes=2)
+    plan = planned(total_batch_size=4096)
     assert (plan.samples_per_step, plan.grad_accum_steps(0)) == (64, 4)
 
 
 def test_without_a_total_there_is_no_accumulation():
-    plan = plan_batches(total_batch_size=None, block_size=64, per_device_train_batch_size=8, num_processes=2)
+    plan = planned()
     assert (plan.samples_per_step, plan.grad_accum_steps(0)) == (16, 1)
 
 
+def test_an_automatic_micro_batch_is_planned_as_single_sequences():
+    plan = planned(total_batch_size=4096, per_device_train_batch_size="auto")
+    assert (plan.samples_per_step, plan.micro_batch_size) == (64, 1)
+    assert plan.micro_batch_sizes() == [1, 2, 4, 8, 16, 32]
+
+
 @pytest.mark.fault("F15 a wrong flag, recipe or batch size")
-@pytest.mark.parametrize(("total", "choices"), [(1500, "use 1024 or 2048"), (100, "use 1024"), (0, "use 1024")])
+@pytest.mark.parametrize(("total", "choices"), [(1500, "use 1024 or 2048"), (100, "use 1024")])
 def test_a_total_that_does_not_divide_is_refused_with_the_nearest_ones(total, choices):
     with pytest.raises(GPT2ModernError, match=choices):
-        plan_batches(total_batch_size=total, block_size=64, per_device_train_batch_size=8, num_processes=2)
+        planned(total_batch_size=total)
+
+
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
+def test_a_total_of_zero_is_refused():
+    with pytest.raises(ValueError, match="--total_batch_size 0 must be at least 1"):
+        planned(total_batch_size=0)
 
 
 def test_fewer_blocks_than_one_step_takes_are_refused():
     with pytest.raises(GPT2ModernError, match="has 7 blocks but one step takes 8"):
-        MicroBatchSampler(7, BatchPlan(8, 8, 1), seed=1, consumed_samples=0, process_index=0)
+        refuse_too_few_blocks(CountedBlocks(7), plan_of(8, 8, 1))
+    refuse_too_few_blocks(CountedBlocks(8), plan_of(8, 8, 1))
 
 
 # Batch-size warm-up
 
 
 def warm_plan(micro_batch_size=2, num_processes=1):
-    return plan_batches(
+    return planned(
         total_batch_size=1024,
-        block_size=64,
         per_device_train_batch_size=micro_batch_size,
         num_processes=num_processes,
         batch_size_warmup_steps=6,
@@ -133,22 +186,7 @@ def test_a_first_batch_that_does_not_divide_is_refused_with_those_that_do():
 # Seeking
 
 
-class CountedBlocks(torch.utils.data.Dataset):
-    """A million blocks that remember which of them were read."""
-
-    def __init__(self):
-        self.read = []
-
-    def __len__(self):
-        return 1_000_000
-
-    def __getitems__(self, indices):
-        self.read += indices
-        return torch.zeros(len(indices), 5, dtype=torch.int64)
-
-
-def test_a_resumed_run_reads_nothing_that_lies_before_its_position():
-    blocks, plan = CountedBlocks(), BatchPlan(8, 4, 1)
-    common = {"seed": 1, "process_index": 0, "num_workers": 0, "pin_memory": False}
-    next(training_batches(blocks, plan, consumed_samples=8 * 10**9, **common))
-    assert blocks.read == samples_in_order(len(blocks), plan, seed=1, first=8 * 10**9, count=4).tolist()
+def test_a_resumed_run_reads_nothing_before_its_position():
+    blocks, plan = CountedBlocks(1_000_000), plan_of(8, 4, 1)
+    read_steps(blocks, plan, first_step=10**9, max_steps=10**9 + 1)
+    assert blocks.read == samples_in_order(len(blocks), plan, seed=1, first=8 * 10**9, count=8).tolist()

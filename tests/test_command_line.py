@@ -1,11 +1,12 @@
-"""Flags and YAML are typed alike, and every mistake is one line with exit code 2."""
+"""Flags and YAML are typed alike, shipped recipes are found by name, and every mistake is one line, exit code 2."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from gpt2modern.cli import exit_code_2_on_user_error, parse_arguments
+from gpt2modern.cli import find_recipe, one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError
 
 
@@ -85,32 +86,40 @@ def test_a_wrong_flag_is_refused_with_the_nearest_one(flags, expected):
     assert expected in str(caught.value)
 
 
-def test_user_errors_become_one_line_and_exit_code_2(capsys):
-    @exit_code_2_on_user_error
-    def main():
-        raise GPT2ModernError("first\n  second")
-
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: first second\n"
+def test_a_shipped_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    assert find_recipe("demo").read_text() == shipped.read_text()
 
 
-def test_an_interruption_is_one_line_and_exit_code_130(capsys):
-    @exit_code_2_on_user_error
-    def main():
-        raise KeyboardInterrupt
+def test_a_file_wins_over_a_shipped_recipe_and_a_path_is_never_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("demo.yaml", "recipes/demo", "nowhere/at/all.yaml"):
+        assert find_recipe(path) == Path(path)
+    Path("demo").write_text("steps: 3\n")
+    assert parse_arguments(Example, ["--config", "demo"]).steps == 3
 
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 130
-    assert capsys.readouterr().err == "error: interrupted\n"
+
+@pytest.mark.fault("F15 a wrong flag, recipe or batch size")
+def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
+    with pytest.raises(GPT2ModernError, match=r"--config dmeo: no such file, and no shipped recipe; .*\bdemo\b"):
+        parse_arguments(Example, ["--config", "dmeo"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (GPT2ModernError("first\n  second"), 2, "error: first second\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_errors_and_interruptions_are_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise error
+    assert caught.value.code == code
+    assert capsys.readouterr().err == line
 
 
 def test_defects_of_the_program_keep_their_traceback():
-    @exit_code_2_on_user_error
-    def main():
+    with pytest.raises(RuntimeError), one_line_errors():
         raise RuntimeError("a defect")
-
-    with pytest.raises(RuntimeError):
-        main()

@@ -1,12 +1,14 @@
-"""The configuration refuses what it cannot mean, survives JSON, and its presets have the published sizes."""
+"""The configuration refuses invalid settings, survives JSON, and its presets have the published sizes."""
 
 import dataclasses
 import json
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
-from modeling_gpt2modern import PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM
+from modeling_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM, MLPKind
+from modeling_gpt2modern.layers_gpt2modern import build_mlp
 from tests.support.models import FLAG_SETS, tiny_config
 
 
@@ -56,6 +58,7 @@ MISTAKES = {
     "foreign key": ({"frobnicate": 1}, "unknown configuration key 'frobnicate'"),
     "generation setting": ({"temperature": 0.5}, "unknown configuration key 'temperature'"),
     "unknown choice": ({"norm_type": "batchnorm"}, "norm_type.*batchnorm"),
+    "unknown MLP": ({"mlp_type": "geglu"}, "mlp_type='geglu' is unknown; choose from gelu_new, gelu, relu2, swiglu"),
     "wrong type": ({"hidden_size": "32"}, "hidden_size.*expected int"),
     "heads do not divide": ({"hidden_size": 30}, "hidden_size=30 .*num_attention_heads=12"),
     "key heads do not divide": ({"num_key_value_heads": 5}, "num_attention_heads=12 .*num_key_value_heads=5"),
@@ -64,16 +67,16 @@ MISTAKES = {
     "no layer slides": ({"sliding_window": 4, "layer_types": ["full_attention"] * 12}, "sliding_window=4"),
     "no window": ({"layer_types": ["sliding_attention"] * 12}, "sliding_window=None"),
     "empty window": ({"sliding_window": 0}, "sliding_window=0"),
-    "too few layer types": ({"layer_types": ["full_attention"] * 3}, "3 entries"),
+    "too few layer types": ({"layer_types": ["full_attention"] * 3}, r"num_hidden_layers.*\(12\).*layer_types.*\(3\)"),
     "layer type of other models": ({"layer_types": ["chunked_attention"] * 12}, "chunked_attention"),
-    "rope without rope": ({"position_embedding_type": "learned", "rope_theta": 1e4}, "rope_theta has no use"),
+    "rope without rope": ({"position_embedding_type": "learned", "rope_theta": 1e4}, "rope_theta has no effect"),
     "rope parameters without rope": (
         {"position_embedding_type": "learned", "rope_parameters": {"rope_theta": 1e4}},
-        "rope_parameters has no use",
+        "rope_parameters has no effect",
     ),
     "partial rope without rope": (
         {"position_embedding_type": "learned", "partial_rotary_factor": 0.5},
-        "partial_rotary_factor has no use",
+        "partial_rotary_factor has no effect",
     ),
     "two fractions": (
         {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}},
@@ -102,6 +105,32 @@ MISTAKES = {
 def test_mistake_raises_value_error_naming_the_key(keys, message):
     with pytest.raises(ValueError, match=message):
         GPT2ModernConfig(**keys)
+
+
+def test_mlp_kind_of_a_user_is_a_choice_like_ours(monkeypatch, tmp_path):
+    """One entry in MLPS is enough: the model is built from it with its default size and plans, saved and loaded."""
+    monkeypatch.setitem(MLPS, "reglu", MLPKind("relu", gated=True))
+    config = tiny_config(mlp_type="reglu")
+    assert config.intermediate_size == 128 and "layers.*.mlp.gate_proj" in config.base_model_tp_plan
+    model = GPT2ModernForCausalLM(config).eval()
+    mlp, hidden_states = model.model.layers[0].mlp, torch.randn(2, 3, 32)
+    expected = mlp.down_proj(mlp.gate_proj(hidden_states).clamp(min=0) * mlp.up_proj(hidden_states))
+    torch.testing.assert_close(mlp(hidden_states), expected)
+    model.save_pretrained(tmp_path)
+    assert GPT2ModernForCausalLM.from_pretrained(tmp_path).config.mlp_type == "reglu"
+
+
+def test_mlp_kind_may_have_an_activation_function_of_its_own(monkeypatch):
+    """The function is added to transformers' ACT2FN by its name, the kind to MLPS."""
+
+    class CubedReLU(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states.relu() ** 3
+
+    monkeypatch.setitem(ACT2FN, "relu3", CubedReLU)
+    monkeypatch.setitem(MLPS, "relu3", MLPKind("relu3"))
+    mlp, hidden_states = build_mlp(tiny_config(mlp_type="relu3")), torch.randn(2, 3, 32)
+    torch.testing.assert_close(mlp(hidden_states), mlp.down_proj(mlp.up_proj(hidden_states).clamp(min=0) ** 3))
 
 
 def test_assignment_of_a_wrong_type_raises_value_error():
@@ -137,7 +166,7 @@ def test_misspelt_key_in_config_json_raises(tmp_path):
 
 
 def test_attribute_that_is_no_key_is_not_saved(tmp_path):
-    """Otherwise a configuration that was saved might be refused when it is loaded."""
+    """Otherwise a saved configuration might be refused when it is loaded."""
     config = GPT2ModernConfig()
     config.norm_epsilon = 1e-6
     config.save_pretrained(tmp_path)
@@ -179,7 +208,7 @@ def test_auto_map_names_every_auto_class():
 
 
 def test_saved_auto_map_points_into_the_saved_folder(tmp_path):
-    """A copy loaded from the Hub may refer to its repository; what is saved brings its own code."""
+    """A copy loaded from the Hub may refer to its repository; a saved one refers to the code files beside it."""
     config = GPT2ModernConfig(
         auto_map={"AutoConfig": "someone/model--configuration_gpt2modern.GPT2ModernConfig", "AutoTokenizer": "own.Own"}
     )
@@ -190,7 +219,7 @@ def test_saved_auto_map_points_into_the_saved_folder(tmp_path):
 
 
 def test_defaults_are_the_modern_preset():
-    """Except for what belongs to GPT-2's vocabulary: its ids and its padding."""
+    """Only special token ids and padding of GPT-2's vocabulary differ."""
     default, preset = GPT2ModernConfig().to_dict(), GPT2ModernConfig.from_preset("modern").to_dict()
     vocabulary = {"vocab_size", "unpadded_vocab_size", "bos_token_id", "eos_token_id"}
     assert {key for key in default if default[key] != preset[key]} == vocabulary
@@ -198,7 +227,7 @@ def test_defaults_are_the_modern_preset():
 
 @pytest.mark.parametrize(("mlp_type", "intermediate_size"), [("gelu", 4 * 1280), ("swiglu", 3456)])
 def test_intermediate_size_follows_the_hidden_size(mlp_type, intermediate_size):
-    """8/3 x 1280 = 3413.3, next multiple of 64."""
+    """8/3 x 1280 = 3413.3; the next multiple of 64 is 3456."""
     config = GPT2ModernConfig.from_preset("modern", mlp_type=mlp_type, hidden_size=1280)
     assert config.intermediate_size == intermediate_size
 

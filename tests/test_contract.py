@@ -1,4 +1,4 @@
-"""What transformers, PEFT and TRL expect of a causal language model, and demand of Llama in their own tests.
+"""The model does what transformers, PEFT and TRL expect of a causal language model and test with Llama.
 
 Not repeated here: recorded states, gradient checkpointing, loss and single-file loading, which are in test_modeling,
 generation (test_generation), and the code that is saved along (test_remote_code).
@@ -84,7 +84,7 @@ def test_rows_of_a_batch_do_not_see_each_other(flag_set):
 
 @EVERY_FLAG_SET
 def test_mask_of_four_dimensions_is_taken_as_it_is(flag_set):
-    """Two continuations of one prompt in one row, as tree decoding has them; together no longer than any window."""
+    """One row holds two continuations of one prompt, as in tree decoding; it is not longer than any window."""
     model = tiny_model(flag_set)
     prompt, first, second = random_ids(1, 2), random_ids(1, 2, seed=2), random_ids(1, 2, seed=3)
     allowed = torch.ones(6, 6).tril()
@@ -151,7 +151,7 @@ def test_resizing_without_a_language_head_keeps_count_of_the_real_ids(model_clas
 
 
 def test_logits_of_a_padded_vocabulary_are_those_of_its_ids():
-    """Rows beyond the ids would reach whoever takes a softmax of them (evaluation, distillation, smoothing)."""
+    """Columns beyond the ids would change every softmax of the logits (evaluation, distillation, smoothing)."""
     model = tiny_model("padded_vocabulary")
     logits = logits_of(model, random_ids(1, 4))
     assert logits.shape[-1] == model.config.unpadded_vocab_size < model.config.vocab_size
@@ -238,7 +238,7 @@ def test_casting_the_model_leaves_the_rotary_frequencies_in_fp32():
 
 
 def parallel_results(rank: int, folder: str) -> dict:
-    """What two processes find when they share the models in `folder`."""
+    """Run two processes that share the models in `folder`, and collect what each finds."""
     input_ids, results = random_ids(2, 8), {}
     for name in os.listdir(folder):
         kind = name.split("-")[0]
@@ -294,7 +294,7 @@ PARALLEL = {
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory) -> list[dict]:
-    """Results of both processes."""
+    """Return the results of both processes."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, (flag_set, flags) in PARALLEL.items():
         tiny_model(flag_set, **flags).save_pretrained(folder / name)
@@ -304,7 +304,7 @@ def parallel(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize("name", [name for name in PARALLEL if not name.startswith("pp")])
 def test_model_that_two_processes_share_has_the_same_gradients(parallel, name):
-    """Tensor parallelism and FSDP2 of transformers itself, by the plans of the configuration and the class."""
+    """transformers shards by tensor parallelism and FSDP2 with the plans of the configuration and the class."""
     flag_set, flags = PARALLEL[name]
     model, input_ids = tiny_model(flag_set, **flags), random_ids(2, 8)
     expected = model(input_ids, labels=input_ids)
@@ -398,7 +398,7 @@ def test_tokens_without_a_label_do_not_count():
 
 
 def train(model: nn.Module, rows: list[dict], folder, batch_size: int, accumulation: int, **arguments) -> dict:
-    """Two steps of plain gradient descent over `rows` in their order; the weights afterwards."""
+    """Take two steps of plain gradient descent over `rows` in order, and return the weights."""
     arguments = TrainingArguments(
         folder,
         max_steps=2,
@@ -421,7 +421,7 @@ def train(model: nn.Module, rows: list[dict], folder, batch_size: int, accumulat
 
 
 def language_rows() -> list[dict]:
-    """Eight rows, each with another number of labels."""
+    """Return eight rows, each with a different number of labels."""
     rows = [{"input_ids": row, "labels": row.clone()} for row in random_ids(8, 10)]
     for index, row in enumerate(rows):
         row["labels"][: index % 5 * 2] = -100
@@ -431,7 +431,7 @@ def language_rows() -> list[dict]:
 @PRESETS
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_trainer_accumulates_to_the_gradient_of_the_whole_batch(flag_set, smoothing, tmp_path):
-    """Every label counts alike, whatever micro-batch it came in; smoothed ones are averaged over micro-batches."""
+    """Each label has the same weight in any micro-batch; smoothed losses are averaged over micro-batches."""
     rows = language_rows()
     if smoothing:
         rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
@@ -458,7 +458,7 @@ def test_trainer_takes_the_step_of_the_loss_by_hand(tmp_path):
 
 
 def test_trainer_averages_a_classifier_over_its_micro_batches(tmp_path):
-    """A head that took num_items_in_batch for its own would train with a loss too large by the accumulation."""
+    """A head that accepted num_items_in_batch without using it would multiply the loss by the accumulation steps."""
 
     def classifier():
         torch.manual_seed(0)
@@ -552,7 +552,7 @@ def test_trl_fine_tunes(flag_set, dataset, settings, tmp_path):
 
 
 def test_trl_packs_texts_that_do_not_see_each_other(tmp_path):
-    """TRL warns that only flash attention keeps packed texts apart; here every attention does."""
+    """TRL warns that only flash attention separates packed texts; in this model every attention does."""
     losses = []
     for settings in ({"per_device_train_batch_size": 8}, {"packing": True, "max_length": 9, "bf16": False}):
         arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "bf16": False, "report_to": []}
@@ -572,7 +572,7 @@ def test_trl_packs_texts_that_do_not_see_each_other(tmp_path):
 
 
 def test_head_of_a_quantised_weight_is_called_and_not_read():
-    """torchao leaves nn.Linear in place and changes its weight into a tensor of another type."""
+    """torchao keeps nn.Linear and replaces its weight by a tensor of another type."""
     quantisation = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     model, input_ids = tiny_model("speedrun"), random_ids(2, 8)
     expected = model(input_ids, labels=input_ids)

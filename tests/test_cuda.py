@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: fast attention, compiled steps, memory of the loss, caches that leave the device.
+"""What only a CUDA device can show: fast attention, compiled steps, memory of the loss, offloaded caches.
 
 Every check is a function of the device and of the implementation. Those that have a meaning on a CPU run there too, so
 that the checks themselves are tested wherever the tests run; the rest is marked `gpu` and skips without a device.
@@ -12,7 +12,7 @@ from transformers import CompileConfig, DynamicCache
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from modeling_gpt2modern import GPT2ModernForCausalLM
-from modeling_gpt2modern.layers_gpt2modern import linear_cross_entropy
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy
 from tests.support.models import FLAG_SETS, random_ids, tiny_model
 
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
@@ -42,7 +42,7 @@ LENGTHS = [[5, 7, 12], [3, 9, 12]]
 
 
 def bf16_model(flag_set: str, device: str, attn_implementation: str = "eager") -> GPT2ModernForCausalLM:
-    """Heads of 32 dimensions: flex attention takes none below 16."""
+    """Build a model with heads of 32 dimensions; flex attention needs at least 16."""
     torch.compiler.reset()  # flex attention compiles for each mask, and dynamo keeps eight of one function
     model = tiny_model(flag_set, hidden_size=128).to(device, torch.bfloat16)
     model.set_attn_implementation(attn_implementation)
@@ -96,7 +96,7 @@ def test_padding_on_the_left_changes_no_logits(flag_set, device, attn_implementa
 
 
 def call(model: nn.Module, input_ids: torch.Tensor, lengths: list[list[int]], way: str) -> torch.Tensor:
-    """Logits of rows that hold documents of these lengths, by one of the ways to say so."""
+    """Compute the logits of rows with documents of these lengths, given in one of the possible ways."""
     position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     position_ids = position_ids.to(input_ids.device)
     ends = torch.tensor(lengths, device=input_ids.device).flatten().cumsum(0)
@@ -146,7 +146,7 @@ def test_packed_documents_do_not_see_each_other(flag_set, device, attn_implement
 )
 @SOME_FLAG_SETS
 def test_compiled_training_step_has_no_graph_break_and_the_same_gradients(flag_set, device, backend, packed):
-    """fp32 weights under bf16 autocast, as a training run has them."""
+    """Weights are fp32 under bf16 autocast, as in a training run."""
     torch.compiler.reset()
     input_ids = random_ids(2, 24).to(device)
     kwargs = {"labels": input_ids, "use_cache": False, "skip_logits": True}
@@ -169,7 +169,7 @@ def test_compiled_training_step_has_no_graph_break_and_the_same_gradients(flag_s
 
 
 def loss_inputs(device: str, dtype: torch.dtype, num_tokens: int, vocab_size: int, hidden_size: int):
-    """Hidden states, weight (both require grad) and labels; made on the CPU, so that every device gets the same."""
+    """Draw hidden states, weight (both require grad) and labels on the CPU, so that every device gets the same."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(num_tokens, hidden_size, generator=generator)
     weight = torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5
@@ -184,7 +184,7 @@ def logits_loss(hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.01)], ids=str)
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_chunked_loss_is_that_of_fp32(device, dtype, tolerance):
-    """Against fp32 arithmetic on the same, already rounded inputs."""
+    """Compare with fp32 arithmetic on the same rounded inputs."""
     hidden_states, weight, labels = loss_inputs(device, dtype, 600, 2048, 64)
     exact_inputs = [tensor.detach().float().requires_grad_() for tensor in (hidden_states, weight)]
     exact = logits_loss(*exact_inputs, labels)
@@ -197,7 +197,7 @@ def test_chunked_loss_is_that_of_fp32(device, dtype, tolerance):
 
 
 def peak_bytes(loss_function, inputs) -> int:
-    """CUDA memory that forward and backward need on top of their inputs."""
+    """Measure the CUDA memory that forward and backward need in addition to their inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -250,7 +250,7 @@ def test_compiled_generation_with_a_static_cache_does_not_recompile(flag_set, gr
 @pytest.mark.parametrize("device", [CUDA])
 @SOME_FLAG_SETS
 def test_cache_that_leaves_the_device_gives_the_same_tokens(flag_set, device, cache_implementation):
-    """transformers moves it in a CUDA stream of its own, so that there is no such cache on a CPU."""
+    """transformers moves the offloaded cache in a CUDA stream, so that a CPU has no such cache."""
     model, input_ids = tiny_model(flag_set).to(device), random_ids(2, 6).to(device)
     settings = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 8, "disable_compile": True}
     mask = torch.ones_like(input_ids)

@@ -1,8 +1,8 @@
-"""What the documentation shows exists: commands, flags, files, recipes; and imports point one way."""
+"""What the documentation shows exists: commands, flags, files, recipes, settings."""
 
-import ast
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,16 @@ from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
+from gpt2modern.training.models import parse_config_overrides
+from modeling_gpt2modern import GPT2ModernConfig
 from prepare_data import PrepareConfig
 from train_accelerate import TrainConfig
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")]
+}
+README = PAGES["README.md"]
 ARGUMENTS = {
     "prepare_data.py": PrepareConfig,
     "train_accelerate.py": TrainConfig,
@@ -29,24 +34,21 @@ ARGUMENTS = {
     "benchmarks.throughput": ThroughputConfig,
     "gpt2modern.conversion": ConversionConfig,
 }
-# A file may import what stands above it in this list, and nothing of the project that stands below.
-LAYERS = ["command_line", "preparation", "modeling_gpt2modern", "training", "eval", "train_accelerate"]
 
 
-def shell_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+def shell_commands(text):
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
     commands = [line for line in lines if " verify " not in line]  # which takes folders, no flags
     return [line for line in commands if ARGUMENTS.keys() & set(shlex.split(line, comments=True))]
 
 
 def test_the_readme_shows_every_command():
-    shown = " ".join(shell_commands())
+    shown = " ".join(shell_commands(README))
     assert all(program in shown for program in ARGUMENTS)
 
 
-@pytest.mark.parametrize("line", shell_commands())
-def test_the_readmes_commands_have_flags_that_exist(line, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line", [line for text in PAGES.values() for line in shell_commands(text)])
+def test_a_command_has_flags_that_exist(line, tmp_path, monkeypatch):
     words = shlex.split(line, comments=True)
     position = next(index for index, word in enumerate(words) if word in ARGUMENTS)
     for name in re.findall(r"--train_file (\S+)", line):  # stands for the reader's own file
@@ -56,7 +58,6 @@ def test_the_readmes_commands_have_flags_that_exist(line, tmp_path, monkeypatch)
         (tmp_path / name / "config.json").write_text("{}")
     configurations = [word for word in words if word.startswith(("recipes/", "accelerate_configs/"))]
     for path in configurations:
-        assert (REPOSITORY / path).is_file()
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text((REPOSITORY / path).read_text())
     monkeypatch.chdir(tmp_path)
@@ -64,61 +65,51 @@ def test_the_readmes_commands_have_flags_that_exist(line, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("recipe", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_parse_and_name_models_that_exist(recipe):
-    from gpt2modern.training.models import parse_config_overrides
-    from modeling_gpt2modern import GPT2ModernConfig
-
+def test_a_recipe_parses_and_names_a_model_that_exists(recipe):
     parsed = parse_arguments(TrainConfig, ["--config", str(recipe), "--data_dir", "data", "--output_dir", "out"])
     GPT2ModernConfig.from_preset(parsed.model_preset, **parse_config_overrides(parsed.config_overrides))
 
 
-def test_the_readme_names_every_module():
-    modules = [*REPOSITORY.glob("*.py")]
-    for package in ("preparation", "modeling_gpt2modern", "training", "eval"):
-        modules += REPOSITORY.glob(f"{package}/*.py")
-    missing = [path.stem for path in modules if path.stem != "__init__" and path.stem not in README]
-    assert not missing
+def table_of(section):
+    """The first cells of the rows of the table in a section of README, every name between backquotes."""
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
 
 
-def test_the_readmes_files_and_numbers_of_lines_hold():
-    for path in re.findall(r"\]\(([\w/.-]+)\)", README):
-        assert (REPOSITORY / path).exists(), path
-    assert len(README.splitlines()) <= 200
+def test_the_table_of_recipes_lists_all_of_them():
+    assert table_of("Recipes") == {path.stem for path in REPOSITORY.glob("recipes/*.yaml")}
 
 
-def project_imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.split(".")[0]
+def test_the_table_of_settings_lists_the_model_s_own():
+    sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
+    others = {"max_position_embeddings", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"}
+    own = {name for name in GPT2ModernConfig.__annotations__ if not name.startswith(("model_", "keys_", "base_model"))}
+    assert table_of("Model settings") == own - sizes - others
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, "prepare_data"])
-def test_imports_point_one_way(layer):
-    allowed = {"command_line", "preparation"} if layer == "prepare_data" else set(LAYERS[: LAYERS.index(layer) + 1])
-    project = {*LAYERS, "prepare_data"}
-    files = [REPOSITORY / f"{layer}.py"] if (REPOSITORY / f"{layer}.py").exists() else (REPOSITORY / layer).glob("*.py")
-    for path in files:
-        upward = set(project_imports(path)) & (project - allowed)
-        assert not upward, f"{path.name} imports {upward}"
+def test_the_tree_lists_every_file_with_a_comment():
+    tree = README.split("## Files\n")[1].split("```\n")[1]
+    listed, folder = set(), []
+    for line in tree.splitlines():
+        name, _, comment = line.strip().partition("  ")
+        assert comment.strip(), f"{name} has no comment"
+        depth = (len(line) - len(line.lstrip())) // 4
+        folder = [*folder[:depth], name]
+        if not name.endswith("/"):
+            listed.add("".join(folder))
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    ).stdout.split()
+    folders = ("modeling_gpt2modern/", "gpt2modern/", "eval/", "benchmarks/", "docs/", "tests/support/")
+    expected = {name for name in tracked if name.startswith(folders) and name.endswith((".py", ".md"))}
+    expected |= {name for name in tracked if "/" not in name and name.endswith(".py")}
+    expected = {name for name in expected if not name.endswith("__init__.py") and not name.startswith("eval/reports/")}
+    assert listed == expected
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "prepare_data.py", "train_accelerate.py", "eval/perplexity.py", "eval/generate.py", "eval/throughput.py",
-        "eval/precision_check.py", "eval/measuring.py", "eval/data_benchmark.py", "eval/data_corpora.py",
-    ],
-)  # fmt: skip
-def test_nothing_heavy_is_imported_before_it_is_needed(script):
-    """`--help` has to answer at once: torch alone takes a second."""
-    heavy = {"torch", "datasets", "accelerate", "numpy", "pyarrow", "gigatoken", "tokenizers", "matplotlib"}
-    heavy |= {"modeling_gpt2modern", "training"}
-    tree = ast.parse((REPOSITORY / script).read_text())
-    at_import = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
-        for node in tree.body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    assert not at_import & heavy
+@pytest.mark.parametrize("page", PAGES)
+def test_the_links_of_a_page_lead_somewhere(page):
+    folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
+    for path in re.findall(r"\]\(([\w/.-]+)(?:#[\w-]+)?\)", PAGES[page]):
+        assert (folder / path).exists(), path

@@ -1,4 +1,4 @@
-"""--document_masking: what a block's documents cost is what they cost alone."""
+"""--document_masking: the loss of the documents in a block is the loss of each of them alone."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ SEPARATOR = 95
 
 
 def packed_rows():
-    """Two blocks of 24 tokens and a target more, each of which holds documents that end with the separator."""
+    """Return two blocks of 24 tokens and one more target, which hold documents that end with the separator."""
     batch = random_ids(2, 25)
     batch[0, [6, 13, 14]] = SEPARATOR
     batch[1, [3, 23]] = SEPARATOR
@@ -18,7 +18,7 @@ def packed_rows():
 
 
 def documents_of(row):
-    """The inputs and targets of each document of a row; the separator's own target is the next document's first."""
+    """Return the inputs and targets of each document of a row; a separator's target is the next document's first."""
     ends = [i + 1 for i, token in enumerate(row[:-1].tolist()) if token == SEPARATOR]
     starts, ends = [0, *ends], [*ends, len(row) - 1]
     return [row[start : end + 1][None] for start, end in zip(starts, ends, strict=True) if end > start]

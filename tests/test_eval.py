@@ -1,4 +1,4 @@
-"""Evaluation: exact losses, reproducible samples, one-line refusals."""
+"""Evaluation: exact losses, reproducible samples."""
 
 import json
 import math
@@ -10,11 +10,13 @@ from torch import nn
 
 from eval import generate, perplexity
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.evaluation.loss import evaluate_loss
+from gpt2modern.evaluation.loss import bits_per_byte, evaluate_loss
+from gpt2modern.loading import load_model
+from tests.support.models import export_fresh_model
 
 
 class UniformModel(nn.Module):
-    """Every id equally likely: the loss of any text is ln(vocab_size)."""
+    """Gives every id the same probability: the loss of any text is ln(vocab_size)."""
 
     def __init__(self, vocab_size):
         super().__init__()
@@ -25,24 +27,6 @@ class UniformModel(nn.Module):
         logits = self.weight.expand(*input_ids.shape, self.vocab_size)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum")
         return SimpleNamespace(loss=loss / num_items_in_batch)
-
-
-def export_fresh_model(data_dir, folder, model_preset):
-    """A freshly initialised model folder as a training run leaves it."""
-    from gpt2modern.training.export import export_model
-    from gpt2modern.training.models import build_model
-
-    blocks = PackedBlocks(data_dir, "train")
-    torch.manual_seed(0)
-    model = build_model(
-        model_preset=model_preset,
-        config_overrides="hidden_size=32,num_hidden_layers=2,num_attention_heads=2",
-        attn_implementation="sdpa",
-        gradient_checkpointing=False,
-        blocks=blocks,
-    )
-    export_model(model, folder, tokenizer_files=blocks.tokenizer_files, eos_token_id=blocks.eos_token_id)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +46,9 @@ def test_uniform_probabilities_have_loss_ln_vocab_size(data_dir, batch_size):
 
 
 def test_perplexity_agrees_with_logits_computed_one_block_at_a_time(data_dir, model_dir, tmp_path, capsys):
-    from gpt2modern.loading import load_model
-
     run(perplexity.main, "--model", model_dir, "--data", data_dir, "--output", tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())
-    model, blocks = load_model(str(model_dir)).cpu(), PackedBlocks(data_dir, "validation")
+    model, blocks = load_model(str(model_dir)), PackedBlocks(data_dir, "validation")
     with torch.no_grad():
         per_block = []
         for index, block in enumerate(blocks):
@@ -99,13 +81,34 @@ def test_evaluation_leaves_training_mode_and_random_state_alone(data_dir):
     assert model.training and torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_limit_takes_blocks_from_the_whole_split(data_dir, monkeypatch):
-    blocks = PackedBlocks(data_dir, "validation")
-    read = []
-    original = PackedBlocks.__getitems__
-    monkeypatch.setattr(PackedBlocks, "__getitems__", lambda self, rows: read.extend(rows) or original(self, rows))
-    evaluate_loss(UniformModel(blocks.vocab_size), blocks, batch_size=2, max_blocks=5)
-    assert read == [len(blocks) * index // 5 for index in range(5)]
+class RecordingBlocks(PackedBlocks):
+    """Blocks that remember which of them were read."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.read = []
+
+    def __getitems__(self, rows):
+        self.read += rows
+        return super().__getitems__(rows)
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+def test_a_limit_takes_blocks_from_the_whole_split_or_its_start(data_dir, from_start):
+    blocks = RecordingBlocks(data_dir, "validation")
+    evaluate_loss(UniformModel(blocks.vocab_size), blocks, batch_size=2, max_blocks=5, from_start=from_start)
+    assert blocks.read == [index if from_start else len(blocks) * index // 5 for index in range(5)]
+
+
+def test_a_limit_beyond_the_split_is_the_whole_split(data_dir):
+    blocks = RecordingBlocks(data_dir, "validation")
+    evaluate_loss(UniformModel(blocks.vocab_size), blocks, batch_size=4, max_blocks=10**6, from_start=True)
+    assert blocks.read == list(range(len(blocks)))
+
+
+def test_one_bit_per_byte_is_ln_2_nats_over_one_byte_tokens():
+    assert bits_per_byte(math.log(2), bytes_per_token=1.0) == pytest.approx(1.0)
+    assert bits_per_byte(math.log(2), bytes_per_token=4.0) == pytest.approx(0.25)
 
 
 def samples(model_dir, tmp_path, *flags):

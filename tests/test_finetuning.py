@@ -4,11 +4,14 @@ import hashlib
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.loading import load_model
+from tests.support.folders import write_prepared
 from tests.support.trainer import assert_same_weights, losses, metrics, train
+from train_accelerate import main
 
 LORA = {"lora_rank": 4, "learning_rate": 1e-2, "config_overrides": "hidden_dropout=0.1"}
 
@@ -27,7 +30,7 @@ def adapted(data_dir, base, tmp_path_factory):
     return finetune(data_dir, tmp_path_factory.mktemp("adapted"), base, **LORA)
 
 
-def test_training_goes_on_where_the_model_stands(data_dir, base, tmp_path):
+def test_training_starts_where_the_model_stands(data_dir, base, tmp_path):
     run = finetune(data_dir, tmp_path, base, max_steps=2, save_steps=0, seed=7)
     assert losses(run)[0] < losses(base)[0] - 0.3
     assert losses(run)[0] == pytest.approx(metrics(base)[-1]["loss"], abs=0.3)
@@ -35,14 +38,12 @@ def test_training_goes_on_where_the_model_stands(data_dir, base, tmp_path):
 
 def test_adapters_alone_are_trained_and_both_forms_are_saved(adapted, base, data_dir):
     """PEFT on top of the base gives the logits of the merged model, which stock code loads without PEFT."""
-    from peft import PeftModel
-
-    merged = load_model(str(adapted)).cpu()
+    merged = load_model(str(adapted))
     assert load_file(adapted / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
-    stacked = PeftModel.from_pretrained(load_model(str(base)).cpu(), adapted / "adapter").eval()
+    stacked = PeftModel.from_pretrained(load_model(str(base)), adapted / "adapter").eval()
     batch = PackedBlocks(data_dir, "train").__getitems__([0, 1])
     with torch.no_grad():
-        expected, before = merged(batch).logits, load_model(str(base)).cpu()(batch).logits
+        expected, before = merged(batch).logits, load_model(str(base))(batch).logits
         torch.testing.assert_close(stacked(batch).logits, expected, atol=1e-5, rtol=1e-4)
     assert (expected - before).abs().max() > 0.1
     optimizer = load_file(adapted / "checkpoints" / "step_0000008" / "optimizer.safetensors")
@@ -79,8 +80,6 @@ def test_adapters_go_where_they_are_told(data_dir, base, tmp_path):
 
 
 def test_the_resolved_recipe_repeats_the_run(adapted, data_dir, tmp_path):
-    from train_accelerate import main
-
     main(["--config", str(adapted / "resolved_config.yaml"), "--output_dir", str(tmp_path)])
     assert losses(tmp_path) == losses(adapted)
 
@@ -95,10 +94,8 @@ def test_another_base_than_the_checkpoints_is_refused(adapted, base, data_dir, t
 
 @pytest.mark.parametrize("recipe", ["lora-finetune", "chat-finetune"])
 def test_recipes_train(recipe, data_dir, base, tmp_path):
-    from train_accelerate import main
-
     flags = f"--data_dir {data_dir} --model_name_or_path {base} --output_dir {tmp_path} --max_steps 2 --logging_steps 1"
-    main(["--config", f"recipes/{recipe}.yaml", *flags.split()])
+    main(["--config", recipe, *flags.split()])
     assert len(losses(tmp_path)) == 2 and (tmp_path / "adapter").exists() == (recipe == "lora-finetune")
 
 
@@ -108,8 +105,6 @@ def test_a_dry_run_names_the_model(base, data_dir, tmp_path, capsys):
 
 
 def test_a_larger_vocabulary_is_refused(data_dir, base, tmp_path, capsys):
-    from tests.support.folders import write_prepared
-
     tokenizer = data_dir / "tokenizer"
     rows = [list(range(33)) for _ in range(8)]
     data = write_prepared(

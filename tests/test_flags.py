@@ -1,25 +1,33 @@
 """Every flag of the trainer reaches something: another value changes losses, an optimizer, a record or a named part."""
 
 import contextlib
+import copy
+import dataclasses
 import json
+import multiprocessing
 import time
-from dataclasses import replace
+import typing
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 
-import train_accelerate
-from gpt2modern.training.checkpoints import changed_settings, list_checkpoints, read_trainer_state
-from gpt2modern.training.launch import build_accelerator
-from gpt2modern.training.metrics import model_flops_per_token
-from gpt2modern.training.resume import resume, save, settings_of_every_update
-from gpt2modern.training.run import closed_batches
-from gpt2modern.training.stopping import StopRequest
+from gpt2modern.cli import parse_arguments
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.training.checkpoints import (
+    Checkpoints,
+    changed_settings,
+    fixed_settings,
+    list_checkpoints,
+    read_trainer_state,
+)
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.distributed import joined_processes
+from gpt2modern.training.state import TrainState
 from tests.support.folders import write_prepared
 from tests.support.trainer import TINY
-from train_accelerate import TrainConfig, build_run, evaluate, train_step
+from train_accelerate import build, no_callback, train
 
 COMMON = {
     "config_overrides": TINY,
@@ -27,56 +35,76 @@ COMMON = {
     "total_batch_size": 128,
     "max_steps": 8,
     "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "eval_steps": 0,
     "eval_blocks": 3,
+    "save_steps": 0,
 }
 MUON = {"optimizer": "muon"}
 STABLE = {"lr_scheduler_type": "warmup_stable_decay", "decay_steps": 8}
 SINGLY = {"per_device_train_batch_size": "1", "total_batch_size": 256}
 SPEEDRUN = {"model_preset": "speedrun"}  # with a head of its own, and scalars
+LORA = {"lora_rank": 4}
 STEPS = 4
 
 
-@contextlib.contextmanager
-def started(data_dir, output_dir, **changes):
-    """A Run at its first step, in this process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config = TrainConfig(**(COMMON | {"data_dir": str(data_dir), "output_dir": str(output_dir)} | changes))
-    accelerator = build_accelerator(mixed_precision=config.mixed_precision, ddp_timeout=config.ddp_timeout)
-    with StopRequest(None, time.monotonic()) as stop_request:
-        run = build_run(config, accelerator, stop_request)
-        with closed_batches(run):
-            resume(run)
-            yield run
+class EnoughError(Exception):
+    """Ends a run that has shown what a test needs."""
 
 
-def losses(run, steps=STEPS):
+def config_of(data_dir, output_dir, **changes):
+    return TrainConfig(**(COMMON | {"data_dir": str(data_dir), "output_dir": str(output_dir)} | changes))
+
+
+def losses(data_dir, output_dir, steps=STEPS, watch=no_callback, **changes):
+    """Return the losses of a run's first steps, then end it. watch: a callback for the run."""
     values = []
-    for _ in range(steps):
-        values.append(train_step(run)[0].item())
-        run.step += 1
+
+    def callback(event, **details):
+        watch(event, **details)
+        if event == "logged":
+            values.append(details["row"]["loss"])
+            if details["step"] == steps:
+                raise EnoughError
+
+    with contextlib.suppress(EnoughError):
+        train(config_of(data_dir, output_dir, **changes), callback)
     return values
+
+
+@contextlib.contextmanager
+def built(data_dir, output_dir, **changes):
+    """Give the parts of a run that has not begun."""
+    config = config_of(data_dir, output_dir, **changes)
+    with joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes):
+        parts = build(config, accelerator)._asdict()
+        yield SimpleNamespace(config=config, accelerator=accelerator, processes=processes, **parts)
+
+
+def checkpoints_of(run):
+    return Checkpoints(
+        run.config, run.accelerator, run.processes, run.unwrapped_model, run.optimizers, run.train_blocks, run.plan
+    )
 
 
 @pytest.fixture(scope="module")
 def model_dir(data_dir, tmp_path_factory):
-    """A checkpoint to put adapters on."""
-    with started(data_dir, tmp_path_factory.mktemp("model")) as run:
-        losses(run, 1)
-        save(run)
-        return list_checkpoints(run.checkpoints_dir)[0]
+    """Train a model to put adapters on."""
+    output_dir = tmp_path_factory.mktemp("model")
+    train(config_of(data_dir, output_dir, max_steps=1))
+    return output_dir
 
 
 @pytest.fixture(scope="module")
 def base_losses(data_dir, model_dir, tmp_path_factory):
-    """base settings -> the losses of its first steps; each is trained once."""
+    """Return a function from settings to the losses of their first steps; each is trained once."""
     known = {}
 
     def of(base):
         base = with_model(base, model_dir)
         key = json.dumps(base, sort_keys=True)
         if key not in known:
-            with started(data_dir, tmp_path_factory.mktemp("base"), **base) as run:
-                known[key] = losses(run)
+            known[key] = losses(data_dir, tmp_path_factory.mktemp("base"), **base)
         return known[key]
 
     return of
@@ -88,7 +116,34 @@ def with_model(base, model_dir):
     return base
 
 
-LORA = {"lora_rank": 4}
+FIELDS = dataclasses.fields(TrainConfig)
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_every_flag_has_help_and_a_group(field):
+    assert field.metadata["help"]
+    assert bool(field.metadata["group"]) == (field.name not in ("config", "dry_run"))
+
+
+def test_every_number_has_a_range():
+    kinds = {field.name: set(typing.get_args(field.type)) | {field.type} for field in FIELDS}
+    numbers = [field for field in FIELDS if kinds[field.name] & {int, float}]
+    assert len(numbers) > 30
+    assert not [field.name for field in numbers if field.metadata["least"] is None]
+
+
+def test_help_shows_every_flag_once_under_its_group(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments(TrainConfig, ["--help"])
+    text = capsys.readouterr().out
+    flags = text[text.index("\noptions:") :]
+    group, shown = "options", {}
+    for line in flags.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            group = line[:-1]
+        elif line.startswith("  --"):
+            shown.setdefault(line.split()[0], []).append(group)
+    assert shown == {f"--{field.name}": [field.metadata["group"] or "options"] for field in FIELDS}
 
 
 @pytest.mark.parametrize(
@@ -128,8 +183,8 @@ LORA = {"lora_rank": 4}
     ],
 )  # fmt: skip
 def test_another_value_changes_the_losses(data_dir, model_dir, base_losses, tmp_path, flag, value, base):
-    with started(data_dir, tmp_path, **(with_model(base, model_dir) | {flag: value})) as run:
-        changed = losses(run)
+    changed = losses(data_dir, tmp_path, **(with_model(base, model_dir) | {flag: value}))
+    assert len(changed) == STEPS
     difference = max(abs(a - b) for a, b in zip(changed, base_losses(base), strict=True))
     assert difference > 1e-5  # rounding gives 1e-6
 
@@ -138,14 +193,14 @@ def test_every_rate_and_average_reaches_its_group(data_dir, tmp_path):
     rates = {"embedding_learning_rate": 0.1, "learning_rate": 0.2, "scalar_learning_rate": 0.3}
     averages = {"adam_beta1": 0.6, "adam_beta2": 0.7, "adam_epsilon": 1e-4, "weight_decay": 0.05}
     flags = SPEEDRUN | MUON | rates | averages | {"muon_learning_rate": 0.4}
-    with started(data_dir, tmp_path, **flags) as run:
+    with built(data_dir, tmp_path, **flags) as run:
         adamw, muon = (optimizer.param_groups for optimizer in run.optimizers)
     assert [(group["peak_lr"], group["weight_decay"]) for group in adamw] == [(0.1, 0.05), (0.2, 0.05), (0.3, 0.0)]
     assert [(group["peak_lr"], group["weight_decay"]) for group in muon] == [(0.4, 0.05)]
     assert {(group["betas"], group["eps"]) for group in adamw} == {((0.6, 0.7), 1e-4)}
 
 
-def test_a_fall_of_no_given_length_takes_a_fifth_of_the_steps():
+def test_a_decay_without_a_length_takes_a_fifth_of_the_steps():
     schedule = TrainConfig(
         data_dir="data", output_dir="out", max_steps=100, lr_scheduler_type="warmup_stable_decay"
     ).schedule
@@ -154,59 +209,59 @@ def test_a_fall_of_no_given_length_takes_a_fifth_of_the_steps():
     )
 
 
-def test_what_does_not_change_the_losses_reaches_its_part(data_dir, base_losses, tmp_path, monkeypatch):
+def test_what_does_not_change_the_losses_reaches_its_part(data_dir, base_losses, tmp_path):
     """Reading ahead, recomputed activations, another kernel: the same losses, by other means."""
-    from gpt2modern.training.batches import DataLoader
+    seen = []
 
-    workers, create = [], DataLoader.__init__
+    def watch(event, model=None, **details):
+        if event == "before_update":
+            workers = len(multiprocessing.active_children())
+            seen.append((workers, model.is_gradient_checkpointing, model.config._attn_implementation))
 
-    def noting_workers(self, *arguments, **keywords) -> None:
-        workers.append(keywords["num_workers"])
-        create(self, *arguments, **keywords)
-
-    monkeypatch.setattr(DataLoader, "__init__", noting_workers)
     flags = {"dataloader_num_workers": 1, "gradient_checkpointing": True, "attn_implementation": "eager"}
-    with started(data_dir, tmp_path, **flags) as run:
-        assert workers == [1]
-        assert run.unwrapped_model.is_gradient_checkpointing
-        assert run.unwrapped_model.config._attn_implementation == "eager"
-        assert losses(run) == pytest.approx(base_losses({}), abs=1e-5)
+    assert losses(data_dir, tmp_path, watch=watch, **flags) == pytest.approx(base_losses({}), abs=1e-5)
+    assert seen == [(1, True, "eager")] * STEPS
 
 
-def test_evaluations_take_the_blocks_and_batches_asked_for(data_dir, tmp_path):
-    from eval.perplexity import evaluate_loss
+@pytest.mark.parametrize("place", ["equal_distances", "start"])
+def test_evaluations_take_the_blocks_and_batches_asked_for(data_dir, tmp_path, place):
+    batches = []
 
-    with started(data_dir, tmp_path, per_device_eval_batch_size=2, eval_blocks=3) as run:
-        batches = []
-        run.unwrapped_model.register_forward_pre_hook(
-            lambda module, arguments, keywords: batches.append(keywords["input_ids"]), with_kwargs=True
-        )
-        evaluate(run)
-        every = run.eval_blocks
-        spread = [index * len(every) // 3 for index in range(3)]
-        assert [len(batch) for batch in batches] == [2, 1]
-        assert torch.equal(torch.cat(batches), every.__getitems__(spread)[:, :-1].clamp(min=0))
-        run.config.eval_blocks_at, first_batches = "start", len(batches)
-        evaluate(run)
-        assert spread != [0, 1, 2]
-        assert torch.equal(torch.cat(batches[first_batches:]), every.__getitems__([0, 1, 2])[:, :-1].clamp(min=0))
-        whole = evaluate_loss(run.unwrapped_model, every, batch_size=4)
-        assert evaluate_loss(run.unwrapped_model, every, batch_size=4, max_blocks=10**6, from_start=True) == whole
+    def note(module, arguments, keywords):
+        if not module.training:
+            batches.append(keywords["input_ids"])
+
+    def watch(event, model=None, **details):
+        if event == "before_update":
+            model.register_forward_pre_hook(note, with_kwargs=True)
+
+    flags = {"eval_steps": 1, "per_device_eval_batch_size": 2, "eval_blocks": 3, "eval_blocks_at": place}
+    losses(data_dir, tmp_path, steps=1, watch=watch, **flags)
+    every = PackedBlocks(data_dir, "validation")
+    spread = [index * len(every) // 3 for index in range(3)]
+    assert spread != [0, 1, 2]
+    expected = spread if place == "equal_distances" else [0, 1, 2]
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert torch.equal(torch.cat(batches), every.__getitems__(expected)[:, :-1].clamp(min=0))
 
 
-def test_as_many_checkpoints_are_kept_as_asked_for(data_dir, tmp_path):
-    for limit, kept in ((2, [4, 3]), (0, [4, 3, 2, 1])):
-        with started(data_dir, tmp_path / str(limit), save_total_limit=limit) as run:
-            for run.step in range(1, 5):
-                save(run)
-            assert [int(path.name[5:]) for path in list_checkpoints(run.checkpoints_dir)] == kept
+@pytest.mark.parametrize(("limit", "kept"), [(2, [4, 3]), (0, [4, 3, 2, 1])])
+def test_as_many_checkpoints_are_kept_as_asked_for(data_dir, tmp_path, limit, kept):
+    train(config_of(data_dir, tmp_path, max_steps=4, save_steps=1, save_total_limit=limit))
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path / "checkpoints")] == kept
 
 
 @pytest.fixture(scope="module")
 def first(data_dir, tmp_path_factory):
-    """A run that is looked at and not trained."""
-    with started(data_dir, tmp_path_factory.mktemp("first")) as run:
+    """Build the parts of a run and do not train it."""
+    with built(data_dir, tmp_path_factory.mktemp("first")) as run:
         return run
+
+
+def fixed(run, **changes):
+    """Return what must be the same on a resume of `run`, some of its parts replaced."""
+    run = SimpleNamespace(**(vars(run) | {"mixed_precision": "no"} | changes))
+    return fixed_settings(run.config, run.mixed_precision, run.unwrapped_model, run.train_blocks, run.plan)
 
 
 SETTINGS = {
@@ -219,21 +274,21 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def test_what_decides_the_updates_is_compared_on_a_resume():
+    assert SETTINGS.keys() == {field.name for field in FIELDS if field.metadata.get("resume") == "same"}
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_resumed_run_compares(first, name):
-    config = SimpleNamespace(**(vars(first.config) | {name: SETTINGS[name]}))
-    config.SETTINGS_OF_EVERY_UPDATE = TrainConfig.SETTINGS_OF_EVERY_UPDATE
-    was, now = settings_of_every_update(first), settings_of_every_update(replace(first, config=config))
-    assert changed_settings(was, now) == [f"{name} was {getattr(first.config, name)!r}, is {SETTINGS[name]!r}"]
+    config = copy.copy(first.config)
+    setattr(config, name, SETTINGS[name])  # also where the run would refuse it beside the others
+    changes = changed_settings(fixed(first), fixed(first, config=config))
+    assert changes == [f"{name} was {getattr(first.config, name)!r}, is {SETTINGS[name]!r}"]
 
 
 def test_a_resumed_run_compares_tokens_and_precision(first):
-    other = replace(
-        first,
-        plan=replace(first.plan, samples_per_step=8, warmup_steps=2, first_samples=2),
-        accelerator=SimpleNamespace(mixed_precision="bf16"),
-    )
-    assert changed_settings(settings_of_every_update(first), settings_of_every_update(other)) == [
+    plan = dataclasses.replace(first.plan, samples_per_step=8, warmup_steps=2, first_samples=2)
+    assert changed_settings(fixed(first), fixed(first, plan=plan, mixed_precision="bf16")) == [
         "mixed_precision was 'no', is 'bf16'",
         "tokens_of_first_step was 128, is 64",
         "tokens_per_step was 128, is 256",
@@ -242,76 +297,54 @@ def test_a_resumed_run_compares_tokens_and_precision(first):
 
 def test_the_loss_scale_is_saved_and_restored(data_dir, tmp_path):
     """A scaler of the CPU stands for that of a GPU under fp16."""
-    with started(data_dir, tmp_path / "first") as run:
+    with built(data_dir, tmp_path / "first") as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=96.0)
-        run.step = 1
-        save(run)
-        (checkpoint,) = list_checkpoints(run.checkpoints_dir)
+        checkpoints = checkpoints_of(run)
+        assert checkpoints.save(TrainState(step=1), no_callback)
+        checkpoint = checkpoints.path(1)
         assert read_trainer_state(checkpoint)["grad_scaler"]["scale"] == 96.0
-    with started(data_dir, tmp_path / "second") as run:
+    with built(data_dir, tmp_path / "second", resume_from_checkpoint=str(checkpoint)) as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-        run.config.resume_from_checkpoint = str(checkpoint)
-        resume(run)
-        assert run.step == 1 and run.accelerator.scaler.get_scale() == 96.0
+        assert checkpoints_of(run).restore().step == 1
+        assert run.accelerator.scaler.get_scale() == 96.0
 
 
-def test_tf32_is_on(data_dir, tmp_path):
+def test_tf32_is_on():
     torch.set_float32_matmul_precision("highest")
-    with started(data_dir, tmp_path):
+    with joined_processes(None, 60):
         assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_curves_are_drawn_at_each_evaluation(data_dir, tmp_path, monkeypatch):
-    from gpt2modern.training import progress
+def test_curves_are_drawn_at_each_evaluation(data_dir, tmp_path):
+    curves, drawn = tmp_path / "training_curves.png", {}
 
-    drawn = []
-    monkeypatch.setattr(
-        progress, "plot_training_curves", lambda rows, path: drawn.append((path.name, rows[-1]["step"]))
-    )
-    with started(data_dir, tmp_path, max_steps=4, eval_steps=2, save_steps=0, logging_steps=1) as run:
-        train_accelerate.train(run)
-    assert drawn == [("training_curves.png", 2), ("training_curves.png", 4)]
+    def callback(event, step, **details):
+        if event == "logged" and curves.exists():
+            drawn.setdefault(curves.stat().st_mtime_ns, step)
 
-
-def test_utilization_is_of_one_device(data_dir, tmp_path):
-    """Of two processes, each has half of the tokens and one peak."""
-    from gpt2modern.training.progress import training_metrics
-
-    with started(data_dir, tmp_path) as run:
-        loss, grad_norm, rate = train_step(run)
-        run.step += 1
-        device = run.accelerator.device
-        run.accelerator = SimpleNamespace(num_processes=2, device=device, reduce=lambda tensor, reduction: tensor)
-        run.device_flops = 1e12
-        row = training_metrics(run, loss, grad_norm, rate)
-        flops = model_flops_per_token(run.unwrapped_model, run.train_blocks.block_size)
-        assert row["mfu"] == pytest.approx(row["tokens_per_second"] / 2 * flops / 1e12)
+    train(config_of(data_dir, tmp_path, max_steps=5, eval_steps=2), callback)
+    assert list(drawn.values()) == [2, 4, 5]
 
 
-def test_an_evaluation_is_no_training_time(data_dir, tmp_path, monkeypatch):
-    """By a clock that goes on only where it is told."""
-    from eval import perplexity
-    from gpt2modern.training import metrics
+def test_evaluations_and_saves_are_not_training_time(data_dir, tmp_path, monkeypatch):
+    """By a clock that moves only where it is told to."""
+    clock, times = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
 
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    def callback(event, row=None, **details):
+        if event == "before_update":
+            clock.now += 5.0
+        elif event == "logged":
+            times.append(row["step_time_s"])
+        else:
+            clock.now += 1000.0
 
-    def slow_evaluation(*arguments, **keywords):
-        clock.now += 1000.0
-        return 1.0
-
-    monkeypatch.setattr(perplexity, "evaluate_loss", slow_evaluation)
-    with started(data_dir, tmp_path) as run:
-        clock.now += 5.0
-        evaluate(run)
-        clock.now += 2.0
-        assert run.stopwatch.lap(1)[1] == 7.0 and run.stopwatch.paused_s == 1000.0
+    summary = train(config_of(data_dir, tmp_path, max_steps=4, eval_steps=2, save_steps=2), callback)
+    assert times == [5.0] * 4 and summary["wall_time_s"] == 20.0 and clock.now == 4020.0
 
 
 def test_processes_drop_out_different_units(data_dir, tmp_path, monkeypatch):
     """All blocks are the same one, so that the masks alone tell the processes apart."""
-    from accelerate import Accelerator
-
     rows = [list(range(33))] * 16
     data = write_prepared(
         tmp_path / "data", {"train": [rows], "validation": [rows]}, tokenizer_dir=data_dir / "tokenizer", block_size=32
@@ -320,8 +353,9 @@ def test_processes_drop_out_different_units(data_dir, tmp_path, monkeypatch):
     for dropout in (0.0, 0.1):
         for process_index in (0, 1):
             flags = {"config_overrides": f"{TINY},hidden_dropout={dropout}"}
-            with started(data, tmp_path / f"{dropout}-{process_index}", **flags) as run, monkeypatch.context() as patch:
+            with monkeypatch.context() as patch:
                 patch.setattr(Accelerator, "process_index", property(lambda self, index=process_index: index))
-                first_losses[dropout, process_index] = losses(run, 1)[0]
+                (loss,) = losses(data, tmp_path / f"{dropout}-{process_index}", steps=1, **flags)
+            first_losses[dropout, process_index] = loss
     assert first_losses[0.0, 0] == first_losses[0.0, 1]
     assert first_losses[0.1, 0] != first_losses[0.1, 1]

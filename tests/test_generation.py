@@ -1,4 +1,4 @@
-"""Generation is the same by every road: with and without caches of each kind, in batches, in beams, with a draft."""
+"""Generation gives the same tokens with and without each kind of cache, in batches, in beams and with a draft."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def logits_of(model: nn.Module, input_ids: torch.Tensor, **kwargs) -> torch.Tens
 
 
 def greedy_by_hand(model: GPT2ModernForCausalLM, input_ids: torch.Tensor, count: int) -> torch.Tensor:
-    """The ids and `count` more, each the likeliest after all before it, by forwards that know no cache."""
+    """Return the ids and `count` more, each the most probable next token, by forwards without a cache."""
     for _ in range(count):
         logits = logits_of(model, input_ids, use_cache=False)[:, -1]
         input_ids = torch.cat((input_ids, logits.argmax(-1, keepdim=True)), dim=1)
@@ -57,6 +57,17 @@ def test_greedy_generation_is_that_by_hand(flag_set, settings):
     assert torch.equal(generated, greedy_by_hand(model, input_ids, 8))
 
 
+@EVERY_FLAG_SET
+def test_drafts_from_the_first_layers_do_not_change_what_is_generated(flag_set):
+    """transformers lowers config.num_hidden_layers for the draft, so that the forward ends after two of the layers."""
+    changes = {"layer_types": ["sliding_attention", "full_attention"] * 2} if flag_set == "sliding_mixed" else {}
+    model, input_ids = tiny_model(flag_set, num_hidden_layers=4, **changes), random_ids(1, 10)
+    generated = model.generate(
+        input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=8, assistant_early_exit=2, **GREEDY
+    )
+    assert torch.equal(generated, greedy_by_hand(model, input_ids, 8))
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @EVERY_FLAG_SET
 def test_cached_logits_are_those_of_the_full_forward(flag_set, cache):
@@ -68,7 +79,7 @@ def test_cached_logits_are_those_of_the_full_forward(flag_set, cache):
 
 
 def test_layer_with_a_window_keeps_no_more_than_it_sees():
-    """The token that is computed brings its own key, so that three others make a window of four."""
+    """The new token adds its own key, so that three cached keys make a window of four."""
     model, cache = tiny_model("sliding_mixed"), None
     cache = model(random_ids(1, 12), use_cache=True).past_key_values
     assert [layer.keys.shape[2] for layer in cache.layers] == [3, 12]
@@ -77,7 +88,7 @@ def test_layer_with_a_window_keeps_no_more_than_it_sees():
 @pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
 @pytest.mark.parametrize("flag_set", [name for name in FLAG_SETS if "sliding" not in name])
 def test_quantised_cache_costs_no_more_than_its_rounding(flag_set):
-    """fp8, which needs no package; transformers refuses quantised caches for layers with a window."""
+    """In fp8, which needs no package; transformers refuses quantised caches for layers with a window."""
     model, input_ids = tiny_model(flag_set), random_ids(2, 12)
     settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}, "output_logits": True}
     mask = torch.ones_like(input_ids)
@@ -121,7 +132,7 @@ def test_generation_goes_on_from_the_cache_of_the_one_before(flag_set):
 
 
 def test_second_turn_sees_the_first_one_across_the_padding_between_them():
-    """Restarting positions would be another document; positions that go on after padding are not."""
+    """Positions that restart begin a document; positions that continue after padding do not."""
     model, input_ids = tiny_model("modern"), random_ids(1, 9)
     padded = torch.cat((input_ids[:, :5], torch.zeros(1, 2, dtype=torch.long), input_ids[:, 5:]), dim=1)
     mask = torch.tensor([[1] * 5 + [0] * 2 + [1] * 4])
@@ -160,7 +171,7 @@ def test_padding_on_the_left_changes_no_logits(flag_set):
 
 @pytest.mark.parametrize("flag_set", ["gpt2", "padded_vocabulary", "speedrun", "sliding_mixed"])
 def test_continuous_batching_generates_what_each_request_does_alone(flag_set):
-    """transformers' paged attention, which packs requests into one row."""
+    """transformers' paged attention packs requests into one row."""
     model = tiny_model(flag_set)
     requests = [random_ids(1, length, seed=length) for length in (5, 9)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -187,7 +198,7 @@ def test_beam_search_is_the_same_with_and_without_a_cache(flag_set):
 @EVERY_FLAG_SET
 @pytest.mark.parametrize("num_layers", [1, 2], ids=["smaller draft", "near copy"])
 def test_decoding_with_a_draft_is_greedy_decoding(flag_set, num_layers):
-    """The smaller draft is mostly wrong and the near copy mostly right: rejected and accepted tokens."""
+    """A smaller draft is mostly wrong and a near copy mostly right, so that tokens are rejected and accepted."""
     layers = {"num_hidden_layers": num_layers}
     layers |= (
         {"layer_types": ["full_attention"], "sliding_window": None} if "mixed" in flag_set and num_layers == 1 else {}
@@ -216,7 +227,7 @@ SAMPLING = {
 @pytest.mark.parametrize("settings", SAMPLING.values(), ids=SAMPLING)
 @pytest.mark.parametrize("flag_set", ["padded_vocabulary", "speedrun"])
 def test_padded_rows_are_never_generated(flag_set, settings):
-    """Not even where they would win by far."""
+    """Padded rows are not generated even where their logits would be the largest by far."""
     model = tiny_model(flag_set, tie_word_embeddings=False, final_logit_softcapping=None)
     input_ids = random_ids(1 if "prompt_lookup_num_tokens" in settings else 4, 4)
     with torch.no_grad():

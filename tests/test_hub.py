@@ -1,26 +1,29 @@
-"""A run is published in the background: what arrives, and that nothing which fails there stops training."""
+"""A run is uploaded in the background: what arrives, and that nothing which fails there stops training."""
 
 import json
 import subprocess
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
+import modeling_gpt2modern
 from gpt2modern.cli import parse_arguments
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.training import hub
-from gpt2modern.training.model_card import write_model_card
-from tests.support.trainer import ENVIRONMENT, command, train
+from gpt2modern.training import publish
+from gpt2modern.training.card import model_card
+from tests.support.trainer import ENVIRONMENT, command, flags_for, train
 from train_accelerate import TrainConfig
+from train_accelerate import train as train_with
 
 TOKEN = "hf_secretsecretsecret"
 
 
 class FakeHub:
-    """Stands for HfApi: keeps the files it is given; `fails` raises for each upload, `gate` holds it up."""
+    """Stands for the Hub: keeps the files it is given; `fails` raises for each upload, `gate` holds it up."""
 
     def __init__(self):
         self.repositories, self.uploads = [], []
@@ -48,10 +51,21 @@ class FakeHub:
 
 @pytest.fixture
 def fake(monkeypatch):
-    api = FakeHub()
-    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    hub = FakeHub()
+    for name in ("create_repo", "create_branch", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, getattr(hub, name))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return api
+    return hub
+
+
+def train_with_callback(callback, data_dir, output_dir, **changes):
+    train_with(parse_arguments(TrainConfig, flags_for(data_dir, output_dir, **changes)), callback)
+
+
+def wait_for_uploads():
+    for thread in threading.enumerate():
+        if "(_work)" in thread.name:  # Python names a thread after the function it runs
+            thread.join(60)
 
 
 def warnings_in(text):
@@ -69,9 +83,8 @@ def test_the_finished_model_arrives_with_its_card_and_records_and_nothing_else(f
     assert upload.revision == fake.branch == "trial"
     assert upload.names == {
         "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "configuration_gpt2modern.py", "layers_gpt2modern.py", "modeling_gpt2modern.py", "README.md", "summary.json",
-        "metrics.jsonl", "samples.jsonl", "training_curves.png", "resolved_config.yaml",
-    }  # fmt: skip
+        "README.md", "summary.json", "metrics.jsonl", "samples.jsonl", "training_curves.png", "resolved_config.yaml",
+    } | {path.name for path in Path(modeling_gpt2modern.__file__).parent.glob("*_gpt2modern.py")}  # fmt: skip
     assert 'model="someone/run"' in upload.card and "license: mit" in upload.card
     output = capsys.readouterr()
     assert "uploaded to https://huggingface.co/someone/run" in output.out and not warnings_in(output.err)
@@ -93,20 +106,17 @@ def test_checkpoints_arrive_without_their_optimizer(fake, data_dir, tmp_path, st
 
 
 @pytest.mark.parametrize("unsaved", [2, 4])
-def test_a_checkpoint_that_could_not_be_saved_is_not_uploaded(fake, data_dir, tmp_path, monkeypatch, unsaved):
+def test_a_checkpoint_that_could_not_be_saved_is_not_uploaded(fake, data_dir, tmp_path, unsaved):
     """Neither the first one, when there is none, nor a later one, when an older one lies there."""
-    from gpt2modern.training import resume
 
-    save_checkpoint = resume.save_checkpoint
-
-    def full_disk(folder, step, **rest):
-        if step == unsaved:
+    def full_disk(event, step, **details):
+        if event == "before_update":
+            wait_for_uploads()  # a save that finds one going on starts none
+        if event == "saving" and step == unsaved:
             raise OSError("No space left on device")
-        return save_checkpoint(folder, step, **rest)
 
-    monkeypatch.setattr(resume, "save_checkpoint", full_disk)
-    monkeypatch.setattr(hub.HubUploader, "is_busy", False)
-    train(data_dir, tmp_path, push_to_hub=True, hub_strategy="every_save", save_steps=2, max_steps=6)
+    flags = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2, "max_steps": 6}
+    train_with_callback(full_disk, data_dir, tmp_path, **flags)
     steps = [upload.commit_message for upload in fake.uploads[:-1]]
     assert steps == [f"Checkpoint of step {6 - unsaved}"]
 
@@ -117,23 +127,22 @@ def test_uploads_that_fail_are_one_warning_and_the_command_to_type(fake, data_di
     train(data_dir, tmp_path / "run", push_to_hub=True, hub_strategy="every_save", save_steps=2)
     output = capsys.readouterr()
     (warning,) = warnings_in(output.err)
-    assert "someone/run: ConnectionError: refused for hf_...; training goes on" in warning
+    assert "someone/run: ConnectionError: refused for hf_...; training continues" in warning
     assert "not on the Hub" in output.out and "by hand: hf upload someone/run" in output.out
     assert TOKEN not in output.out + output.err
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_slow_upload_holds_nothing_up_and_the_next_ones_are_left_out(fake, data_dir, tmp_path, capsys, monkeypatch):
-    """The first upload is stuck until training is over: the second checkpoint does not wait, the end does."""
+def test_a_slow_upload_holds_nothing_up_and_the_next_ones_are_left_out(fake, data_dir, tmp_path, capsys):
+    """The first upload is stuck until the last step: the second checkpoint does not wait, the end does."""
     fake.gate.clear()
-    original = hub.upload_last
 
-    def release_then_upload(*arguments, **options):
-        fake.gate.set()
-        return original(*arguments, **options)
+    def release_at_the_end(event, step, **details):
+        if event == "logged" and step == 8:
+            fake.gate.set()
 
-    monkeypatch.setattr("gpt2modern.training.progress.upload_last", release_then_upload)
-    train(data_dir, tmp_path, push_to_hub=True, hub_strategy="every_save", save_steps=2, save_total_limit=1)
+    flags = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2, "save_total_limit": 1}
+    train_with_callback(release_at_the_end, data_dir, tmp_path, **flags)
     messages = [upload.commit_message for upload in fake.uploads]
     assert messages[-1] == "Model after 8 steps" and len(messages) <= 2
     assert not warnings_in(capsys.readouterr().err)
@@ -141,7 +150,7 @@ def test_a_slow_upload_holds_nothing_up_and_the_next_ones_are_left_out(fake, dat
 
 def test_the_end_does_not_wait_for_ever(fake, data_dir, tmp_path, capsys, monkeypatch):
     fake.gate.clear()
-    monkeypatch.setattr(hub, "WAIT_S", 0.2)
+    monkeypatch.setattr(publish, "WAIT_S", 0.2)
     train(data_dir, tmp_path, push_to_hub=True, max_steps=2)
     assert "not on the Hub (not done after 0 s); by hand: hf upload" in capsys.readouterr().out
     fake.gate.set()
@@ -164,33 +173,29 @@ def test_a_run_without_a_network_ends_well(data_dir, tmp_path):
 
 
 def test_a_name_that_no_repository_can_have_is_an_error_before_anything_starts():
-    with pytest.raises(GPT2ModernError, match="--hub_model_id 'a/b/c' is no repository name; give owner/name"):
+    with pytest.raises(GPT2ModernError, match="--hub_model_id 'a/b/c' is not a repository name; give owner/name"):
         parse_arguments(
             TrainConfig, ["--data_dir=data", "--output_dir=out", "--push_to_hub=true", "--hub_model_id=a/b/c"]
         )
 
 
-def test_the_card_says_what_it_was_trained_on_and_from(data_dir, tmp_path):
+def test_the_card_says_what_it_was_trained_on_and_from(data_dir):
     manifest = json.loads((data_dir / "manifest.json").read_text())
     manifest["source"]["name"] = "owner/corpus"
     summary = {
         "params": 1000, "steps": 3, "tokens_seen": 512, "eval_loss": 3.14159, "bits_per_byte": 1.5, "wall_time_s": 2.0,
-        "tokens_per_second": 256.0,
+        "tokens_per_second": 256.0, "eval_blocks": 8, "num_processes": 1,
     }  # fmt: skip
-    write_model_card(
-        tmp_path / "README.md",
+    text = model_card(
+        TrainConfig(data_dir="data", output_dir="out", max_steps=3, learning_rate=0.1, license="mit"),
+        summary,
         name="someone/model",
-        preset="modern",
         base_model="someone/base",
-        license="mit",
-        manifest=manifest,
-        summary=summary,
-        evaluated_blocks="8 of 12, at equal distances",
-        max_steps=3,
         samples=[{"step": 2, "prompt": "of an earlier step", "text": ""}, {"step": 3, "prompt": "a ```", "text": " b"}],
-        settings={"learning_rate": 0.1},
+        manifest=manifest,
+        num_eval_blocks=12,
     )
-    card = ModelCard.load(tmp_path / "README.md")
+    card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     assert (card.data.datasets, card.data.base_model, card.data.license) == ("owner/corpus", "someone/base", "mit")
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
@@ -198,3 +203,10 @@ def test_the_card_says_what_it_was_trained_on_and_from(data_dir, tmp_path):
     assert "````text\na ``` b\n````" in card.text and "of an earlier step" not in card.text
     assert "| learning_rate | 0.1 |" in card.text
     assert "| validation blocks | 8 of 12, at equal distances |" in card.text
+
+
+def test_the_card_leaves_out_settings_without_effect_and_those_of_the_place():
+    shown = TrainConfig(data_dir="data", output_dir="out", project="secret").chosen(card=True)
+    assert "learning_rate" in shown
+    assert not shown.keys() & {"data_dir", "output_dir", "project", "muon_learning_rate", "config", "dry_run"}
+    assert "muon_learning_rate" in TrainConfig(data_dir="data", output_dir="out", optimizer="muon").chosen(card=True)

@@ -1,4 +1,4 @@
-"""Norms, MLPs, RoPE, residual mixes and the loss against their formulas in float64."""
+"""Norms, MLPs, RoPE, residual mixes and the loss equal their formulas in float64."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from modeling_gpt2modern import MLPS
 from modeling_gpt2modern.layers_gpt2modern import (
-    MLPS,
     NORMS,
     EmbeddingResidual,
     GPT2ModernRMSNorm,
@@ -16,10 +16,10 @@ from modeling_gpt2modern.layers_gpt2modern import (
     UNetSkip,
     ValueResidual,
     apply_rotary,
-    linear_cross_entropy,
+    build_mlp,
     positions_from_lengths,
-    soft_cap,
 )
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 from tests.support.models import tiny_config
 
 
@@ -77,9 +77,9 @@ MLP_FORMULAS = {
 @pytest.mark.parametrize("mlp_type", MLPS)
 def test_mlp_is_its_formula(mlp_type, bias):
     torch.manual_seed(0)
-    mlp = MLPS[mlp_type](tiny_config(mlp_type=mlp_type, mlp_bias=bias)).double()
+    mlp = build_mlp(tiny_config(mlp_type=mlp_type, mlp_bias=bias)).double()
     hidden_states = normal(2, 5, 32, dtype=torch.float64)
-    gate = mlp.gate_proj(hidden_states) if mlp_type == "swiglu" else None
+    gate = mlp.gate_proj(hidden_states) if MLPS[mlp_type].gated else None
     expected = MLP_FORMULAS[mlp_type](mlp.up_proj(hidden_states), gate) @ mlp.down_proj.weight.T
     expected = expected + (mlp.down_proj.bias if bias else 0)
     torch.testing.assert_close(mlp(hidden_states), expected, atol=1e-12, rtol=0)
@@ -87,7 +87,7 @@ def test_mlp_is_its_formula(mlp_type, bias):
 
 
 def rotated_by_hand(states: torch.Tensor, position: int, theta: float, rotary_dim: int) -> torch.Tensor:
-    """One vector in float64: dimension i is paired with i + rotary_dim / 2, turned by position * theta^(-2i / dim)."""
+    """Rotate one vector in float64: dimensions i and i + rotary_dim / 2 by the angle position * theta^(-2i / dim)."""
     result, half = states.double().clone(), rotary_dim // 2
     for index in range(half):
         angle = position * theta ** (-2 * index / rotary_dim)
@@ -198,7 +198,7 @@ def test_one_document_is_not_taken_for_several(position_ids, past_length, attent
 
 
 def test_document_that_began_in_the_cache_is_found_by_its_position():
-    """Seven tokens are cached, of which the last three are the document that goes on."""
+    """Seven tokens are cached; the last three of them belong to the document that continues."""
     documents = PackedDocuments.find(torch.tensor([[3, 4, 0, 1]]), 7, None)
     assert documents.starts.tolist() == [[4, 4, 9, 9]]
 

@@ -1,4 +1,4 @@
-"""linear_cross_entropy equals F.cross_entropy, never makes the logits, and survives compile, autocast and DDP."""
+"""linear_cross_entropy equals F.cross_entropy, never holds all logits, and works with compile, autocast and DDP."""
 
 import functools
 import importlib.util
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.loss import CASES, LossBenchmarkConfig, Measurement, make_step, table_row
-from modeling_gpt2modern.layers_gpt2modern import (
+from modeling_gpt2modern.loss_gpt2modern import (
     _linear_cross_entropy_sum,
     _summed_loss_and_gradients,
     linear_cross_entropy,
@@ -30,7 +30,7 @@ TOLERANCES = {torch.float64: {"atol": 1e-13, "rtol": 1e-11}, torch.float32: {"at
 
 
 def make_inputs(dtype=torch.float32, vocab_size=ROWS, num_tokens=NUM_TOKENS, with_ignored=True):
-    """Hidden states, weight (both require grad) and labels, every fifth of which is ignored."""
+    """Draw hidden states, weight (both require grad) and labels, every fifth of which is ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(num_tokens, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
     weight = torch.randn(ROWS, HIDDEN_SIZE, generator=generator, dtype=torch.float64)
@@ -41,7 +41,7 @@ def make_inputs(dtype=torch.float32, vocab_size=ROWS, num_tokens=NUM_TOKENS, wit
 
 
 def logits_cross_entropy(hidden_states, weight, labels, vocab_size=ROWS, softcap=None, num_items_in_batch=None):
-    """The same loss the direct way, from all logits."""
+    """Compute the same loss directly from all logits."""
     logits = hidden_states @ weight[:vocab_size].t()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -84,7 +84,7 @@ def test_gradients_are_the_slope_of_the_loss(softcap):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_z_loss_and_its_gradients_equal_those_of_all_logits(dtype, softcap, vocab_size, num_items_in_batch, chunk_size):
-    """With labels that are ignored. The part that is z-loss comes back on its own, without a gradient."""
+    """Some labels are ignored. The z-loss is also returned alone, without a gradient."""
     hidden_states, weight, labels = make_inputs(dtype, vocab_size)
     logits = hidden_states @ weight[:vocab_size].t()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -292,7 +292,7 @@ def test_differentiating_twice_raises():
 
 
 class RecordAllocations(TorchDispatchMode):
-    """Largest tensor, in elements, and the matrix products seen by any operator that runs under this mode."""
+    """Record the largest tensor, in elements, and the matrix products of all operators that run under this mode."""
 
     def __init__(self):
         super().__init__()
@@ -367,7 +367,7 @@ def test_another_copy_of_the_file_does_not_replace_the_operator(tmp_path):
 
 
 class TiedModel(nn.Module):
-    """Embedding, one linear layer, and a head that shares the embedding's weight."""
+    """Compute the loss of an embedding, one linear layer, and a head that shares the weight of the embedding."""
 
     def __init__(self, use_reentrant=None):
         super().__init__()

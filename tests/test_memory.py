@@ -1,20 +1,30 @@
-"""gpt2modern.training.memory: the estimate is near what autograd keeps; looking for a micro-batch leaves no trace."""
+"""The memory estimate is near what autograd keeps; looking for a micro-batch that fits leaves no trace."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.training import memory
-from gpt2modern.training.memory import activation_bytes, estimate_memory, largest_micro_batch_size
-from gpt2modern.training.models import summed_loss
+from gpt2modern.evaluation.loss import batch_loss
+from gpt2modern.training.batches import BatchPlan
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.memory import (
+    CPU_TOKENS_PER_PASS,
+    activation_bytes,
+    estimate_memory,
+    fit_micro_batch,
+    fits_by_trying,
+    largest_that_fits,
+)
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import tiny_config
 
-NEEDS = {"block_size": 16, "optimizer": "adamw", "separator": None}
+CONFIG = TrainConfig(data_dir="data", output_dir="out")
 
 
 @pytest.fixture
@@ -29,15 +39,24 @@ def new_model(preset="modern", **overrides):
 
 
 def runs_out_above(most):
-    def try_training_pass(accelerator, model, size, *rest):
+    """Return a training pass that lacks memory for more than `most` sequences."""
+
+    def try_pass(accelerator, model, size, *rest):
         if size > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    return try_training_pass
+    return try_pass
+
+
+def fitted(accelerator, model, samples_per_step, block_size=16):
+    """Return the micro-batch size that `fit_micro_batch` finds for steps of `samples_per_step` blocks."""
+    return fit_micro_batch(
+        CONFIG, accelerator, model, BatchPlan(samples_per_step, 1, 1, block_size), separator=None
+    ).micro_batch_size
 
 
 def kept_bytes(model, batch, autocast):
-    """Bytes that autograd keeps besides the weights and their copies."""
+    """Return the bytes that autograd keeps besides the weights and their copies."""
     of_weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
     kept = {}
 
@@ -50,7 +69,7 @@ def kept_bytes(model, batch, autocast):
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        summed_loss(model, batch)
+        batch_loss(model, batch)
     return sum(size for size, _ in kept.values())
 
 
@@ -60,12 +79,7 @@ def test_the_estimate_of_activations_is_near_what_autograd_keeps(preset, autocas
     model = new_model(preset, hidden_size=64, num_attention_heads=2, max_position_embeddings=128).train()
     batch = torch.randint(0, 90, (8, 129), generator=torch.Generator().manual_seed(1))
     estimate = activation_bytes(
-        model.config,
-        attn_implementation="sdpa",
-        bytes_per_number=2 if autocast else 4,
-        tokens=8 * 128,
-        block_size=128,
-        gradient_checkpointing=False,
+        model.config, autocast=autocast, micro_batch_size=8, block_size=128, gradient_checkpointing=False
     ) - 4 * model.config.vocab_size * (64 + 512)  # fmt: skip
     assert estimate == pytest.approx(kept_bytes(model, batch, autocast), rel=0.2)
 
@@ -74,43 +88,48 @@ def test_weights_gradients_and_optimizer_states_are_counted():
     model = new_model("speedrun")
     parameters = model.num_parameters()
     matrices = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
-    common = {"micro_batch_size": 1, "block_size": 16, "gradient_checkpointing": False}
-    adamw = estimate_memory(model, optimizer="adamw", mixed_precision="no", **common)
-    muon = estimate_memory(model, optimizer="muon", mixed_precision="bf16", **common)
-    assert (adamw.weights, adamw.gradients, adamw.optimizer_states) == (4 * parameters, 4 * parameters, 8 * parameters)
-    halved = estimate_memory(model, optimizer="adamw", mixed_precision="no", shards=2, **common)
-    assert (halved.weights, halved.activations) == (2 * parameters, adamw.activations)
-    assert (muon.weights, muon.optimizer_states) == (6 * parameters, 8 * parameters - 4 * matrices)
+
+    def estimate(optimizer, mixed_precision, shards=1):
+        launch = SimpleNamespace(mixed_precision=mixed_precision, num_processes=shards, is_fsdp2=shards > 1)
+        return estimate_memory(replace(CONFIG, optimizer=optimizer), launch, model, micro_batch_size=1, block_size=16)
+
+    adamw, muon, halved = estimate("adamw", "no"), estimate("muon", "bf16"), estimate("adamw", "no", shards=2)
+    assert [adamw[name] for name in ("weights", "gradients", "optimizer states")] == [
+        4 * parameters, 4 * parameters, 8 * parameters
+    ]  # fmt: skip
+    assert (halved["weights"], halved["activations"]) == (2 * parameters, adamw["activations"])
+    assert (muon["weights"], muon["optimizer states"]) == (6 * parameters, 8 * parameters - 4 * matrices)
 
 
-@pytest.mark.parametrize(("most", "found"), [(1, 1), (5, 4), (99, 16)])
-def test_the_largest_size_that_does_not_run_out_of_memory_is_taken(accelerator, monkeypatch, most, found):
-    monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trying)
-    monkeypatch.setattr(memory, "try_training_pass", runs_out_above(most))
-    assert largest_micro_batch_size(accelerator, new_model(), [1, 2, 4, 8, 16], **NEEDS) == found
+@pytest.mark.parametrize(("most", "found"), [(0, 0), (1, 1), (5, 4), (99, 16)])
+def test_the_largest_size_that_does_not_run_out_of_memory_is_taken(accelerator, most, found):
+    model, try_pass = new_model(), runs_out_above(most)
+
+    def fits(size):
+        return fits_by_trying(CONFIG, accelerator, model, size, 16, None, try_pass)
+
+    assert largest_that_fits([1, 2, 4, 8, 16], fits) == found
 
 
-def test_a_model_that_does_not_fit_at_all_is_refused(accelerator, monkeypatch):
-    monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trying)
-    monkeypatch.setattr(memory, "try_training_pass", runs_out_above(0))
-    with pytest.raises(GPT2ModernError, match="one sequence of 16 tokens does not fit"):
-        largest_micro_batch_size(accelerator, new_model(), [1, 2], **NEEDS)
+def test_a_model_that_does_not_fit_at_all_is_refused(accelerator):
+    tokens = 2**40  # whose activations no machine can hold
+    with pytest.raises(GPT2ModernError, match=f"one sequence of {tokens} tokens does not fit"):
+        fitted(accelerator, new_model(), 2, block_size=tokens)
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(accelerator, monkeypatch):
+def test_another_error_is_not_taken_for_a_lack_of_memory(accelerator):
     def fail(*arguments):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(memory, "try_training_pass", fail)
     with pytest.raises(RuntimeError, match="shapes"):
-        memory.fits_by_trying(accelerator, new_model(), 1, **NEEDS)
+        fits_by_trying(CONFIG, accelerator, new_model(), 1, 16, None, fail)
 
 
 def test_trying_leaves_weights_gradients_and_random_numbers_as_they_were(accelerator):
     model = new_model(hidden_dropout=0.5).eval()
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     random_state = torch.get_rng_state()
-    assert memory.fits_by_trying(accelerator, model, 2, **NEEDS)
+    assert fits_by_trying(CONFIG, accelerator, model, 2, 16, None)
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
     assert torch.equal(random_state, torch.get_rng_state())
@@ -118,15 +137,12 @@ def test_trying_leaves_weights_gradients_and_random_numbers_as_they_were(acceler
 
 def test_on_a_cpu_half_of_the_free_memory_is_the_limit(accelerator, monkeypatch):
     model = new_model()
-    sizes = [1, 2, 4, 8]
-    needed = [
-        estimate_memory(
-            model, optimizer="adamw", mixed_precision="no", micro_batch_size=size, block_size=16,
-            gradient_checkpointing=False,
-        ).total
-        for size in sizes
-    ]  # fmt: skip
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed[2]))
-    assert largest_micro_batch_size(accelerator, model, sizes, **NEEDS) == 4
-    monkeypatch.setattr(memory, "CPU_TOKENS_PER_PASS", 32)
-    assert largest_micro_batch_size(accelerator, model, sizes, **NEEDS) == 2
+    needed = sum(estimate_memory(CONFIG, accelerator, model, micro_batch_size=4, block_size=16).values())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
+    assert fitted(accelerator, model, 8) == 4
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 2))
+    assert fitted(accelerator, model, 8) == 2
+
+
+def test_on_a_cpu_a_pass_has_a_largest_number_of_tokens(accelerator):
+    assert fitted(accelerator, new_model(), 8, block_size=CPU_TOKENS_PER_PASS // 2) == 2

@@ -1,4 +1,4 @@
-"""The model as a whole: what it computes, how it starts, and what transformers may do with it."""
+"""The whole model: what it computes, how it is initialised, and what transformers may do with it."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_later_tokens_do_not_change_earlier_logits(flag_set):
 def speedrun_by_hand(
     config: GPT2ModernConfig, weights: dict[str, torch.Tensor], input_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Logits of the speedrun architecture, written down from its description for one row, in float64."""
+    """Compute the logits of the speedrun architecture for one row in float64, written from its description."""
     seq_len, depth = len(input_ids), config.num_hidden_layers
 
     def norm(x):
@@ -225,7 +225,7 @@ def test_first_loss_of_gpt2_is_that_of_guessing():
 
 
 def test_first_loss_of_speedrun_is_that_of_guessing():
-    """Its head is zero at the start; the padding of the vocabulary would show as ln(50304)."""
+    """The head is zero at the start, so that the loss is ln(50257); with the padded rows it would be ln(50304)."""
     model = GPT2ModernForCausalLM(GPT2ModernConfig.from_preset("speedrun", hidden_size=128, num_hidden_layers=2))
     input_ids = torch.randint(0, 50257, (1, 16))
     for skip_logits in (False, True):
@@ -245,7 +245,7 @@ def test_tied_head_is_the_embedding():
 
 @EVERY_FLAG_SET
 def test_loading_restores_every_weight_and_buffer(flag_set, tmp_path):
-    """from_pretrained builds on the meta device, and leaves garbage in what it does not know."""
+    """from_pretrained builds on the meta device, and leaves random memory in what it does not initialise."""
     model = tiny_model(flag_set)
     model.save_pretrained(tmp_path)
     loaded = GPT2ModernForCausalLM.from_pretrained(tmp_path)
@@ -335,7 +335,7 @@ def test_logits_are_returned_unless_labels_are_given():
 
 
 def test_loss_without_logits_goes_through_a_head_that_was_replaced():
-    """LoRA and quantisers put another module in its place, whose weight alone is not what it computes."""
+    """LoRA and quantisers replace the head by a module that computes more than a product with its weight."""
 
     class Doubled(nn.Linear):
         def forward(self, hidden_states):
@@ -351,7 +351,7 @@ def test_loss_without_logits_goes_through_a_head_that_was_replaced():
 
 @pytest.mark.parametrize("flag_set", ["modern", "padded_vocabulary"])
 def test_trainer_smooths_labels_of_the_next_token(flag_set, tmp_path):
-    """Trainer shifts for known class names only; and columns at the dtype's minimum would make the loss infinite."""
+    """Trainer shifts labels for known class names only, and columns at the dtype's minimum make the loss infinite."""
     model, input_ids = tiny_model(flag_set), random_ids(2, 12)
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
     loss = Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
@@ -422,7 +422,7 @@ def test_more_tokens_than_learned_positions_raise():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("gap", ["hole in the mask", "positions skipped"])
 def test_a_gap_in_the_positions_begins_no_document(gap, implementation):
-    """The tokens after it see those before it: together, in two pieces, and one by one from a cache."""
+    """Tokens after the gap see those before it: in one forward, in two, and one by one from a cache."""
     model = tiny_model("modern")
     input_ids, positions, mask = random_ids(1, 20), torch.arange(20)[None], torch.ones(1, 20, dtype=torch.long)
     if gap == "hole in the mask":
@@ -451,7 +451,7 @@ PACKED_FLAG_SETS = ["gpt2", "modern", "speedrun", "sliding_mixed"]
 
 
 def in_pieces(model, input_ids, sizes, **kwargs):
-    """Logits of a row that enters the cache piece by piece."""
+    """Compute the logits of a row that is given in pieces, with a cache."""
     cache, pieces, end = DynamicCache(config=model.config), [], 0
     for size in sizes:
         start, end = end, end + size
@@ -500,7 +500,7 @@ def documents_alone(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """What flash_attn_varlen_func computes, in plain PyTorch: causal from the lower right corner of each document.
+    """Compute flash_attn_varlen_func in plain PyTorch: causal from the lower right corner of each document.
 
     Without lengths, or with padding, it is ordinary causal attention, as in transformers' flash attention.
     """
@@ -529,7 +529,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling, **kwarg
 
 @pytest.fixture
 def flash_by_hand():
-    """transformers' names for flash attention lead to `varlen_attention`, since the kernels need a CUDA device."""
+    """Let transformers' names for flash attention call `varlen_attention`, because the kernels need a CUDA device."""
     ALL_ATTENTION_FUNCTIONS.register("flash_attention_by_hand", varlen_attention)
     AttentionMaskInterface.register("flash_attention_by_hand", flash_attention_mask)
     yield "flash_attention_by_hand"
@@ -557,7 +557,7 @@ def test_packed_documents_do_not_see_each_other_under_flash_attention(flag_set, 
 
 @pytest.mark.slow
 def test_packed_documents_do_not_see_each_other_under_flex_attention():
-    """One call only: it compiles for ten seconds on a CPU, and builds its mask from the same function as the others."""
+    """One call only, because flex attention compiles for ten seconds on a CPU and has the same mask function."""
     model, input_ids = tiny_model("modern", head_dim=16), random_ids(2, 12)
     expected = documents_alone(model, input_ids)
     model.set_attn_implementation("flex_attention")
@@ -565,13 +565,13 @@ def test_packed_documents_do_not_see_each_other_under_flex_attention():
 
 
 def test_lengths_count_even_where_positions_do_not_restart():
-    """RoPE scores depend on distances only, so that positions that run on change nothing else."""
+    """RoPE scores depend on distances only, so that positions that continue across documents change nothing else."""
     model, input_ids = tiny_model("modern"), random_ids(2, 12)
     close(with_lengths(model, input_ids, position_ids=torch.arange(12)[None]), documents_alone(model, input_ids))
 
 
 def test_attention_that_makes_no_masks_gets_none():
-    """Servers and paged caches put their own attention in place and tell documents apart by themselves."""
+    """Servers and paged caches bring their own attention, which separates documents itself."""
     model, seen = tiny_model("modern"), []
 
     def attention(module, query, key, value, attention_mask, **kwargs):
@@ -661,7 +661,7 @@ def test_hidden_states_and_attentions_are_recorded(flag_set):
 
 
 def test_every_matrix_is_a_plain_linear():
-    """bitsandbytes and PEFT look for nn.Linear itself and pass over subclasses."""
+    """bitsandbytes and PEFT look for nn.Linear itself and ignore subclasses."""
     for flag_set in FLAG_SETS:
         for name, module in tiny_model(flag_set).named_modules():
             if name.endswith(("_proj", "lm_head")):
@@ -715,7 +715,7 @@ def test_tokens_are_classified_one_by_one():
 
 
 def test_speedrun_learns():
-    """From its own initialisation, where attention, MLP and head start at zero; three AdamW steps on one batch."""
+    """Three AdamW steps on one batch lower the loss, though outputs of attention and MLP and the head start at zero."""
     torch.manual_seed(0)
     residuals = {"num_hidden_layers": 4, "zero_init_projections": True, "initializer_range": 0.02}
     model, input_ids = GPT2ModernForCausalLM(tiny_config("speedrun", **residuals)).train(), random_ids(2, 12)

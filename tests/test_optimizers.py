@@ -6,7 +6,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 
-from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedule
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.optimizers import OPTIMIZERS, OptimizerChain, build_optimizers, set_schedules, state_bytes
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 
@@ -16,11 +17,8 @@ def tiny_model(preset="gpt2"):
 
 
 def optimizers_of(model, **changes):
-    settings = {
-        "optimizer": "adamw", "learning_rate": 0.1, "embedding_learning_rate": None, "scalar_learning_rate": None,
-        "muon_learning_rate": 0.02, "weight_decay": 0.5, "betas": (0.9, 0.95), "epsilon": 1e-8,
-    }  # fmt: skip
-    return build_optimizers(model, **(settings | changes))
+    settings = {"learning_rate": 0.1, "muon_learning_rate": 0.02, "weight_decay": 0.5} | changes
+    return build_optimizers(model, TrainConfig(data_dir="data", output_dir="out", **settings))
 
 
 def test_matrices_are_decayed_and_nothing_else():
@@ -36,7 +34,7 @@ def test_matrices_are_decayed_and_nothing_else():
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("preset", ["gpt2", "modern", "speedrun"])
 def test_every_parameter_is_in_exactly_one_group(preset, optimizer):
     model = tiny_model(preset)
@@ -70,13 +68,25 @@ def test_muons_first_step_is_orthogonal():
 
 def test_the_schedule_scales_each_groups_own_peak_and_warms_muons_momentum_up():
     rates = {"embedding_learning_rate": 0.4, "scalar_learning_rate": 0.0}
-    optimizers = optimizers_of(tiny_model("speedrun"), optimizer="muon", **rates)
-    set_schedule(optimizers, step=150, learning_rate_factor=0.5, muon_momentum_warmup_steps=300)
-    adamw, muon = optimizers
+    adamw, muon = optimizers_of(tiny_model("speedrun"), optimizer="muon", muon_momentum_warmup_steps=300, **rates)
+    chain = OptimizerChain([adamw, muon])
+    set_schedules(chain, step=150, learning_rate_factor=0.5)
     assert [group["lr"] for group in adamw.param_groups] == [0.2, 0.05, 0.0]
     assert muon.param_groups[0]["lr"] == 0.01 and muon.param_groups[0]["momentum"] == pytest.approx(0.90)
-    set_schedule(optimizers, step=1000, learning_rate_factor=0.5, muon_momentum_warmup_steps=300)
+    set_schedules(chain, step=1000, learning_rate_factor=0.5)
     assert muon.param_groups[0]["momentum"] == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_bytes_are_those_that_an_update_makes(optimizer):
+    model = tiny_model("speedrun")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made = 0
+    for each in optimizers_of(model, optimizer=optimizer):
+        each.step()
+        made += sum(value.nbytes for state in each.state.values() for key, value in state.items() if key != "step")
+    assert state_bytes(model, optimizer) == made
 
 
 # Loss scale

@@ -1,4 +1,4 @@
-"""With vanilla flags the model is GPT2LMHeadModel, with modern ones LlamaForCausalLM: logits and gradients, fp32."""
+"""Vanilla settings equal GPT2LMHeadModel and modern ones LlamaForCausalLM, in logits and gradients, in fp32."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ ATOL = 1e-5
 
 
 def gpt2_tensors(tensors: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
-    """Tensors of a GPT2LMHeadModel (weights or gradients) under this project's names, Conv1D transposed."""
+    """Rename tensors of a GPT2LMHeadModel (weights or gradients) to this project's names and transpose Conv1D."""
     renamed = {
         "model.embed_tokens.weight": tensors["transformer.wte.weight"],
         "model.embed_positions.weight": tensors["transformer.wpe.weight"],

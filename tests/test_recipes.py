@@ -1,4 +1,4 @@
-"""Every recipe resolves to a run whose sizes are printed by --dry_run, and every line of it says its unit."""
+"""Every recipe is found by its name, --dry_run prints the sizes of its run, and every line of it says its unit."""
 
 import contextlib
 import io
@@ -9,12 +9,13 @@ import yaml
 from accelerate.state import AcceleratorState
 
 import train_accelerate
+from gpt2modern.data.blocks import PackedBlocks
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def dry_run(*flags):
-    """(settings, facts) that the command prints."""
+    """Return the (settings, facts) that the command prints."""
     AcceleratorState._reset_state(reset_partial_state=True)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -24,9 +25,9 @@ def dry_run(*flags):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_resolves(recipe, tmp_path, monkeypatch):
+def test_every_recipe_resolves_by_its_name(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings, facts = dry_run("--config", recipe)
+    settings, facts = dry_run("--config", recipe.stem)
     given = yaml.safe_load(recipe.read_text())
     assert {name: settings[name] for name in given} == given
     assert facts["steps"] == f"{given['max_steps']:,}"
@@ -72,8 +73,6 @@ def test_adapters_are_counted_as_what_is_trained():
 
 
 def test_a_dry_run_with_data_counts_its_epochs_and_is_itself_a_recipe(data_dir, tmp_path):
-    from gpt2modern.data.blocks import PackedBlocks
-
     flags = ["--data_dir", data_dir, "--max_steps", 30, "--config_overrides", "hidden_size=32,num_attention_heads=2"]
     settings, facts = dry_run(*flags, "--output_dir", tmp_path / "run")
     epochs = 30 * 8 / len(PackedBlocks(data_dir, "train"))

@@ -1,4 +1,4 @@
-"""A saved folder is all that is needed: it loads in a process that has transformers and torch but not this project."""
+"""A saved folder loads in a process that has transformers and torch but not this project."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import random_ids, tiny_model
 
 FLAG_SETS = ("gpt2", "modern", "speedrun", "sliding_mixed")
-CODE = {"configuration_gpt2modern.py", "layers_gpt2modern.py", "modeling_gpt2modern.py"}
+CODE = {"configuration_gpt2modern.py", "layers_gpt2modern.py", "loss_gpt2modern.py", "modeling_gpt2modern.py"}
 
 # Runs elsewhere; argv: the folder that holds one saved model per flag set. Prints one JSON object.
 ELSEWHERE = """
@@ -94,7 +94,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """One folder per flag set, saved by the package, and what their models answer."""
+    """Save one folder per flag set, and return what their models compute in another process."""
     root = tmp_path_factory.mktemp("saved")
     input_ids, expected = random_ids(2, 12), {}
     for name in FLAG_SETS:
@@ -160,7 +160,7 @@ def test_classification_head_loads_elsewhere(elsewhere, head, shape):
 
 
 def test_folder_saved_from_fsdp2_is_complete(elsewhere):
-    """FSDP2 gives a model a class of torch's own module; the code that is saved is ours all the same."""
+    """FSDP2 gives a model a class from a module of torch; the saved code is still ours."""
     assert {name for name in elsewhere["sharded"]["files"] if name.endswith(".py")} == CODE
     assert elsewhere["sharded"]["config"]["architectures"] == ["GPT2ModernForCausalLM"]
     assert all(".GPT2Modern" in reference for reference in elsewhere["sharded"]["config"]["auto_map"].values())

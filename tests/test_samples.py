@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from gpt2modern.training.samples import on_one_line
-from tests.support.trainer import TINY, assert_same_weights, metrics, train
+from gpt2modern.cli import parse_arguments
+from tests.support.trainer import TINY, assert_same_weights, flags_for, metrics, train
+from train_accelerate import TrainConfig
+from train_accelerate import train as train_with
 
 PROMPTS = ["--sample_prompts", "def ", "", "--sample_max_new_tokens", "6"]
 
@@ -17,7 +19,7 @@ def samples(output_dir):
 
 @pytest.fixture(scope="module")
 def sampled(data_dir, tmp_path_factory):
-    """A run with dropout that is evaluated at steps 2, 4 and 6."""
+    """Train with dropout, evaluated at steps 2, 4 and 6."""
     return train(data_dir, tmp_path_factory.mktemp("run"), extra=PROMPTS, **settings())
 
 
@@ -40,19 +42,18 @@ def test_training_does_not_notice(sampled, data_dir, tmp_path):
 
 
 @pytest.mark.fault("F21 samples and evaluations change nothing")
-def test_the_generators_of_training_stay_as_they_were(data_dir, tmp_path, monkeypatch):
-    import gpt2modern.training.samples
+def test_the_generators_of_training_stay_as_they_were(data_dir, tmp_path):
+    """Between the start of an evaluation with samples and the row that it ends with."""
+    states = {}
 
-    original, untouched = gpt2modern.training.samples.sample, []
+    def watch(event, **details):
+        if event in ("evaluating", "logged"):
+            states.setdefault(details["step"], []).append(torch.get_rng_state())
 
-    def watched(*arguments):
-        before = torch.get_rng_state()
-        original(*arguments)
-        untouched.append(torch.equal(before, torch.get_rng_state()))
-
-    monkeypatch.setattr(gpt2modern.training.samples, "sample", watched)
-    train(data_dir, tmp_path, extra=PROMPTS, **settings(max_steps=2))
-    assert untouched == [True]
+    flags = flags_for(data_dir, tmp_path, **settings(max_steps=2))
+    train_with(parse_arguments(TrainConfig, [*flags, *PROMPTS]), watch)
+    before, after = states[2]
+    assert torch.equal(before, after)
 
 
 def test_a_resumed_run_writes_the_same_samples_once(sampled, data_dir, tmp_path):
@@ -63,13 +64,17 @@ def test_a_resumed_run_writes_the_same_samples_once(sampled, data_dir, tmp_path)
     assert [row["step"] for row in samples(tmp_path)] == [2, 2, 3, 3, 4, 4, 6, 6]
 
 
-def test_a_failure_is_a_warning(data_dir, tmp_path, monkeypatch, capsys):
+def test_a_failure_is_a_warning(data_dir, tmp_path, capsys):
     def out_of_memory(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("eval.generate.generate_text", out_of_memory)
-    train(data_dir, tmp_path, extra=PROMPTS, **settings(max_steps=2))
-    assert "warning: no samples at step 2: RuntimeError: out of memory" in capsys.readouterr().err
+    def callback(event, model=None, **details):
+        if event == "before_update":
+            model.generate = out_of_memory
+
+    flags = flags_for(data_dir, tmp_path, **settings(max_steps=2))
+    train_with(parse_arguments(TrainConfig, [*flags, *PROMPTS]), callback)
+    assert "warning: no samples: RuntimeError: out of memory" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -78,8 +83,3 @@ def test_a_prompt_too_long_for_learned_positions_is_an_error_at_the_start(data_d
         train(data_dir, tmp_path / "run", extra=[*PROMPTS[:3], "--sample_max_new_tokens", "32"], model_preset="gpt2")
     assert "--sample_prompts 'def '" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_what_is_shown_is_one_line():
-    assert on_one_line({"prompt": "a\n", "text": "b"}) == r"'a\nb'"
-    assert on_one_line({"prompt": "a", "text": "b" * 200}, width=20) == "'" + "a" + "b" * 15 + "..."

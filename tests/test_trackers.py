@@ -7,10 +7,10 @@ from accelerate.tracking import GeneralTracker
 
 from gpt2modern.cli import parse_arguments
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.training import trackers
-from gpt2modern.training.trackers import Trackers, check_trackers, flat_settings
-from tests.support.trainer import losses, train
+from gpt2modern.training.trackers import TRACKERS, Trackers, check_trackers, flat_settings
+from tests.support.trainer import flags_for, losses, train
 from train_accelerate import TrainConfig
+from train_accelerate import train as train_with
 
 
 class FakeTracker(GeneralTracker):
@@ -46,7 +46,8 @@ class FakeTracker(GeneralTracker):
 @pytest.fixture
 def fake(monkeypatch):
     FakeTracker.instances = []
-    monkeypatch.setattr(trackers, "TRACKERS", dict.fromkeys(trackers.TRACKERS, FakeTracker))
+    for name in TRACKERS:
+        monkeypatch.setitem(TRACKERS, name, FakeTracker)
     return FakeTracker
 
 
@@ -72,7 +73,7 @@ def test_settings_rows_and_end_arrive(tmp_path, fake):
     assert tracker.keywords == {"name": "run", "resume": "never", "id": "1234"}
 
 
-def test_a_resumed_run_goes_on_under_its_name_and_logs_no_step_twice(tmp_path, fake):
+def test_a_resumed_run_keeps_its_name_and_logs_no_step_twice(tmp_path, fake):
     opened = build(tmp_path, ["trackio", "tensorboard"], resumed_step=3, logged_step=5)
     for step in range(4, 8):
         opened.log(step, {"loss": 1.0})
@@ -85,12 +86,12 @@ def test_a_resumed_run_goes_on_under_its_name_and_logs_no_step_twice(tmp_path, f
 
 @pytest.mark.fault("F18 a tracker fails")
 @pytest.mark.parametrize("fails_in", ["start", "settings", "log", "finish"])
-def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(tmp_path, fake, capsys, monkeypatch, fails_in):
+def test_a_tracker_that_fails_is_one_warning_and_the_others_continue(tmp_path, fake, capsys, monkeypatch, fails_in):
     class BrokenTracker(FakeTracker):
         pass
 
     BrokenTracker.fails_in = fails_in
-    monkeypatch.setitem(trackers.TRACKERS, "wandb", BrokenTracker)
+    monkeypatch.setitem(TRACKERS, "wandb", BrokenTracker)
     opened = build(tmp_path, ["wandb", "trackio"])
     for step in (1, 2):
         opened.log(step, {"loss": 2.0})
@@ -103,13 +104,13 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(tmp_path, fake
     )
 
 
-def test_trackers_are_closed_when_a_run_breaks_off(data_dir, tmp_path, fake, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_trackers_are_closed_when_a_run_breaks_off(data_dir, tmp_path, fake):
+    def interrupt(event, **details):
+        if event == "evaluating":
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr("gpt2modern.training.progress.plot_training_curves", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        train(data_dir, tmp_path, report_to="trackio")
+    with pytest.raises(KeyboardInterrupt):
+        train_with(parse_arguments(TrainConfig, flags_for(data_dir, tmp_path, report_to="trackio")), interrupt)
     assert fake.instances[0].calls[-1] == ("finish",)
 
 
@@ -119,15 +120,23 @@ def test_settings_are_flat():
     }  # fmt: skip
 
 
-def test_a_tracker_that_is_not_installed_or_unknown_is_named_before_anything_starts(monkeypatch):
+def test_a_tracker_that_is_not_installed_or_unknown_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_trackers(["none"])
     with pytest.raises(GPT2ModernError, match="--report_to wandb: it is not installed; python -m pip install wandb"):
         check_trackers(["wandb"])
-    with pytest.raises(GPT2ModernError, match="--report_to tensorbored: there are none, trackio"):
-        parse_arguments(
-            TrainConfig, ["--data_dir", "data", "--output_dir", "out", "--report_to", "trackio", "tensorbored"]
-        )
+    choices = "choose from none, trackio, tensorboard, wandb"
+    with pytest.raises(GPT2ModernError, match=f"--report_to tensorbored is unknown; {choices}"):
+        check_trackers(["none", "tensorbored"])
+
+
+def test_a_wrong_tracker_is_refused_before_anything_is_written(data_dir, tmp_path):
+    config = parse_arguments(
+        TrainConfig, [*flags_for(data_dir, tmp_path / "run"), "--report_to", "none", "tensorbored"]
+    )
+    with pytest.raises(GPT2ModernError, match="--report_to tensorbored is unknown"):
+        train_with(config)
+    assert not (tmp_path / "run").exists()
 
 
 def tensorboard_steps(folder, tag):
@@ -139,7 +148,7 @@ def tensorboard_steps(folder, tag):
 
 
 def test_a_run_and_its_continuation_are_one_run_in_tensorboard_and_trackio(data_dir, tmp_path, monkeypatch):
-    """Stopped after step 5, gone on from the checkpoint of step 3: steps 4 and 5 are made twice and shown once."""
+    """Stopped after step 5, resumed from the checkpoint of step 3: steps 4 and 5 are made twice and shown once."""
     pytest.importorskip("tensorboard")
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage

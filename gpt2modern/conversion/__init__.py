@@ -1,0 +1,6 @@
+"""Convert between GPT2-Modern and the stock architectures of transformers that compute the same logits."""
+
+from gpt2modern.conversion.architectures import ARCHITECTURES
+from gpt2modern.conversion.convert import convert_folder, from_native, to_native
+
+__all__ = ["ARCHITECTURES", "convert_folder", "from_native", "to_native"]

@@ -2,4 +2,5 @@
 
 from gpt2modern.conversion.convert import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -96,6 +96,15 @@ def plan_batches(config: TrainConfig, *, block_size: int, num_processes: int) ->
     return replace(plan, warmup_steps=config.batch_size_warmup_steps, first_samples=first // block_size)
 
 
+def refuse_too_few_blocks(blocks: PackedBlocks, plan: BatchPlan) -> None:
+    """Raise GPT2ModernError if one step takes more training blocks than there are."""
+    if len(blocks) < plan.samples_per_step:
+        raise GPT2ModernError(
+            f"the training split has {len(blocks)} blocks but one step takes {plan.samples_per_step} "
+            "(--total_batch_size / --block_size); prepare more text or lower --total_batch_size"
+        )
+
+
 def samples_in_order(num_blocks: int, plan: BatchPlan, *, seed: int, first: int, count: int) -> np.ndarray:
     """List the blocks at places first, ..., first + count - 1 of the endless order that all processes share: (count,).
 
@@ -139,14 +148,8 @@ def step_batches(
 ) -> Iterator[StepBatch]:
     """Yield the batches of updates first_step, ..., max_steps - 1 as this process sees them.
 
-    Close the generator, or let it end, before the process exits: worker processes read ahead for it. Raises
-    GPT2ModernError if one step takes more blocks than there are.
+    Close the generator, or let it end, before the process exits: worker processes read ahead for it.
     """
-    if len(blocks) < plan.samples_per_step:
-        raise GPT2ModernError(
-            f"the training split has {len(blocks)} blocks but one step takes {plan.samples_per_step} "
-            "(--total_batch_size / --block_size); prepare more text or lower --total_batch_size"
-        )
     loader = DataLoader(
         blocks,
         batch_sampler=MicroBatchSampler(

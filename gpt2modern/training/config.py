@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,17 @@ from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, number_or_auto, setting
 from gpt2modern.training.schedules import DEFAULT_DECAY_RATIO, Schedule, steps_from
 
-MODEL, BATCHES, OPTIMIZER, SCHEDULE = "model", "data and batches", "optimizer", "learning rate"
-PRECISION, RECORDS, CHECKPOINTS, HUB = (
-    "speed and precision",
-    "evaluation and records",
-    "checkpoints and stopping",
-    "Hub",
-)
+# Settings by their heading in --help. Those whose name ends in _decides must not change when a run is resumed.
+model = partial(setting, group="model")
+batch = partial(setting, group="data and batches")
+schedule = partial(setting, group="learning rate")
+speed = partial(setting, group="speed and precision")
+record = partial(setting, group="evaluation and records")
+checkpoint = partial(setting, group="checkpoints and stopping")
+hub = partial(setting, group="Hub", card=False)
+model_decides, batch_decides = partial(model, resume="same"), partial(batch, resume="same")
+rate_decides = partial(schedule, least=0, resume="same")
+optimizer_decides = partial(setting, group="optimizer", least=0, resume="same")
 
 
 @dataclass
@@ -36,241 +41,148 @@ class TrainConfig:
 
     config: str | None = setting(None, "YAML recipe with these flags as keys: a file, or a shipped recipe (demo, ...)")
     dry_run: bool = setting(False, "print the resolved recipe, its sizes and its cost, and stop; needs no data")
-    data_dir: str | None = setting(
-        None, "folder written by prepare_data.py, or its name on the Hub (needed)", group=BATCHES, card=False
+
+    model_preset: str = model("modern", "architecture and size: gpt2, modern, speedrun, ...")
+    config_overrides: str | None = model(
+        None, "settings that replace the preset's: hidden_size=64,num_hidden_layers=2", may_be_empty=True
     )
-    output_dir: str | None = setting(
-        None, "folder for the model and its records (needed)", group=CHECKPOINTS, card=False
+    model_name_or_path: str | None = model(
+        None, "fine-tune this GPT2-Modern model, a folder or a name on the Hub, instead of a preset"
+    )
+    lora_rank: int = model_decides(0, "train only LoRA adapters of this rank (PEFT); 0: every weight", least=0)
+    lora_alpha: float | None = model_decides(
+        None, "adapters are scaled by lora_alpha / lora_rank; default: twice the rank", least=0
+    )
+    lora_target_modules: list[str] | None = model_decides(
+        None, "projections that get adapters: q_proj, ...; default: all in the layers"
     )
 
-    model_preset: str = setting("modern", "architecture and size: gpt2, modern, speedrun, ...", group=MODEL)
-    config_overrides: str | None = setting(
-        None, "settings that replace the preset's: hidden_size=64,num_hidden_layers=2", group=MODEL, may_be_empty=True
+    data_dir: str | None = batch(None, "folder from prepare_data.py, or its name on the Hub (needed)", card=False)
+    block_size: int | None = batch(None, "tokens per sequence; default: the block size of the data", least=1)
+    per_device_train_batch_size: str = batch(
+        "8", "sequences per forward pass and process; auto: as many as fit in memory"
     )
-    model_name_or_path: str | None = setting(
-        None, "fine-tune this GPT2-Modern model, a folder or a name on the Hub, instead of a preset", group=MODEL
+    total_batch_size: int | None = batch(
+        None, "tokens per optimizer step over all processes; default: one forward pass per process", least=1
     )
-    lora_rank: int = setting(
-        0, "train only LoRA adapters of this rank (PEFT); 0: train every weight", group=MODEL, least=0, resume="same"
+    batch_size_warmup_steps: int = batch_decides(
+        0, "steps over which the tokens per step grow to total_batch_size", least=0
     )
-    lora_alpha: float | None = setting(
-        None,
-        "adapters are scaled by lora_alpha / lora_rank; default: twice the rank",
-        group=MODEL,
-        least=0,
-        resume="same",
+    initial_total_batch_size: int | None = batch(
+        None, "tokens of the first step of that growth; default: an eighth of total_batch_size", least=1
     )
-    lora_target_modules: list[str] | None = setting(
-        None, "projections that get adapters: q_proj, ...; default: all in the layers", group=MODEL, resume="same"
+    document_masking: bool = batch_decides(
+        False, "a token attends to its own document only, not to those before it in the block (evaluation: to all)"
     )
-    attn_implementation: str = setting(
-        "sdpa", "attention kernel: eager, sdpa, flash_attention_2, flex_attention, ...", group=PRECISION
+    seed: int = batch_decides(42, "seed of weights, data order and dropout", least=0, most=2**63 - 1)
+
+    max_steps: int = schedule(
+        1000, "optimizer steps; a resumed run may change it if the learning rates so far stay the same", least=1
     )
-    gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, about 30 %% slower", group=PRECISION
+    learning_rate: float = rate_decides(6e-4, "peak learning rate of AdamW")
+    embedding_learning_rate: float | None = rate_decides(
+        None, "AdamW's peak for the token embedding; default: learning_rate"
+    )
+    scalar_learning_rate: float | None = rate_decides(
+        None, "AdamW's peak for gains, biases and scalars; default: learning_rate"
+    )
+    muon_learning_rate: float = rate_decides(
+        0.02, "peak learning rate of Muon; only with --optimizer muon", optimizer="muon"
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = rate_decides(
+        "cosine", "decay of the learning rate after the warm-up"
+    )
+    warmup_steps: int | None = rate_decides(None, "steps of linear warm-up; default: none")
+    warmup_ratio: float | None = rate_decides(None, "warm-up as a share of max_steps", most=1)
+    decay_steps: int | None = rate_decides(
+        None, "last steps, in which warmup_stable_decay decays; default: a fifth of max_steps"
+    )
+    decay_ratio: float | None = rate_decides(None, "decay_steps as a share of max_steps", most=1)
+    decay_type: Literal["1-sqrt", "linear", "cosine"] | None = rate_decides(
+        None, "shape of warmup_stable_decay's decay; default: 1-sqrt"
+    )
+    min_lr_ratio: float = rate_decides(0.1, "last learning rate as a share of the peak; no effect on constant", most=1)
+
+    optimizer: str = optimizer_decides(
+        "adamw", "adamw, or muon: Muon for the matrices inside the layers and AdamW for the rest"
+    )
+    weight_decay: float = optimizer_decides(0.1, "decay of matrices, times the learning rate")
+    adam_beta1: float = optimizer_decides(0.9, "decay of AdamW's gradient average", most=0.99999)
+    adam_beta2: float = optimizer_decides(0.95, "decay of AdamW's squared-gradient average", most=0.99999)
+    adam_epsilon: float = optimizer_decides(1e-8, "added to the denominator of AdamW")
+    muon_momentum_warmup_steps: int = optimizer_decides(
+        300, "steps over which Muon's momentum goes from 0.85 to 0.95; only with --optimizer muon", optimizer="muon"
+    )
+    max_grad_norm: float = optimizer_decides(1.0, "clip the gradient to this norm; 0: no clipping")
+    z_loss: float = optimizer_decides(
+        0.0, "weight of log(sum(exp(logits)))^2 in what is minimised, such as 1e-4; not part of `loss`"
     )
 
-    block_size: int | None = setting(
-        None, "tokens per sequence; default: the block size of the data", group=BATCHES, least=1
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = speed(
+        None, "precision of matrix products; default: what accelerate launch says, else no"
     )
-    per_device_train_batch_size: str = setting(
-        "8", "sequences per forward pass and process; auto: as many as fit in memory", group=BATCHES
+    torch_compile: bool = speed(False, "compile the model of the training step")
+    attn_implementation: str = speed("sdpa", "attention kernel: eager, sdpa, flash_attention_2, flex_attention, ...")
+    gradient_checkpointing: bool = speed(
+        False, "recompute activations in the backward pass: less memory, about 30 %% slower"
     )
-    per_device_eval_batch_size: int = setting(8, "sequences per evaluation pass and process", group=RECORDS, least=1)
-    total_batch_size: int | None = setting(
-        None,
-        "tokens per optimizer step over all processes; default: one forward pass per process",
-        group=BATCHES,
-        least=1,
-    )
-    batch_size_warmup_steps: int = setting(
-        0,
-        "steps over which the tokens per step grow to total_batch_size",
-        group=BATCHES,
-        least=0,
-        resume="same",
-    )
-    initial_total_batch_size: int | None = setting(
-        None, "tokens of the first step of that growth; default: an eighth of total_batch_size", group=BATCHES, least=1
-    )
-    document_masking: bool = setting(
-        False,
-        "a token attends to its own document only, not to those before it in the block (evaluation: to all)",
-        group=BATCHES,
-        resume="same",
-    )
-    max_steps: int = setting(
-        1000,
-        "optimizer steps; a resumed run may change it if the learning rates so far stay the same",
-        group=SCHEDULE,
-        least=1,
+    dataloader_num_workers: int = speed(
+        0, "processes that read ahead; 0: read in the training process", least=0, most=256
     )
 
-    optimizer: str = setting(
-        "adamw",
-        "adamw, or muon: Muon for the matrices inside the layers and AdamW for the rest",
-        group=OPTIMIZER,
-        resume="same",
+    logging_steps: int = record(10, "steps between lines of metrics.jsonl", least=1)
+    eval_steps: int = record(100, "steps between evaluations; 0: only at the end", least=0)
+    eval_blocks: int | None = record(None, "validation sequences used; default: all of them", least=1)
+    eval_blocks_at: Literal["equal_distances", "start"] = record(
+        "equal_distances", "which these are: spread over the split, or its first ones"
     )
-    learning_rate: float = setting(6e-4, "peak learning rate of AdamW", group=SCHEDULE, least=0, resume="same")
-    embedding_learning_rate: float | None = setting(
-        None, "AdamW's peak for the token embedding; default: learning_rate", group=SCHEDULE, least=0, resume="same"
-    )
-    scalar_learning_rate: float | None = setting(
-        None,
-        "AdamW's peak for gains, biases and scalars; default: learning_rate",
-        group=SCHEDULE,
-        least=0,
-        resume="same",
-    )
-    muon_learning_rate: float = setting(
-        0.02,
-        "peak learning rate of Muon; only with --optimizer muon",
-        group=SCHEDULE,
-        least=0,
-        resume="same",
-        optimizer="muon",
-    )
-    muon_momentum_warmup_steps: int = setting(
-        300,
-        "steps over which Muon's momentum goes from 0.85 to 0.95; only with --optimizer muon",
-        group=OPTIMIZER,
-        least=0,
-        resume="same",
-        optimizer="muon",
-    )
-    lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = setting(
-        "cosine", "decay of the learning rate after the warm-up", group=SCHEDULE, resume="same"
-    )
-    warmup_steps: int | None = setting(
-        None, "steps of linear warm-up; default: none", group=SCHEDULE, least=0, resume="same"
-    )
-    warmup_ratio: float | None = setting(
-        None, "warm-up as a share of max_steps", group=SCHEDULE, least=0, most=1, resume="same"
-    )
-    decay_steps: int | None = setting(
-        None,
-        "last steps, in which warmup_stable_decay decays; default: a fifth of max_steps",
-        group=SCHEDULE,
-        least=0,
-        resume="same",
-    )
-    decay_ratio: float | None = setting(
-        None, "decay_steps as a share of max_steps", group=SCHEDULE, least=0, most=1, resume="same"
-    )
-    decay_type: Literal["1-sqrt", "linear", "cosine"] | None = setting(
-        None, "shape of warmup_stable_decay's decay; default: 1-sqrt", group=SCHEDULE, resume="same"
-    )
-    min_lr_ratio: float = setting(
-        0.1,
-        "last learning rate as a share of the peak; no effect on constant",
-        group=SCHEDULE,
-        least=0,
-        most=1,
-        resume="same",
-    )
-    weight_decay: float = setting(
-        0.1, "decay of matrices, times the learning rate", group=OPTIMIZER, least=0, resume="same"
-    )
-    adam_beta1: float = setting(
-        0.9, "decay of AdamW's gradient average", group=OPTIMIZER, least=0, most=0.99999, resume="same"
-    )
-    adam_beta2: float = setting(
-        0.95, "decay of AdamW's squared-gradient average", group=OPTIMIZER, least=0, most=0.99999, resume="same"
-    )
-    adam_epsilon: float = setting(1e-8, "added to the denominator of AdamW", group=OPTIMIZER, least=0, resume="same")
-    max_grad_norm: float = setting(
-        1.0, "clip the gradient to this norm; 0: no clipping", group=OPTIMIZER, least=0, resume="same"
-    )
-    z_loss: float = setting(
-        0.0,
-        "weight of log(sum(exp(logits)))^2 in what is minimised, such as 1e-4; not part of `loss`",
-        group=OPTIMIZER,
-        least=0,
-        resume="same",
-    )
-
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = setting(
-        None, "precision of matrix products; default: what accelerate launch says, else no", group=PRECISION
-    )
-    torch_compile: bool = setting(False, "compile the model of the training step", group=PRECISION)
-    dataloader_num_workers: int = setting(
-        0, "processes that read ahead; 0: read in the training process", group=PRECISION, least=0, most=256
-    )
-    ddp_timeout: int = setting(
-        1800, "seconds a process waits for the others before the run ends with an error", group=CHECKPOINTS, least=1
-    )
-    seed: int = setting(
-        42, "seed of weights, data order and dropout", group=BATCHES, least=0, most=2**63 - 1, resume="same"
-    )
-
-    logging_steps: int = setting(10, "steps between lines of metrics.jsonl", group=RECORDS, least=1)
-    eval_steps: int = setting(100, "steps between evaluations; 0: only at the end", group=RECORDS, least=0)
-    eval_blocks: int | None = setting(None, "validation sequences used; default: all of them", group=RECORDS, least=1)
-    eval_blocks_at: Literal["equal_distances", "start"] = setting(
-        "equal_distances", "which these are: spread over the split, or its first ones", group=RECORDS
-    )
-    save_steps: int = setting(100, "steps between checkpoints; 0: none", group=CHECKPOINTS, least=0)
-    save_total_limit: int = setting(2, "checkpoints kept; 0: all", group=CHECKPOINTS, least=0)
-    save_failure: Literal["warn", "stop"] = setting(
-        "warn", "when a checkpoint cannot be written: continue with the older ones, or stop", group=CHECKPOINTS
-    )
-    max_train_time: str | None = setting(
-        None, "save and stop after this time: seconds, or hours:minutes:seconds", group=CHECKPOINTS
-    )
-    on_nonfinite: Literal["stop", "skip"] = setting(
-        "stop", "at a NaN or infinite loss or gradient: stop before the update, or skip it", group=CHECKPOINTS
-    )
-    max_nonfinite_steps: int = setting(3, "updates skipped in a row before the run stops", group=CHECKPOINTS, least=0)
-    resume_from_checkpoint: str = setting(
-        "auto",
-        "auto (the newest valid checkpoint in output_dir), none, or a checkpoint folder",
-        group=CHECKPOINTS,
-        card=False,
-    )
-    force_resume: bool = setting(
-        False,
-        "resume from a checkpoint of other settings, at the same step of the new data order",
-        group=CHECKPOINTS,
-    )
-
-    report_to: list[str] = setting(
-        default_factory=lambda: ["none"],
-        help="trackers that also get the rows of metrics.jsonl: none, trackio, tensorboard, wandb",
-        group=RECORDS,
-        card=False,
-    )
-    project: str = setting("gpt2-modern", "project name in trackio and wandb", group=RECORDS, card=False)
-    run_name: str | None = setting(
-        None, "name of the run in the trackers; default: made from output_dir", group=RECORDS, card=False
-    )
-    sample_prompts: list[str] | None = setting(
+    per_device_eval_batch_size: int = record(8, "sequences per evaluation pass and process", least=1)
+    sample_prompts: list[str] | None = record(
         None,
         "texts that the model continues at each evaluation; '': the start of a document",
-        group=RECORDS,
         may_be_empty=True,
         card=False,
     )
-    sample_max_new_tokens: int = setting(64, "largest number of tokens of a sample", group=RECORDS, least=1, card=False)
-
-    push_to_hub: bool = setting(False, "upload the model folder in the background", group=HUB, card=False)
-    hub_model_id: str | None = setting(
-        None, "repository, owner/name; default: output_dir's name in your account", group=HUB, card=False
+    sample_max_new_tokens: int = record(64, "largest number of tokens of a sample", least=1, card=False)
+    report_to: list[str] = record(
+        default_factory=lambda: ["none"],
+        help="trackers that also get the rows of metrics.jsonl: none, trackio, tensorboard, wandb",
+        card=False,
     )
-    hub_strategy: Literal["end", "every_save", "checkpoint"] = setting(
+    project: str = record("gpt2-modern", "project name in trackio and wandb", card=False)
+    run_name: str | None = record(None, "name in the trackers; default: made from output_dir", card=False)
+
+    output_dir: str | None = checkpoint(None, "folder for the model and its records (needed)", card=False)
+    save_steps: int = checkpoint(100, "steps between checkpoints; 0: none", least=0)
+    save_total_limit: int = checkpoint(2, "checkpoints kept; 0: all", least=0)
+    save_failure: Literal["warn", "stop"] = checkpoint(
+        "warn", "when a checkpoint cannot be written: continue with the older ones, or stop"
+    )
+    resume_from_checkpoint: str = checkpoint(
+        "auto", "auto (the newest valid checkpoint in output_dir), none, or a checkpoint folder", card=False
+    )
+    force_resume: bool = checkpoint(
+        False, "resume from a checkpoint of other settings, at the same step of the new data order"
+    )
+    max_train_time: str | None = checkpoint(None, "save and stop after this time: seconds, or hours:minutes:seconds")
+    on_nonfinite: Literal["stop", "skip"] = checkpoint(
+        "stop", "at a NaN or infinite loss or gradient: stop before the update, or skip it"
+    )
+    max_nonfinite_steps: int = checkpoint(3, "updates skipped in a row before the run stops", least=0)
+    ddp_timeout: int = checkpoint(
+        1800, "seconds a process waits for the others before the run ends with an error", least=1
+    )
+
+    push_to_hub: bool = hub(False, "upload the model folder in the background")
+    hub_model_id: str | None = hub(None, "repository, owner/name; default: output_dir's name in your account")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = hub(
         "end",
         "end: the finished model; every_save: also each checkpoint's, replacing the last; checkpoint: also each "
         "checkpoint's, in the repository's folder last-checkpoint",
-        group=HUB,
-        card=False,
     )
-    hub_private_repo: bool | None = setting(
-        None, "whether a new repository is private; default: the owner's setting", group=HUB, card=False
-    )
-    hub_revision: str | None = setting(None, "branch to upload to; created if it is missing", group=HUB, card=False)
-    license: str | None = setting(
-        None, "licence of the weights in the model card: an identifier of the Hub, as apache-2.0", group=HUB, card=False
-    )
+    hub_private_repo: bool | None = hub(None, "whether a new repository is private; default: the owner's setting")
+    hub_revision: str | None = hub(None, "branch to upload to; created if it is missing")
+    license: str | None = hub(None, "licence of the weights in the model card: an identifier of the Hub, as apache-2.0")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # Python code may give a folder as a Path

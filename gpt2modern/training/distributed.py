@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils.logging import disable_progress_bar
 
-from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.errors import GPT2ModernError, first_line, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 
@@ -52,6 +52,9 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     launched = os.environ.get("WORLD_SIZE", "1")
     if not launched.isdigit():
         raise GPT2ModernError(f"WORLD_SIZE={launched!r} in the environment is not a number: unset it")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible not in ("", "-1") and torch.version.cuda and not torch.cuda.is_available():
+        warn(f"CUDA_VISIBLE_DEVICES={visible} names no GPU, or there is no driver: training on the CPU")
     _refuse_other_engines()
     _join_after_restart(ddp_timeout)
     try:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import psutil
 import torch
@@ -27,47 +27,29 @@ from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 CPU_TOKENS_PER_PASS = 8192
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one device; no fragmentation, no compiler's savings."""
-
-    weights: int
-    gradients: int
-    optimizer_states: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer_states + self.activations
-
-
 def estimate_memory(
-    model: PreTrainedModel,
-    *,
-    optimizer: str,
-    mixed_precision: str,
-    micro_batch_size: int,
-    block_size: int,
-    gradient_checkpointing: bool,
-    shards: int = 1,
-) -> MemoryEstimate:
-    """Estimate what a training step holds; `model` may be on the meta device.
+    config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, micro_batch_size: int, block_size: int
+) -> dict[str, int]:
+    """Estimate the bytes that a training step holds on each device, by what they are for.
 
-    shards: processes over which all but the activations is divided. Weights are fp32, under autocast with bf16 copies.
+    model: may be on the meta device. Weights are fp32, under autocast with bf16 copies. What the allocator loses and a
+    compiler saves is not counted.
     """
     parameters = model.num_parameters()
-    return MemoryEstimate(
-        weights=(4 if mixed_precision == "no" else 6) * parameters // shards,
-        gradients=4 * model.num_parameters(only_trainable=True) // shards,
-        optimizer_states=state_bytes(model, optimizer) // shards,
-        activations=activation_bytes(
+    autocast = accelerator.mixed_precision != "no"
+    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+    return {
+        "weights": (6 if autocast else 4) * parameters // shards,
+        "gradients": 4 * model.num_parameters(only_trainable=True) // shards,
+        "optimizer states": state_bytes(model, config.optimizer) // shards,
+        "activations": activation_bytes(
             model.config,
-            autocast=mixed_precision != "no",
+            autocast=autocast,
             micro_batch_size=micro_batch_size,
             block_size=block_size,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing,
         ),
-    )
+    }
 
 
 def activation_bytes(
@@ -154,16 +136,10 @@ def fits_by_estimate(
     config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, size: int, block_size: int
 ) -> bool:
     """Whether a step takes at most half of the memory that is available, and a pass CPU_TOKENS_PER_PASS tokens."""
-    estimate = estimate_memory(
-        model,
-        optimizer=config.optimizer,
-        mixed_precision=accelerator.mixed_precision,
-        micro_batch_size=size,
-        block_size=block_size,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-    available = psutil.virtual_memory().available / 2 / accelerator.num_processes
-    return estimate.total <= available and size * block_size <= max(CPU_TOKENS_PER_PASS, block_size)
+    if size * block_size > max(CPU_TOKENS_PER_PASS, block_size):
+        return False
+    needed = sum(estimate_memory(config, accelerator, model, size, block_size).values())
+    return needed <= psutil.virtual_memory().available / 2 / accelerator.num_processes
 
 
 def fits_by_trying(
@@ -264,15 +240,7 @@ def _facts(
     flops = model_flops_per_token(model, plan.block_size)
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     formula = "6 N + 12 L D T" if trained == parameters else "6 P + 4 (N - P) + 12 L D T, P of N parameters trained"
-    memory = estimate_memory(
-        model,
-        optimizer=config.optimizer,
-        mixed_precision=accelerator.mixed_precision,
-        micro_batch_size=plan.micro_batch_size,
-        block_size=plan.block_size,
-        gradient_checkpointing=config.gradient_checkpointing,
-        shards=accelerator.num_processes if accelerator.is_fsdp2 else 1,
-    )
+    memory = estimate_memory(config, accelerator, model, plan.micro_batch_size, plan.block_size)
     stand_in = ", in place of the --model_name_or_path that a run with --lora_rank needs" if config.lora_rank else ""
     return {
         "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
@@ -286,9 +254,6 @@ def _facts(
         "tokens": f"{tokens:,} ({epochs})",
         "FLOPs per token": f"{flops:,} ({formula})",
         "FLOPs": f"{flops * tokens:.3e}",
-        "memory per process": f"{memory.total / 2**30:.2f} GiB (estimate)",
-        "  weights": f"{memory.weights / 2**30:.2f} GiB",
-        "  gradients": f"{memory.gradients / 2**30:.2f} GiB",
-        "  optimizer states": f"{memory.optimizer_states / 2**30:.2f} GiB",
-        "  activations": f"{memory.activations / 2**30:.2f} GiB (counted on tensors without data)",
+        "memory per process": f"{sum(memory.values()) / 2**30:.2f} GiB (estimate)",
+        **{f"  {name}": f"{size / 2**30:.2f} GiB" for name, size in memory.items()},
     }

@@ -58,7 +58,9 @@ def build_muon(parameters: list[nn.Parameter], config: TrainConfig, *, sharded: 
         share = min(1.0, step / warmup_steps) if warmup_steps else 1.0
         return MUON_FIRST_MOMENTUM + share * (MUON_MOMENTUM - MUON_FIRST_MOMENTUM)
 
-    group = _group(parameters, config.muon_learning_rate, config.weight_decay) | {"values": {"momentum": momentum_at}}
+    group = parameter_group(parameters, config.muon_learning_rate, config.weight_decay) | {
+        "values": {"momentum": momentum_at}
+    }
     return (ShardedMuon if sharded else torch.optim.Muon)([group], nesterov=True)
 
 
@@ -99,16 +101,19 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     kind = optimizer_kind(config.optimizer)
     embedding = model.get_input_embeddings().weight
     taken = kind.parameters(model)
+    beside = [kind.build(taken, config, sharded=is_sharded(model))] if kind.build else []
     others = {id(parameter) for parameter in [embedding, *taken]}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in others]
     groups = [
-        _group(
+        parameter_group(
             [embedding] if embedding.requires_grad else [],
             _given(config.embedding_learning_rate, config.learning_rate),
             config.weight_decay,
         ),
-        _group([p for p in rest if p.ndim >= 2], config.learning_rate, config.weight_decay),
-        _group([p for p in rest if p.ndim < 2], _given(config.scalar_learning_rate, config.learning_rate), 0.0),
+        parameter_group([p for p in rest if p.ndim >= 2], config.learning_rate, config.weight_decay),
+        parameter_group(
+            [p for p in rest if p.ndim < 2], _given(config.scalar_learning_rate, config.learning_rate), 0.0
+        ),
     ]
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -116,7 +121,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         eps=config.adam_epsilon,
         fused=True,
     )
-    return [adamw, kind.build(taken, config, sharded=is_sharded(model))] if kind.build else [adamw]
+    return [adamw, *beside]
 
 
 def state_bytes(model: nn.Module, optimizer: str) -> int:
@@ -131,7 +136,11 @@ def _given(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict[str, Any]:
+def parameter_group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict[str, Any]:
+    """Make a group of an optimizer whose learning rate follows the schedule below `peak_lr`.
+
+    A key `values`, {name: function of the step}, gives the group other scheduled values.
+    """
     return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
 
 

@@ -33,7 +33,9 @@ def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: in
     if not (output_dir / SETTINGS_FILE).exists() and not list_checkpoints(checkpoints):
         for name in ("README.md", "config.json", "model.safetensors", "metrics.jsonl"):
             if (output_dir / name).exists():
-                raise GPT2ModernError(f"--output_dir {output_dir}: has a {name} of no run; name another folder")
+                raise GPT2ModernError(
+                    f"--output_dir {output_dir}: has a {name} that no run has written; name another folder"
+                )
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         set_aside_later_checkpoints(checkpoints, state.step)

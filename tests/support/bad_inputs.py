@@ -1,13 +1,13 @@
-"""Wrong inputs of every command and what is answered: the rows of docs/errors.md and the cases of test_bad_inputs.py.
+"""Wrong inputs of every command and the line each is answered with: the cases of test_bad_inputs.py.
 
-`python tests/bad_inputs.py` writes the page.
+Those with advice are the rows of docs/errors.md; `python -m tests.support.bad_inputs` writes the page.
 """
 
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
 
 # What precedes the flags of a case; a flag is left out where the case gives it or its rival.
@@ -33,19 +33,27 @@ RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_na
 
 @dataclass(frozen=True)
 class BadInput:
-    """flags: added to those of COMMANDS; error: a part of the line; what_to_do: where the line does not say it all.
+    """A command with a mistake in it, and a part of the line that it is answered with.
 
-    Names of files and folders are those that test_bad_inputs.py makes and describes. environment: variables set;
-    without: a package that is not installed; bare: without the flags of COMMANDS.
+    flags: added to those of COMMANDS. advice: what to do, where the line does not say it. Names of files and folders
+    are those that test_bad_inputs.py makes and describes. environment: variables set; without: a package that is not
+    installed; bare: without the flags of COMMANDS.
     """
 
     command: str
     flags: str
     error: str
-    what_to_do: str = ""
+    advice: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     without: str | None = None
     bare: bool = False
+
+    @property
+    def typed(self) -> str:
+        """Return the command as the page shows it."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        text = " ".join([*words, self.command, *([self.flags] if self.flags else [])])
+        return text.replace(f"{TINY},", "").replace("\udce9", "\\xe9").replace("long" * 80, "longlong...")
 
     @property
     def argv(self) -> list[str]:
@@ -57,21 +65,21 @@ class BadInput:
         return [*verify, *(word for pair in first.items() for word in pair), *given]
 
 
-def train(flags: str, error: str, what_to_do: str = "", **more) -> BadInput:
-    return BadInput(TRAIN, flags, error, what_to_do, **more)
+def train(flags: str, error: str, advice: str = "", **more) -> BadInput:
+    return BadInput(TRAIN, flags, error, advice, **more)
 
 
-def overrides(settings: str, error: str, what_to_do: str = "") -> BadInput:
-    return train(f"--config_overrides {TINY},{settings}", error, what_to_do)
+def overrides(settings: str, error: str, advice: str = "") -> BadInput:
+    return train(f"--config_overrides {TINY},{settings}", error, advice)
 
 
-def environment(name: str, value: str, error: str, what_to_do: str = "") -> BadInput:
-    return train("", error, what_to_do, environment={name: value})
+def environment(name: str, value: str, error: str, advice: str = "") -> BadInput:
+    return train("", error, advice, environment={name: value})
 
 
 FLAGS = [
     train("--max_stepss 3", "unknown argument '--max_stepss' (did you mean '--max_steps'?)"),
-    train("--max_steps many", "--max_steps: invalid int value: 'many'", "a whole number"),
+    train("--max_steps many", "--max_steps: invalid int value: 'many'"),
     train("--max_steps 0", "--max_steps 0 must be at least 1"),
     train("--max_steps 99999999999", "--max_steps 99999999999 must be at most 2147483647"),
     train("--learning_rate nan", "--learning_rate nan must be a finite number"),
@@ -82,29 +90,36 @@ FLAGS = [
     train("--dataloader_num_workers 100000", "--dataloader_num_workers 100000 must be at most 256"),
     train("--ddp_timeout 99999999999999", "--ddp_timeout 99999999999999 must be at most 2147483647"),
     train("--warmup_steps 9", "--warmup_steps 9 is more than --max_steps 8"),
-    train("--warmup_ratio 0.5", "--warmup_steps 2 and --warmup_ratio 0.5 say the same thing twice", "give one of them"),
+    train("--warmup_ratio 0.5", "--warmup_steps 2 and --warmup_ratio 0.5 say the same thing twice; give one"),
     train("--warmup_ratio 1.5", "--warmup_ratio 1.5 must be at most 1"),
     train("--decay_steps 2", "belong to --lr_scheduler_type warmup_stable_decay"),
     train("--decay_type linear", "--decay_type linear is the shape of warmup_stable_decay's fall; remove it"),
     train("--max_grad_norm inf", "--max_grad_norm inf must be a finite number"),
     train("--total_batch_size -64", "--total_batch_size -64 must be at least 1"),
-    train("--total_batch_size 100", "--total_batch_size 100 is not a multiple of", "one of the totals that it names"),
+    train("--total_batch_size 100", "= 128 tokens; use 128"),
+    train("--total_batch_size 0", "--total_batch_size 0 must be at least 1"),
     train("--total_batch_size 128000", "blocks but one step takes 4000"),
     train("--per_device_train_batch_size some", "--per_device_train_batch_size 'some' is neither a number nor auto"),
     train("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 must be at least 1"),
-    train("--batch_size_warmup_steps 3", "a batch-size warm-up from 32 tokens", "another --initial_total_batch_size"),
+    train(
+        "--batch_size_warmup_steps 3", "a batch-size warm-up from 32 tokens (--initial_total_batch_size) must go from"
+    ),
     train("--initial_total_batch_size 128", "--initial_total_batch_size needs --batch_size_warmup_steps"),
-    train("--block_size 1000000", "--block_size 1000000", "a --block_size that --total_batch_size is a multiple of"),
+    train(
+        "--block_size 1000000",
+        "x --block_size 1000000 x 1 processes",
+        "take a --block_size that divides --total_batch_size",
+    ),
     train("--block_size 9223372036854775808", "--block_size 9223372036854775808 must be at most 2147483647"),
     train("--model_preset gpt5", "unknown preset 'gpt5'; the presets are gpt2,"),
-    train("--attn_implementation fast", "--attn_implementation fast", "one of the implementations that it names"),
+    train("--attn_implementation fast", "--attn_implementation fast"),
     train("--mixed_precision int4", "--mixed_precision: invalid choice: 'int4'"),
     train("--max_train_time soon", "--max_train_time soon: expected seconds, or hours:minutes:seconds"),
-    train("--report_to printer", "--report_to printer: there are none, trackio, tensorboard and wandb"),
+    train("--report_to printer", "--report_to printer is unknown; choose from none, trackio, tensorboard, wandb"),
+    train("--optimizer sgd", "--optimizer sgd is unknown; choose from adamw, muon"),
     train("--project ''", "--project '' is empty; give it a value, or leave the flag out"),
     train("--run_name caf\udce9", "has bytes that are not text (UTF-8)", "type it in UTF-8"),
-    train("--hub_model_id a/b/c", "--hub_model_id 'a/b/c' is no repository name; give owner/name"),
-    train("--lora_rank 2 --optimizer muon", "use adamw with --lora_rank"),
+    train("--hub_model_id a/b/c", "--hub_model_id 'a/b/c' is not a repository name; give owner/name"),
     train("--lora_rank 2", "--lora_rank 2 needs --model_name_or_path"),
     train("--lora_target_modules q_proj", "--lora_alpha and --lora_target_modules need --lora_rank"),
     train("--lora_rank -1", "--lora_rank -1 must be at least 0"),
@@ -118,18 +133,18 @@ SETTINGS_OF_THE_MODEL = [
     train(
         "--config_overrides hidden_size=!!python/object/apply:os.getcwd",
         "cannot read the value of 'hidden_size'",
-        "YAML values alone are read; nothing is run",
+        "give a plain value: YAML tags are not run",
     ),
     train("--config_overrides hidden_size=30,num_attention_heads=4", "hidden_size=30 is not a multiple of"),
     overrides("hidden_size=64", "'hidden_size' is given twice; keep one"),
-    overrides("return_dict=false", "the model has no setting 'return_dict'", "its settings are those of README.md"),
-    overrides("vocab_size=8", "vocab_size=8", "leave it out: the data decides it"),
+    overrides("return_dict=false", "the model has no setting 'return_dict'", "take a setting of README.md"),
+    overrides("vocab_size=8", "must be between 1 and vocab_size=8", "leave it out: the data decides it"),
     overrides("max_position_embeddings=16", "--block_size 32 is longer than max_position_embeddings=16"),
     overrides("initializer_range=-1", "initializer_range=-1 must not be negative"),
     overrides("norm_eps=.nan", "norm_eps=nan must be a finite number"),
     overrides("attention_scale=.inf", "attention_scale=inf must be a finite number"),
     overrides("hidden_dropout=1.0", "hidden_dropout=1.0 must be at least 0 and below 1"),
-    overrides("layer_types=[full_attention]", "layer_types has 1 entries, num_hidden_layers=2"),
+    overrides("layer_types=[full_attention]", "(2) must be equal to the number of"),
     overrides("rope_theta=-5", "rope_parameters has rope_theta=-5; it must be a number above 0"),
     overrides("rope_theta=nan", "rope_parameters has rope_theta='nan'; it must be a number above 0"),
     overrides("rope_parameters='{rope_type: linear, factor: -3}'", "factor=-3; it must be a number of at least 1"),
@@ -142,14 +157,15 @@ SETTINGS_OF_THE_MODEL = [
 ]
 
 RECIPES = [
+    train("--config dmeo", "--config dmeo: no such file, and no shipped recipe; there are chat-finetune, demo,"),
     train("--config nowhere.yaml", "--config nowhere.yaml: No such file or directory"),
-    train("--config data", "--config data: Is a directory", "name the file"),
+    train("--config data", "--config data: Is a directory", "name the file in it"),
     train("--config loop", "--config loop: Too many levels of symbolic links"),
     train("--config typo.yaml", "--config typo.yaml: unknown key 'sed' (did you mean 'seed'?)"),
     train("--config twice.yaml", "--config twice.yaml: 'seed' is given twice; keep one"),
-    train("--config tag.yaml", "--config tag.yaml: not valid YAML", "plain values; tags that make objects are refused"),
-    train("--config tab.yaml", "--config tab.yaml: not valid YAML", "spaces, not tabs"),
-    train("--config nested.yaml", "--config nested.yaml: unknown key 'training'", "all keys at the left edge"),
+    train("--config tag.yaml", "--config tag.yaml: not valid YAML", "give plain values: YAML tags are refused"),
+    train("--config tab.yaml", "--config tab.yaml: not valid YAML", "indent with spaces, not tabs"),
+    train("--config nested.yaml", "--config nested.yaml: unknown key 'training'", "put all keys at the left edge"),
     train("--config deep.yaml", "--config deep.yaml: nested too deeply"),
     train("--config list.yaml", "--config list.yaml: expected 'flag: value' lines, found list"),
     train("--config no_value.yaml", "--config no_value.yaml: seed: expected a value, found None"),
@@ -160,16 +176,16 @@ RECIPES = [
 
 PLACES = [
     train("--data_dir nowhere", "nowhere/manifest.json: no such file; prepare_data.py makes folders that have one"),
-    train("--data_dir model", "model/manifest.json: no such file", "name a folder that prepare_data.py wrote"),
+    train("--data_dir model", "model/manifest.json: no such file"),
     train("--data_dir loop", "loop/manifest.json: no such file"),
-    train("--data_dir a/b", "a/b: no such folder, and no dataset that the Hub gives", "the name, the network"),
+    train("--data_dir a/b", "a/b: no such folder, and no dataset that the Hub gives"),
     train("--output_dir ''", "--output_dir '' is empty"),
     train("--output_dir data", "--output_dir data is the --data_dir or inside of it; name another folder"),
     train("--output_dir data/train", "--output_dir data/train is the --data_dir or inside of it"),
     train("--output_dir text.txt/run", "text.txt is a file, not a folder; name another place"),
     train("--output_dir loop", "--output_dir loop: Too many levels of symbolic links"),
     train(f"--output_dir {'long' * 80}", "File name too long; name another place"),
-    train("--output_dir thesis", "--output_dir thesis: has a README.md of no run; name another folder"),
+    train("--output_dir thesis", "--output_dir thesis: has a README.md that no run has written; name another folder"),
     train("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere: nowhere/checksums.json is missing"),
     train("--resume_from_checkpoint model", "model/checksums.json is missing", "name a folder of RUN/checkpoints"),
     train(
@@ -181,12 +197,13 @@ PLACES = [
 ]
 
 ENVIRONMENT = [
-    environment("WORLD_SIZE", "two", "the environment has WORLD_SIZE='two', which is no number"),
-    environment("WORLD_SIZE", "2", "cannot set up 2 process(es)", "start it with accelerate launch or torchrun"),
+    environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset it"),
+    environment("WORLD_SIZE", "2", "cannot set up 2 process(es)"),
     environment("LOCAL_RANK", "first", "cannot set up 1 process(es)", "unset what an earlier launch left behind"),
-    environment("CUDA_VISIBLE_DEVICES", "nonsense", "CUDA_VISIBLE_DEVICES='nonsense'; give numbers as 0,1"),
     environment("ACCELERATE_TORCH_DEVICE", "toaster", "cannot set up 1 process(es)", "unset ACCELERATE_TORCH_DEVICE"),
-    environment("ACCELERATE_MIXED_PRECISION", "fp7", "the launcher asks for precision 'fp7'"),
+    environment(
+        "ACCELERATE_MIXED_PRECISION", "fp7", "mixed precision 'fp7' of the launcher is unknown; choose from no,"
+    ),
     environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "sets gradient_accumulation_steps=4; remove it"),
     environment("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
     environment("ACCELERATE_DYNAMO_BACKEND", "inductor", "sets dynamo_backend inductor; remove it"),
@@ -200,50 +217,69 @@ ENVIRONMENT = [
 ]
 
 
-def finetune(flags: str, error: str, what_to_do: str = "") -> BadInput:
-    return train(f"--config_overrides '' {flags}", error, what_to_do)
+def finetune(flags: str, error: str, advice: str = "") -> BadInput:
+    return train(f"--config_overrides '' {flags}", error, advice)
 
 
 MODELS = [
     finetune("--model_name_or_path data", "--model_name_or_path data: Unrecognized model"),
     finetune("--model_name_or_path llama", "llama is a llama model; convert it first"),
-    finetune("--model_name_or_path other_tokenizer", "another tokenizer than", "prepare the data with the model's"),
+    finetune("--model_name_or_path other_tokenizer", "another tokenizer than"),
     finetune("--model_name_or_path no_weights", "--model_name_or_path no_weights cannot be loaded: Error no file"),
     finetune("--model_name_or_path half_weights", "--model_name_or_path half_weights cannot be loaded"),
     finetune("--model_name_or_path lost_tensor", "tensor model.norm.weight is missing"),
     finetune("--model_name_or_path not_numbers", "has values that are not finite numbers; use an earlier checkpoint"),
     finetune(
-        "--model_name_or_path own_code", "code from the folder is never run", "convert it to a stock architecture"
+        "--model_name_or_path own_code",
+        "code from the folder is never run",
+        "convert it to an architecture of transformers",
     ),
     finetune("--model_name_or_path model --output_dir model", "--output_dir model is the --model_name_or_path"),
     finetune("--model_name_or_path model --block_size 64", "is longer than max_position_embeddings=32"),
     finetune(
         "--model_name_or_path model --lora_rank 2 --lora_target_modules c_attn",
-        "--lora_target_modules c_attn: this model's layers have",
+        "--lora_target_modules c_attn is not in this model; its layers have down_proj,",
     ),
+    finetune("--model_name_or_path model --lora_rank 2 --optimizer muon", "use adamw with --lora_rank"),
     train("--model_name_or_path model", "--config_overrides hidden_size is fixed by --model_name_or_path"),
-    BadInput(GENERATE, "", "required: --model, --prompt", "give both", bare=True),
+    BadInput(GENERATE, "", "required: --model, --prompt", bare=True),
     BadInput(GENERATE, "--model nowhere/at/all", "--model nowhere/at/all: no such folder, and not a Hub repository id"),
     BadInput(GENERATE, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(GENERATE, "--model no_weights", "--model no_weights cannot be loaded: Error no file"),
     BadInput(GENERATE, "--model half_weights", "--model half_weights cannot be loaded", "copy it again"),
     BadInput(GENERATE, "--model lost_tensor", "tensor model.norm.weight is missing", "copy it again"),
-    BadInput(GENERATE, "--model other_width", "in the file, (", "put back its own config.json"),
+    BadInput(
+        GENERATE,
+        "--model other_width",
+        "is (32, 128) in the file, (32, 8) by config.json",
+        "put back its own config.json",
+    ),
     BadInput(GENERATE, "--model gpt2_config", "(gpt2 by config.json)", "put back its own config.json"),
     BadInput(GENERATE, "--model not_numbers", "has values that are not finite numbers"),
     BadInput(GENERATE, "--model own_code", "code from the folder is never run"),
-    BadInput(GENERATE, "--model pickled", "--model pickled cannot be loaded: Weights only load failed"),
-    BadInput(GENERATE, "--model quantized", "--model quantized cannot be loaded", "install what it names"),
+    BadInput(
+        GENERATE,
+        "--model pickled",
+        "--model pickled cannot be loaded: Weights only load failed",
+        "ask for it as safetensors: pickled files can run code",
+    ),
+    BadInput(GENERATE, "--model quantized", "--model quantized cannot be loaded"),
     BadInput(GENERATE, "--model broken_config", "is not a valid JSON file"),
     BadInput(GENERATE, "--model no_tokenizer", "it has no tokenizer.json; save the tokenizer beside the model"),
-    BadInput(GENERATE, "--model other_tokenizer", "--model other_tokenizer has no tokenizer that can be loaded"),
+    BadInput(
+        GENERATE,
+        "--model other_tokenizer",
+        "--model other_tokenizer has no tokenizer that can be loaded",
+        "put back its own tokenizer.json",
+    ),
     BadInput(GENERATE, "--model larger_tokenizer", "the tokenizer gives token id 300, the model's vocab_size is only"),
     BadInput(GENERATE, "--model learned --max_new_tokens 99", "more than the 32 positions that the model has learned"),
     BadInput(GENERATE, "--temperature nan", "--temperature nan must be a finite number"),
     BadInput(GENERATE, "--temperature 1e-9", "--temperature 1e-09 must be 0 or at least 0.01"),
-    BadInput(GENERATE, "--top_p 0", "--top_p 0.0 must be above 0 and at most 1"),
+    BadInput(GENERATE, "--top_p -0.5", "--top_p -0.5 must be at least 0"),
+    BadInput(GENERATE, "--top_p 1.5", "--top_p 1.5 must be at most 1"),
     BadInput(GENERATE, "--seed -1", "--seed -1 must be at least 0"),
-    BadInput(GENERATE, "--prompt caf\udce9", "has bytes that are not text (UTF-8)", "type it in UTF-8"),
+    BadInput(GENERATE, "--prompt caf\udce9", "has bytes that are not text (UTF-8)"),
     BadInput(GENERATE, "--output data", "--output data: is a folder; name a file in it"),
     BadInput(PERPLEXITY, "--blok_size 3", "(did you mean '--block_size'?)"),
     BadInput(PERPLEXITY, "--split test", "--split: invalid choice: 'test'"),
@@ -254,17 +290,27 @@ MODELS = [
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(CONVERT, "--model lost_tensor", "1 of its weights are missing, among them model.norm.weight"),
-    BadInput(CONVERT, "--model pickled", "--model pickled cannot be loaded", "save it as safetensors"),
-    BadInput(CONVERT, "--model own_code", "--model own_code cannot be loaded", "code from the folder is never run"),
-    BadInput(CONVERT, "--architecture BertModel", "BertModel", "one of the classes that it names"),
+    BadInput(
+        CONVERT,
+        "--model pickled",
+        "--model pickled cannot be loaded",
+        "ask for it as safetensors: pickled files can run code",
+    ),
+    BadInput(
+        CONVERT,
+        "--model own_code",
+        "--model own_code cannot be loaded",
+        "convert it with its own code: none from a folder is run",
+    ),
+    BadInput(CONVERT, "--architecture BertModel", "BertModel"),
     BadInput(CONVERT, "--outptu_dir x", "unknown argument '--outptu_dir' (did you mean '--output_dir'?)"),
     BadInput(CONVERT, "--output_dir data", "--output_dir data exists; delete it, or name another folder"),
     BadInput(CONVERT, "--output_dir text.txt/native", "text.txt is a file, not a folder; name another place"),
 ]
 
 
-def prepare(flags: str, error: str, what_to_do: str = "") -> BadInput:
-    return BadInput(PREPARE, flags, error, what_to_do)
+def prepare(flags: str, error: str, advice: str = "") -> BadInput:
+    return BadInput(PREPARE, flags, error, advice)
 
 
 PREPARATION = [
@@ -280,14 +326,14 @@ PREPARATION = [
     prepare("--train_file missing.txt", "missing.txt: no such file"),
     prepare("--train_file table.xyz", "table.xyz: unknown extension; known are"),
     prepare("--train_file empty.txt", "empty.txt: is empty; leave it out"),
-    prepare("--train_file latin.txt", "latin.txt: byte 3 is not UTF-8", "convert it, or --encoding_errors replace"),
+    prepare("--train_file latin.txt", "latin.txt: byte 3 is not UTF-8"),
     prepare("--train_file broken.jsonl", "broken.jsonl: byte 0: this line is not JSON"),
     prepare("--train_file body.jsonl", "body.jsonl: no column 'text'; --text_column can be one of body"),
     prepare("--train_file text.txt --file_format parquet", "text.txt: cannot be read as parquet"),
     prepare("--tokenizer_name nowhere", "--tokenizer_name nowhere: not a tokenizer"),
     prepare("--tokenizer_name broken_tokenizer", "--tokenizer_name broken_tokenizer: not a tokenizer"),
     prepare("--tokenizer_name damaged_tokenizer", "has token id 4000000000; its tokenizer.json is damaged"),
-    prepare("--dataset_name a/b", "--dataset_name a/b: cannot be loaded", "the name, the network"),
+    prepare("--dataset_name a/b", "--dataset_name a/b: cannot be loaded"),
     prepare("--chat_template x", "--chat_template x: is for --chat_column, which is not given"),
     prepare("--shard_index 5", "--shard_index 5: must be in [0, --num_shards None)", "give --num_shards"),
     prepare("--push_to_hub true", "--push_to_hub: needs --hub_dataset_id user/name"),
@@ -301,7 +347,7 @@ PREPARATION = [
 ]
 
 BENCHMARKS = [
-    BadInput(THROUGHPUT, "--model_preset gpt5", "gpt5", "one of the presets that it names"),
+    BadInput(THROUGHPUT, "--model_preset gpt5", "gpt5"),
     BadInput(THROUGHPUT, "--repetitions 2", "--repetitions 2 must be at least 3"),
     BadInput(THROUGHPUT, "--device cpu --precision tf32", "--precision tf32"),
     BadInput(THROUGHPUT, "--device tpu", "--device tpu"),
@@ -334,9 +380,11 @@ HEAD = """\
 # Errors
 
 A wrong input is answered with one line on stderr that begins with `error: `, and exit code 2; nothing half-written is
-left. A traceback is a defect of this project: please report it. Each row below is tried by `tests/test_bad_inputs.py`
-and comes from `tests/bad_inputs.py` (`python tests/bad_inputs.py` writes this page anew). Shown is a part of the line,
-which names the value and most often the way out; where it does not, the last column does.
+left. A traceback is a defect of this project: please report it.
+
+The line names the wrong value and, most often, what to do. Below are the lines that leave something to say; a part of
+each is shown. `tests/test_bad_inputs.py` tries every one, and the many that need no advice. They come from
+`tests/support/bad_inputs.py`; `python -m tests.support.bad_inputs` writes this page.
 
 Secrets: tokens (`HF_TOKEN`, `WANDB_API_KEY`) belong in the environment or in the file of `hf auth login`. They are not
 written anywhere. A value that is typed as a flag is not a secret: it is echoed in the error, and
@@ -345,20 +393,14 @@ written anywhere. A value that is typed as a flag is not a secret: it is echoed 
 
 
 def page() -> str:
-    """docs/errors.md."""
+    """Return the text of docs/errors.md: the rows that carry advice."""
     lines = [HEAD]
     for title, cases in TABLE.items():
-        lines.append(f"## {title}\n")
-        lines.append("| what you did | what you see | what to do |\n| --- | --- | --- |")
-        for case in cases:
-            done = [f"{name}={value}" for name, value in case.environment.items()]
-            done += [case.command, *([case.flags] if case.flags else [])]
-            without = f" without {case.without}" if case.without else ""
-            typed = " ".join(done).replace(f"{TINY},", "").replace("\udce9", "\\xe9")
-            typed = typed.replace("long" * 80, "longlong...")
-            lines.append(f"| `{typed}`{without} | `{case.error}` | {case.what_to_do or 'what the line says'} |")
-        lines.append("")
-    return "\n".join(lines).replace(" \n", "\n").rstrip("\n") + "\n"
+        if rows := [case for case in cases if case.advice]:
+            lines += [f"## {title}\n", "| what you did | what you see | what to do |", "| --- | --- | --- |"]
+            lines += [f"| `{case.typed}` | `{case.error}` | {case.advice} |" for case in rows]
+            lines.append("")
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":

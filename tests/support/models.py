@@ -1,7 +1,13 @@
-"""Models small enough for a test: one for each set of flags that the promises of the model are tested on."""
+"""Models small enough for a test, one for each set of flags that the tests of the model run on."""
+
+from pathlib import Path
 
 import torch
 
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.export import export_model
+from gpt2modern.training.models import build_model
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 TINY = {
@@ -36,14 +42,14 @@ FLAG_SETS = {
 
 
 def tiny_config(flag_set: str = "modern", **overrides) -> GPT2ModernConfig:
-    """The configuration of one of FLAG_SETS in 32 dimensions and 2 layers, without dropout."""
+    """Build the configuration of one of FLAG_SETS with 32 dimensions, 2 layers and no dropout."""
     preset, flags = FLAG_SETS[flag_set]
     dropouts = dict.fromkeys(("embedding_dropout", "attention_dropout", "hidden_dropout"), 0.0)
     return GPT2ModernConfig.from_preset(preset, **(TINY | dropouts | flags | overrides))
 
 
 def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
-    """The same as a model in evaluation mode, every weight away from its initial value."""
+    """Build the model of `tiny_config` in evaluation mode, with every weight moved away from its initial value."""
     torch.manual_seed(0)
     model = GPT2ModernForCausalLM(tiny_config(flag_set, **overrides)).eval()
     with torch.no_grad():
@@ -53,5 +59,15 @@ def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
-    """Token ids below 90, which every flag set has."""
+    """Draw token ids below 90, which exist in every flag set."""
     return torch.randint(0, 90, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def export_fresh_model(data_dir: Path, folder: Path, model_preset: str) -> Path:
+    """Write a freshly initialised model folder as a training run on `data_dir` leaves it."""
+    blocks = PackedBlocks(data_dir, "train")
+    torch.manual_seed(0)
+    overrides = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2"
+    config = TrainConfig(dry_run=True, model_preset=model_preset, config_overrides=overrides)
+    export_model(build_model(config, blocks), folder, blocks)
+    return folder

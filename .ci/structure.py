@@ -1,0 +1,107 @@
+"""Check the structure that docs/extending.md and README.md promise, and print the figures. Run by `make lint`.
+
+Arrows run down only, no circles, no test imports another test, imports stand at the top of the file (at most 15
+exceptions, each for an optional dependency and with its reason), and the product has at most 10,000 lines.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# From the lowest layer up: a module imports from its own layer and from those before it.
+LAYERS = [
+    ["modeling_gpt2modern"],
+    ["gpt2modern.errors", "gpt2modern.settings", "gpt2modern.files"],
+    ["gpt2modern.cli"],
+    ["gpt2modern.loading"],
+    ["gpt2modern.conversion"],
+    ["gpt2modern.data"],
+    ["gpt2modern.evaluation"],
+    ["gpt2modern.training"],
+    ["prepare_data", "train_accelerate"],
+    ["eval", "benchmarks"],
+    ["tests"],
+]
+OURS = re.compile(r"(gpt2modern|modeling_gpt2modern|prepare_data|train_accelerate|eval|benchmarks|tests)(\.|$)")
+MOST_LINES, MOST_INNER_IMPORTS = 10_000, 15
+EXCEPTION = re.compile(r"# noqa: PLC0415 +\S+")
+
+
+def tracked(pattern: str) -> list[Path]:
+    """List the files of the repository that match a git pattern."""
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, check=True, capture_output=True, text=True)
+    return [ROOT / name for name in listed.stdout.split() if (ROOT / name).exists()]
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file of the repository."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> int | None:
+    """Return the index in LAYERS of a module, None for the package gpt2modern itself, whose names are lazy."""
+    for index, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in names):
+            return index
+    return None
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of ours that a file imports, wherever the import stands."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = f"{package}.{node.module}" if node.level else node.module
+            for alias in node.names:  # `from package import module` is an import of the module
+                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base)
+    return {name for name in found if OURS.match(name)}
+
+
+def main() -> None:
+    files = {module_of(path): path for path in tracked("*.py") if not path.is_relative_to(ROOT / ".ci")}
+    graph = {module: imports_of(path, set(files)) for module, path in files.items()}
+    problems = []
+    for module, imported in sorted(graph.items()):
+        for name in sorted(imported):
+            if module == "gpt2modern" or layer_of(name) is None:
+                continue
+            if layer_of(name) > layer_of(module):
+                problems.append(f"{module} imports {name}, which lies above it")
+            if layer_of(module) == layer_of(name) == 8 and module != name:
+                problems.append(f"the script {module} imports the script {name}")
+            if module.startswith("tests.test_") and name.startswith("tests.test_"):
+                problems.append(f"{module} imports {name}: what tests share belongs into tests/support/")
+    try:
+        TopologicalSorter({module: imported - {module} for module, imported in graph.items()}).prepare()
+    except CycleError as error:
+        problems.append(f"imports run in a circle: {' -> '.join(error.args[1])}")
+
+    product = [path for path in tracked("*.py") if not path.is_relative_to(ROOT / "tests")]
+    lines = sum(path.read_text(encoding="utf-8").count("\n") for path in product)
+    inner = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in product
+        if path != Path(__file__)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "PLC0415" in line
+    ]
+    problems += [f"no reason given: {line}" for line in inner if not EXCEPTION.search(line)]
+    if len(inner) > MOST_INNER_IMPORTS:
+        problems.append(f"{len(inner)} imports stand inside functions, at most {MOST_INNER_IMPORTS} may")
+    if lines > MOST_LINES:
+        problems.append(f"the product has {lines:,} lines, at most {MOST_LINES:,} are allowed")
+    print(f"structure: {len(product)} files, {lines:,} lines, {len(inner)} imports inside functions")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Compute the loss: cross-entropy of a linear head without holding all logits, soft cap of logits, z-loss."""
+
+import re
+
+import torch
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Bound logits to +-cap by cap * tanh(logits / cap) (arXiv:2408.00118); return them unchanged if cap is None."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+# Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
+# allocator keeps it between blocks. An `add_` of bf16 to fp32 over all 50,304 rows at once takes 9x as long on CPU.
+_WEIGHT_ROWS_PER_BLOCK = 8192
+
+
+def _summed_loss_and_gradients(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    z_loss_coefficient: float,
+    vocab_size: int,
+    ignore_index: int,
+    chunk_size: int,
+    compute_dtype: torch.dtype,
+    needs_hidden_gradient: bool,
+    needs_weight_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the summed loss, the z-loss in it, and the gradients of the loss, a chunk of tokens at a time.
+
+    hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64.
+    Returns two scalars in at least fp32, the gradient with respect to hidden_states in compute_dtype, and that with
+    respect to weight in at least fp32, both in the shape of their tensor. A gradient that is not needed is empty.
+    """
+    num_tokens = hidden_states.shape[0]
+    loss_dtype = torch.promote_types(compute_dtype, torch.float32)
+    total, z_total, hidden_gradient, weight_gradient = _empty_outputs(
+        hidden_states, weight, compute_dtype, needs_hidden_gradient, needs_weight_gradient
+    )
+    total.zero_()
+    z_total.zero_()
+    weight_gradient.zero_()
+    output_weight = weight[:vocab_size].to(compute_dtype)  # (vocab_size, hidden_size)
+
+    # Allocated once: a fresh 150 MB buffer per chunk would cost the CPU more in page faults than the softmax itself.
+    buffer_shape = (min(chunk_size, num_tokens), vocab_size)
+    logits_buffer = hidden_states.new_empty(buffer_shape, dtype=compute_dtype)
+    scores_buffer = logits_buffer if loss_dtype == compute_dtype else torch.empty_like(logits_buffer, dtype=loss_dtype)
+    log_probs_buffer = torch.empty_like(scores_buffer)
+
+    for start in range(0, num_tokens, chunk_size):
+        chunk = slice(start, min(start + chunk_size, num_tokens))
+        rows = chunk.stop - chunk.start
+        # logits, scores and log_probs: (rows, vocab_size)
+        logits, scores, log_probs = logits_buffer[:rows], scores_buffer[:rows], log_probs_buffer[:rows]
+        is_ignored = (labels[chunk] == ignore_index).unsqueeze(1)  # (rows, 1)
+        targets = labels[chunk].unsqueeze(1).masked_fill(is_ignored, 0)  # (rows, 1)
+        # A zeroed hidden state adds exactly nothing to the weight gradient: cheaper than masking (rows, vocab_size).
+        inputs = hidden_states[chunk].to(compute_dtype).masked_fill(is_ignored, 0)  # (rows, hidden_size)
+
+        torch.mm(inputs, output_weight.t(), out=logits)
+        if scores is not logits:
+            scores.copy_(logits)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        torch.log_softmax(scores, dim=-1, out=log_probs)
+        target_log_probs = log_probs.gather(1, targets)  # (rows, 1)
+        total -= target_log_probs.masked_fill(is_ignored, 0).sum()
+        if z_loss_coefficient:
+            # log(sum(exp(scores))) = score - log-probability of any token, which saves a second pass over the scores.
+            log_sum = (scores.gather(1, targets) - target_log_probs).masked_fill_(is_ignored, 0)
+            z_total += z_loss_coefficient * log_sum.square().sum()
+        if not (needs_hidden_gradient or needs_weight_gradient):
+            continue
+
+        # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
+        gradient = log_probs.exp_()  # (rows, vocab_size)
+        if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
+            z_slope = 2 * z_loss_coefficient * log_sum
+            gradient.addcmul_(gradient, z_slope)
+            gradient.scatter_(1, targets, target_log_probs.expm1() + z_slope * target_log_probs.exp())
+        else:
+            gradient.scatter_(1, targets, target_log_probs.expm1_())
+        if softcap is not None:
+            gradient.addcmul_(gradient, scores.div_(softcap).square_(), value=-1)  # times 1 - (scores / softcap)^2
+        if gradient.dtype != compute_dtype:
+            gradient = logits.copy_(gradient)
+        if needs_hidden_gradient:
+            hidden_gradient[chunk] = (gradient @ output_weight).masked_fill_(is_ignored, 0)
+        if needs_weight_gradient:
+            for first_row in range(0, vocab_size, _WEIGHT_ROWS_PER_BLOCK):
+                block = slice(first_row, min(first_row + _WEIGHT_ROWS_PER_BLOCK, vocab_size))
+                weight_gradient[block] += (gradient[:, block].t() @ inputs).to(loss_dtype)
+
+    return total.add_(z_total), z_total, hidden_gradient, weight_gradient
+
+
+def _empty_outputs(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    compute_dtype: torch.dtype,
+    needs_hidden_gradient: bool,
+    needs_weight_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Allocate the results of the operator without setting their values."""
+    loss_dtype = torch.promote_types(compute_dtype, torch.float32)
+    return (
+        hidden_states.new_empty((), dtype=loss_dtype),
+        hidden_states.new_empty((), dtype=loss_dtype),
+        hidden_states.new_empty(hidden_states.shape if needs_hidden_gradient else (0,), dtype=compute_dtype),
+        weight.new_empty(weight.shape if needs_weight_gradient else (0,), dtype=loss_dtype),
+    )
+
+
+# One opaque operator, so that torch.compile neither breaks the graph here nor unrolls the loop over chunks. Its name
+# must be unique in the process: in torch a second registration silently replaces the first, and each checkpoint that is
+# loaded with trust_remote_code brings its own copy of this file, under another module name.
+_linear_cross_entropy_sum = torch.library.custom_op(
+    f"{re.sub(r'[^0-9a-zA-Z_]', '_', __name__)}::linear_cross_entropy_sum", _summed_loss_and_gradients, mutates_args=()
+)
+
+
+@_linear_cross_entropy_sum.register_fake
+def _(
+    hidden_states,
+    weight,
+    labels,
+    softcap,
+    z_loss_coefficient,
+    vocab_size,
+    ignore_index,
+    chunk_size,
+    compute_dtype,
+    needs_hidden_gradient,
+    needs_weight_gradient,
+):
+    return _empty_outputs(hidden_states, weight, compute_dtype, needs_hidden_gradient, needs_weight_gradient)
+
+
+def _keep_gradients(ctx, inputs, output) -> None:
+    hidden_states, weight, *_, needs_hidden_gradient, needs_weight_gradient = inputs
+    _, z_total, hidden_gradient, weight_gradient = output
+    ctx.mark_non_differentiable(z_total, hidden_gradient, weight_gradient)
+    ctx.set_materialize_grads(False)  # otherwise backward receives a (vocab_size, hidden_size) block of zeros
+    ctx.save_for_backward(hidden_gradient, weight_gradient)
+    ctx.dtypes = (
+        hidden_states.dtype if needs_hidden_gradient else None,
+        weight.dtype if needs_weight_gradient else None,
+    )
+
+
+def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
+    """Multiply the stored gradients, which are those of the sum, by the factor that arrives in the backward pass.
+
+    It holds 1 / num_items and, in fp16, the loss scale.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy is differentiable once only; for create_graph=True compute all logits")
+    # Multiply in the loss dtype, then round: in bf16 the factor 1 / num_items alone is wrong by up to 0.2 %.
+    hidden_gradient, weight_gradient = (
+        None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
+        for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    )
+    return hidden_gradient, weight_gradient, *(None,) * 9
+
+
+_linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) and never hold all logits.
+
+    hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
+    labels: (num_tokens,), int64, aligned with hidden_states (the caller shifts); `ignore_index` has no loss.
+    vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
+    softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
+    num_items_in_batch: divides the summed loss; None means the number of labels that are not ignored.
+    chunk_size: number of tokens whose logits exist at once; by default hidden_size, and at least 512. The sum of the
+    weight gradient is fp32, (vocab_size, hidden_size), and the logits of hidden_size tokens take no more memory than
+    it does; a smaller chunk only adds passes over that sum.
+
+    Returns the loss in nats per token, fp32 for every dtype of the inputs (float64 for float64). Matrix products run in
+    the dtype of autocast where it is on, otherwise in that of hidden_states; softmax, loss and the sum of the weight
+    gradient stay in fp32. As in `torch.nn.functional.cross_entropy`, the mean over no labels is NaN with zero
+    gradients. Gradients are computed in the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only
+    scales them; differentiating twice raises RuntimeError. Raises ValueError for shapes or sizes that do not fit.
+    """
+    loss, _ = linear_cross_entropy_and_z_loss(
+        hidden_states,
+        weight,
+        labels,
+        z_loss_coefficient=0.0,
+        vocab_size=vocab_size,
+        softcap=softcap,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+    )
+    return loss
+
+
+def linear_cross_entropy_and_z_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    z_loss_coefficient: float,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the loss of `linear_cross_entropy` plus z-loss; return the sum, and the z-loss alone without a gradient.
+
+    z-loss is z_loss_coefficient times the square of log(sum(exp(logits))), averaged over tokens as the cross-entropy
+    is. It keeps all logits from growing together, which does not change a softmax (PaLM, arXiv:2204.02311, section 5,
+    has 1e-4).
+    """
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    _check_arguments(hidden_states, weight, labels, vocab_size, softcap, chunk_size)
+    device_type = hidden_states.device.type
+    compute_dtype = hidden_states.dtype
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        compute_dtype = torch.get_autocast_dtype(device_type)
+    total, z_total, _, _ = _linear_cross_entropy_sum(
+        hidden_states,
+        weight,
+        labels,
+        softcap,
+        z_loss_coefficient,
+        vocab_size,
+        ignore_index,
+        max(512, weight.shape[1]) if chunk_size is None else chunk_size,
+        compute_dtype,
+        torch.is_grad_enabled() and hidden_states.requires_grad,
+        torch.is_grad_enabled() and weight.requires_grad,
+    )
+    return (
+        _mean_over_labels(total, labels, num_items_in_batch, ignore_index),
+        _mean_over_labels(z_total, labels, num_items_in_batch, ignore_index),
+    )
+
+
+def logits_z_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    z_loss_coefficient: float,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Compute the z-loss from all logits (..., vocab_size), with a gradient; labels: (...)."""
+    log_sum = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)  # (...)
+    total = z_loss_coefficient * log_sum.square().masked_fill(labels == ignore_index, 0).sum()
+    return _mean_over_labels(total, labels, num_items_in_batch, ignore_index)
+
+
+def _mean_over_labels(
+    total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None, ignore_index: int
+) -> torch.Tensor:
+    if num_items_in_batch is None:
+        num_labels = (labels != ignore_index).sum()
+        # Dividing by zero would make the gradients NaN too; nn.functional.cross_entropy gives zeros.
+        return torch.where(num_labels > 0, total / num_labels.clamp(min=1), torch.nan)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def _check_arguments(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    softcap: float | None,
+    chunk_size: int | None,
+) -> None:
+    if hidden_states.dim() != 2 or weight.dim() != 2 or hidden_states.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden_states and weight must be (num_tokens, hidden_size) and (rows, hidden_size), got "
+            f"{tuple(hidden_states.shape)} and {tuple(weight.shape)}"
+        )
+    if labels.shape != hidden_states.shape[:1]:
+        raise ValueError(f"labels must be (num_tokens,) = {tuple(hidden_states.shape[:1])}, got {tuple(labels.shape)}")
+    if not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size must be between 1 and the {weight.shape[0]} rows of weight, got {vocab_size}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

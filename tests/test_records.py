@@ -1,0 +1,52 @@
+"""Records of a run: no step twice, no half line, curves and a progress bar that show what is known."""
+
+import json
+
+import pytest
+
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training.records import RowLog, bar_numbers, on_one_line, plot_training_curves, read_rows
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1]"])
+def test_a_file_that_is_not_a_log_is_refused(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_text(content + "\n")
+    with pytest.raises(GPT2ModernError, match="is not a log of metrics"):
+        RowLog(tmp_path / "metrics.jsonl", resumed_step=0)
+
+
+@pytest.mark.fault("F20 a log with a step twice or half a line")
+def test_a_resumed_log_has_no_step_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = RowLog(path, resumed_step=0)
+    for step in range(1, 6):
+        log.add({"step": step})
+    resumed = RowLog(path, resumed_step=3)
+    assert resumed.last_step == 5
+    resumed.add({"step": 4})
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.fault("F20 a log with a step twice or half a line")
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1}]
+
+
+def test_the_curves_are_a_png_also_before_the_first_evaluation(tmp_path):
+    rows = [{"step": 1, "tokens_seen": 10, "loss": 3.0, "learning_rate": 0.1}]
+    plot_training_curves(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_bar_names_every_number_and_leaves_out_what_is_not_known():
+    metrics = {"loss": 3.21, "learning_rate": 6e-4, "tokens_per_second": 12345.6, "peak_memory_gib": 1.25, "mfu": 0.414}
+    known = "02:05 left, loss 3.210, lr 6.0e-04, 12,346 tok/s, MFU 41.4%, 1.2 GiB"
+    assert bar_numbers(metrics, remaining_s=125) == known
+    assert bar_numbers(metrics | {"mfu": None}, remaining_s=125) == known.replace("MFU 41.4%, ", "")
+
+
+def test_a_sample_is_shown_on_one_line():
+    assert on_one_line({"prompt": "a\n", "text": "b"}) == r"'a\nb'"
+    assert on_one_line({"prompt": "a", "text": "b" * 200}, width=20) == "'" + "a" + "b" * 15 + "..."
