@@ -28,11 +28,19 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import check_prompts, generate_samples
 from gpt2modern.evaluation.loss import METRICS, batch_loss, evaluate_loss
-from gpt2modern.training.batches import BatchPlan, StepBatch, plan_batches, refuse_too_few_blocks, step_batches
+from gpt2modern.training.batches import (
+    BatchPlan,
+    StepBatch,
+    hash_seed,
+    plan_batches,
+    refuse_too_few_blocks,
+    step_batches,
+)
 from gpt2modern.training.checkpoints import Checkpoints, checkpoints_dir, refuse_nonfinite
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import (
     Processes,
+    all_finite,
     joined_processes,
     refuse_fp16_on_cpu,
     reshard,
@@ -42,12 +50,12 @@ from gpt2modern.training.distributed import (
 )
 from gpt2modern.training.memory import dry_run, fit_micro_batch
 from gpt2modern.training.models import build_model
-from gpt2modern.training.nonfinite import all_finite, handle_nonfinite
+from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
 from gpt2modern.training.records import Records
 from gpt2modern.training.speed import Stopwatch, step_metrics
-from gpt2modern.training.state import TrainState, hash_seed
+from gpt2modern.training.state import TrainState
 from gpt2modern.training.stopping import StopRequest, describe, exit_code_of_stop
 from gpt2modern.training.trackers import check_trackers
 from modeling_gpt2modern import GPT2ModernForCausalLM
@@ -59,7 +67,7 @@ def no_callback(event: str, **details: Any) -> None:
     """Do nothing at the events of a run; see `train`."""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, callback: Callback = no_callback) -> None:
     with one_line_errors():
         config = parse_arguments(TrainConfig, argv, __doc__)
         if config.dry_run:
@@ -67,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 config = replace(config, mixed_precision=accelerator.mixed_precision)
                 accelerator.print(dry_run(config, accelerator), end="", flush=True)
             return
-        summary = train(config)
+        summary = train(config, callback)
     if summary["stopped"]:
         raise SystemExit(exit_code_of_stop())
 
@@ -229,7 +237,7 @@ def train_step(
     targets and divided by num_items. Each micro-batch's loss is divided by the step's targets of all processes, not by
     its own: the gradient is that of one big batch however it is divided.
     """
-    factor = config.schedule().factor(step)
+    factor = config.schedule.factor(step)
     set_schedules(optimizer, step=step, learning_rate_factor=factor)
     # Dropout depends on (seed, step, process) alone, so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, step, accelerator.process_index))

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there; what is resumed is the newest whole one."""
+"""A checkpoint is complete or not there; what is resumed is the newest valid one."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.checkpoints import (
-    checkpoint_to_resume,
+    choose_checkpoint,
     find_problem,
     list_checkpoints,
     load_checkpoint,
@@ -53,7 +53,7 @@ def checkpoints(tmp_path):
     return tmp_path
 
 
-def test_loading_gives_back_weights_optimizer_and_state_bit_for_bit(checkpoints):
+def test_loading_restores_weights_optimizer_and_state_exactly(checkpoints):
     model, optimizer = trained_model()
     expected = {
         name: value.clone() for name, value in (model.state_dict() | optimizer_state([optimizer], model)).items()
@@ -67,7 +67,7 @@ def test_loading_gives_back_weights_optimizer_and_state_bit_for_bit(checkpoints)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_the_optimizer_goes_on_as_if_it_had_never_stopped():
+def test_a_restored_optimizer_makes_the_same_update():
     model, optimizer = trained_model()
     other, other_optimizer = trained_model()
     other_optimizer.state.clear()
@@ -79,7 +79,7 @@ def test_the_optimizer_goes_on_as_if_it_had_never_stopped():
 
 
 def test_the_newest_is_resumed(checkpoints):
-    assert checkpoint_to_resume("auto", checkpoints, report=print).name == "step_0000010"
+    assert choose_checkpoint("auto", checkpoints, report=print).name == "step_0000010"
 
 
 @pytest.mark.fault("F9 a checkpoint's file is deleted, emptied, truncated, altered")
@@ -90,37 +90,36 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(checkpoints, name, how):
         name = "trainer_state.json"  # a flipped bit in the checksums shows as an altered file
     damage(checkpoints / "step_0000010" / name, how)
     reports = []
-    assert checkpoint_to_resume("auto", checkpoints, report=reports.append).name == "step_0000002"
+    assert choose_checkpoint("auto", checkpoints, report=reports.append).name == "step_0000002"
     assert len(reports) == 1 and name in reports[0]
 
 
 @pytest.mark.parametrize("checksums", ["[]", "{}", "half"])
-def test_checksums_that_do_not_list_the_files_are_a_damage(checkpoints, checksums):
+def test_checksums_must_list_the_files(checkpoints, checksums):
     (checkpoints / "step_0000010" / "checksums.json").write_text(checksums)
     assert "checksums.json" in find_problem(checkpoints / "step_0000010")
 
 
 @pytest.mark.fault("F9 a checkpoint's file is deleted, emptied, truncated, altered")
-def test_if_none_is_whole_the_run_stops_instead_of_starting_over(checkpoints):
+def test_if_none_is_valid_the_run_does_not_start_over(checkpoints):
     for checkpoint in list_checkpoints(checkpoints):
         damage(checkpoint / "model.safetensors", "truncated")
     with pytest.raises(GPT2ModernError, match="--resume_from_checkpoint none"):
-        checkpoint_to_resume("auto", checkpoints, report=print)
+        choose_checkpoint("auto", checkpoints, report=print)
 
 
 def test_a_checkpoint_asked_for_by_path_must_be_one(tmp_path):
     with pytest.raises(GPT2ModernError, match=r"checksums\.json is missing"):
-        checkpoint_to_resume(str(tmp_path / "nothing"), tmp_path, report=print)
+        choose_checkpoint(str(tmp_path / "nothing"), tmp_path, report=print)
 
 
-def test_no_checkpoints_or_none_asked_for_is_a_fresh_start(checkpoints, tmp_path):
-    assert checkpoint_to_resume("auto", tmp_path / "elsewhere", report=print) is None
-    assert checkpoint_to_resume("none", checkpoints, report=print) is None
+def test_no_checkpoint_is_a_fresh_start(checkpoints, tmp_path):
+    assert choose_checkpoint("auto", tmp_path / "elsewhere", report=print) is None
+    assert choose_checkpoint("none", checkpoints, report=print) is None
 
 
-@pytest.mark.fault("F8 full disk; F10 read-only, vanished folder: a save fails, the run goes on")
-def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints):
-
+@pytest.mark.fault("F8 full disk; F10 read-only, vanished folder: a save fails, the run continues")
+def test_a_failed_save_leaves_the_older_checkpoints(checkpoints):
     def fail(path):
         (path / "model.safetensors").write_bytes(b"half")
         raise OSError("disk full")
@@ -131,7 +130,7 @@ def test_a_failed_save_leaves_the_older_ones_and_no_temporary_folder(checkpoints
     assert find_problem(checkpoints / "step_0000010") is None
 
 
-def test_every_file_is_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+def test_files_are_on_disk_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
     """Four files and their folder are flushed, then renamed, then the folder that holds the name is flushed."""
     events, rename = [], Path.rename
     monkeypatch.setattr("gpt2modern.files.os.fsync", lambda descriptor: events.append("flush"))
@@ -145,7 +144,7 @@ def test_rotation_keeps_the_newest(checkpoints):
     assert [path.name for path in list_checkpoints(checkpoints)] == ["step_0000020", "step_0000010"]
 
 
-def test_checkpoints_later_than_the_start_are_set_aside_not_deleted(checkpoints):
+def test_later_checkpoints_are_set_aside(checkpoints):
     set_aside_later_checkpoints(checkpoints, 2)
     assert [path.name for path in list_checkpoints(checkpoints)] == ["step_0000002"]
     assert find_problem(checkpoints / "replaced_1" / "step_0000010") is None
@@ -163,7 +162,7 @@ def test_what_is_saved_holds_no_pickle(checkpoints):
 
 
 @pytest.mark.parametrize("strange", ["deep", "a\0b", "\ud800"], ids=ascii)
-def test_checksums_that_make_no_sense_are_a_problem_and_no_crash(tmp_path, strange):
+def test_senseless_checksums_are_a_problem_not_a_crash(tmp_path, strange):
     names = ("model.safetensors", "optimizer.safetensors", "trainer_state.json")
     for name in names:
         (tmp_path / name).write_text("")

@@ -203,7 +203,7 @@ def test_every_rate_and_average_reaches_its_group(data_dir, tmp_path):
 def test_a_decay_without_a_length_takes_a_fifth_of_the_steps():
     schedule = TrainConfig(
         data_dir="data", output_dir="out", max_steps=100, lr_scheduler_type="warmup_stable_decay"
-    ).schedule()
+    ).schedule
     assert schedule.decay_steps == 20 and (schedule.factor(80), schedule.factor(79)) == (1.0, 1.0) > (
         schedule.factor(81),
     )

@@ -1,4 +1,4 @@
-"""Every way to start the trainer gives the same losses: launchers, processes, nodes, shards; none waits for ever."""
+"""Every way to start the trainer gives the same losses: launchers, processes, nodes, shards; none waits forever."""
 
 import os
 import random
@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
+from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.folders import random_rows, write_prepared
 from tests.support.trainer import (
     REPOSITORY,
@@ -43,7 +46,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def launch(data_dir, output_dir, *launcher, says, variables=(), **changes):
-    """Train in processes of their own, started by `launcher`; `says`: how the trainer understood its launch."""
+    """Train in processes started by `launcher`; says: the processes and device that the trainer prints."""
     arguments = command(data_dir, output_dir, *launcher, **(SETTINGS | changes))
     result = subprocess.run(
         arguments, env=environment(**dict(variables)), capture_output=True, text=True, timeout=200, cwd=REPOSITORY
@@ -71,7 +74,7 @@ ONE_PROCESS = {
 
 
 @pytest.mark.parametrize("launcher", ONE_PROCESS.values(), ids=ONE_PROCESS)
-def test_one_process_is_bit_identical_however_it_is_started(whole, data_dir, tmp_path, launcher):
+def test_every_launcher_gives_one_process_the_same_weights(whole, data_dir, tmp_path, launcher):
     run = launch(data_dir, tmp_path, *launcher, says="1 x cpu")
     assert losses(run) == losses(whole)
     assert_same_weights(run, whole)
@@ -84,20 +87,20 @@ TWO_PROCESSES = {
 
 
 @pytest.mark.parametrize("launcher", TWO_PROCESSES.values(), ids=TWO_PROCESSES)
-def test_under_adamw_two_processes_train_like_one(whole, data_dir, tmp_path, launcher):
+def test_two_processes_train_like_one(whole, data_dir, tmp_path, launcher):
     run = launch(data_dir, tmp_path, *launcher, says="2 x cpu")
     assert losses(run) == pytest.approx(losses(whole), rel=1e-6)
     assert eval_losses(run) == pytest.approx(eval_losses(whole), rel=1e-6)
 
 
 def stand_in(folder, name, script):
-    """A program of that name on the PATH; returns the folder to put there."""
+    """Write a program `name` into `folder`, which is to stand on the PATH."""
     (folder / name).write_text(f"#!/bin/bash\n{script}\n")
     (folder / name).chmod(0o755)
 
 
 def free_job_id():
-    """A SLURM job number whose port (slurm_two_nodes.sbatch: 10000 + number) nobody listens on."""
+    """Find a SLURM job number whose port (slurm_two_nodes.sbatch: 10000 + number) nobody listens on."""
     while True:
         number = random.SystemRandom().randrange(20000)
         with socket.socket() as probe:
@@ -135,7 +138,7 @@ def test_two_nodes_train_like_one_process(whole, data_dir, tmp_path):
 
 
 @pytest.mark.fault("F6 a SLURM job at its time limit")
-def test_a_slurm_job_at_its_time_limit_stops_the_step_and_queues_again(tmp_path):
+def test_a_slurm_job_at_its_time_limit_is_queued_again(tmp_path):
     stand_in(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/scontrol.log')
     stand_in(tmp_path, "srun", f"echo $$ > {tmp_path}/srun.pid; exec sleep 60")
     stand_in(tmp_path, "scancel", f'echo "$@" > {tmp_path}/scancel.log; kill -USR1 $(cat {tmp_path}/srun.pid)')
@@ -151,11 +154,8 @@ def test_a_slurm_job_at_its_time_limit_stops_the_step_and_queues_again(tmp_path)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_launch_configuration_says_what_the_launcher_reads(path):
+def test_a_launch_configuration_has_known_keys_only(path):
     """Accelerate refuses unknown keys at the top but takes any under fsdp_config."""
-    from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
     configuration = load_config_from_file(str(path))
     assert configuration.num_processes == yaml.safe_load(path.read_text())["num_processes"]
     assert configuration.num_processes % configuration.num_machines == 0  # a total, not a number per machine
@@ -185,8 +185,6 @@ def test_a_sharded_model_is_sampled_from(sharded):
 
 @pytest.mark.fault("F22 the folder loads elsewhere, tied")
 def test_a_sharded_run_leaves_the_folders_of_a_whole_one(sharded, whole):
-    from modeling_gpt2modern import GPT2ModernForCausalLM
-
     for folder in (Path(), Path("checkpoints/step_0000003")):
         names = [{path.name for path in (run / folder).iterdir()} - {"samples.jsonl"} for run in (sharded, whole)]
         assert names[0] == names[1]
@@ -209,14 +207,16 @@ def test_a_sharded_run_resumes_bit_identical(sharded, data_dir, tmp_path):
 
 
 @pytest.mark.fault("F2 another number of processes or micro-batch")
-def test_a_sharded_run_goes_on_in_one_process(sharded, whole, data_dir, tmp_path):
+def test_a_sharded_run_resumes_in_one_process(sharded, whole, data_dir, tmp_path):
     run = train(data_dir, tmp_path, resume_from_checkpoint=sharded / "checkpoints" / "step_0000003", **SETTINGS)
     assert losses(run) == pytest.approx(losses(whole)[3:], rel=1e-6)
 
 
-def test_muon_goes_on_sharded_where_one_process_stopped(data_dir, tmp_path):
-    """With a head of its own, and scalars that only one process has a piece of. Over three steps at these rates Muon's
-    products in bf16 have made little of the other rounding: test_train.py has the recipe's rates."""
+def test_muon_resumes_sharded_after_one_process(data_dir, tmp_path):
+    """The head is not tied, and some scalars lie on one process only.
+
+    Over three steps at these rates Muon's products in bf16 amplify rounding little; test_train.py has the recipe's.
+    """
     one = train(data_dir, tmp_path / "one", **SETTINGS, **SPEEDRUN)
     two = tmp_path / "two"
     checkpoint = one / "checkpoints" / "step_0000003"
@@ -230,7 +230,7 @@ def test_muon_goes_on_sharded_where_one_process_stopped(data_dir, tmp_path):
 
 @pytest.fixture
 def one_launched_process(monkeypatch):
-    """The environment that torchrun gives a single process; afterwards nothing of it is left."""
+    """Set the environment that torchrun gives a single process, and leave its process group afterwards."""
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_PORT", str(10000 + int(free_job_id())))
@@ -243,7 +243,7 @@ def one_launched_process(monkeypatch):
 def test_bf16_shards_divide_by_the_exact_number_of_targets(
     data_dir, tmp_path, monkeypatch, one_launched_process, preset
 ):
-    """FSDP2 would round every tensor that a forward is given, also what the loss is divided by: 257 to 256 or 258.
+    """FSDP2 would round every tensor that a forward pass is given, also what the loss is divided by: 257 to 256 or 258.
 
     One process is enough to see it, and needs no launch.
     """

@@ -1,6 +1,7 @@
-"""Tokens stay where they are, files have their user's modes, nothing of a folder runs, nothing lies outside of it."""
+"""No token is written, files have their user's modes, no code of a folder runs, nothing is written outside of it."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -10,22 +11,20 @@ from pathlib import Path
 import pytest
 
 from gpt2modern.data.manifest import read_tokenizer_files
-from gpt2modern.training import resume
 from gpt2modern.training.checkpoints import find_problem, save_checkpoint
-from tests.support.trainer import ENVIRONMENT, TINY, command, train
+from tests.support.trainer import ENVIRONMENT, REPOSITORY, TINY, command, train
 
-ROOT = Path(__file__).parents[1]
 MARKER = "hf_ThisIsTheSecretOfTheTest"
 SECRETS = dict.fromkeys(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"), MARKER)
 
 
 def modules() -> list[Path]:
-    folders = ("modeling_gpt2modern", "preparation", "training", "eval")
-    return [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).glob("*.py"))]
+    folders = ("modeling_gpt2modern", "gpt2modern", "eval", "benchmarks")
+    return [*REPOSITORY.glob("*.py"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))]
 
 
 def dangers(source: str) -> list[str]:
-    """Calls that run what a user, a file or the network has written."""
+    """List the calls that run what a user, a file or the network has written."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -42,9 +41,9 @@ def dangers(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_no_text_is_run_as_code(path):
-    """command_line.UniqueKeys derives from yaml.SafeLoader."""
+    """gpt2modern.cli._UniqueKeys derives from yaml.SafeLoader."""
     assert dangers(path.read_text()) == []
 
 
@@ -56,7 +55,7 @@ def test_such_a_call_would_be_found(line):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
-def test_a_run_leaves_no_token_no_other_modes_and_nothing_outside_of_its_folder(data_dir, tmp_path, umask):
+def test_a_run_leaves_no_token_and_writes_in_its_folder_only(data_dir, tmp_path, umask):
     """With two trackers and an upload that fails; HOME and the working directory are fresh."""
     home, output_dir = tmp_path / "home", tmp_path / "run"
     home.mkdir()
@@ -107,8 +106,6 @@ def test_rotation_does_not_follow_a_link_out_of_the_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret"])
 def test_checksums_name_nothing_outside_of_the_checkpoint(tmp_path, name):
-    import json
-
     (tmp_path / "secret").write_text("secret")
     checkpoint = save(tmp_path / "checkpoints", 1)
     checksums = json.loads((checkpoint / "checksums.json").read_text())
@@ -118,22 +115,20 @@ def test_checksums_name_nothing_outside_of_the_checkpoint(tmp_path, name):
 
 def test_code_of_a_model_folder_is_not_run(data_dir, tmp_path):
     """Our own model's files stand beside its weights for others; here they are not even read."""
-    from test_eval import export_fresh_model
-
-    folder = export_fresh_model(data_dir, tmp_path / "model", "modern")
+    folder = train(data_dir, tmp_path / "model", max_steps=1, warmup_steps=0, save_steps=0)
     for path in folder.glob("*.py"):
         path.write_text("import os\nos.mkdir('made_by_remote_code')\n")
     code = (
-        "from eval import generate, perplexity; from gpt2modern.conversion import convert as conversion\n"
-        "import sys; model, data = sys.argv[1:]\n"
+        "import runpy, sys; from eval import generate, perplexity; model, data = sys.argv[1:]\n"
         "generate.main(['--model', model, '--prompt', 'def', '--max_new_tokens', '2'])\n"
         "perplexity.main(['--model', model, '--data', data])\n"
-        "conversion.main(['--model', model, '--output_dir', model + '_native'])\n"
+        "sys.argv[1:] = ['--model', model, '--output_dir', model + '_native']\n"
+        "runpy.run_module('gpt2modern.conversion', run_name='__main__')\n"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(folder), str(data_dir)],
         cwd=tmp_path,
-        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")},
+        env=ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY), "HF_HOME": str(tmp_path / "cache")},
         check=True,
         capture_output=True,
         timeout=120,
@@ -183,22 +178,21 @@ def test_an_altered_tokenizer_is_refused_at_the_start(data_dir, tmp_path, capsys
     assert caught.value.code == 2 and "tokenizer.json: altered since it was written" in capsys.readouterr().err
 
 
-def test_a_run_needs_the_data_folder_for_its_tokens_only(data_dir, tmp_path, monkeypatch):
-    """The tokenizer was read when the run began: a folder that vanishes (blocks stay mapped) costs no checkpoint."""
+def test_a_run_needs_the_data_folder_for_its_tokens_only(data_dir, tmp_path):
+    """The tokenizer is read when the run begins: a folder that vanishes (blocks stay mapped) costs no checkpoint."""
     data = copied(data_dir, tmp_path / "data")
 
-    def vanish(*args, **kwargs) -> Path:
-        shutil.rmtree(data / "tokenizer", ignore_errors=True)
-        return save_checkpoint_as_it_was(*args, **kwargs)
+    def vanish(event: str, **details) -> None:
+        if event == "saving":
+            shutil.rmtree(data / "tokenizer", ignore_errors=True)
 
-    save_checkpoint_as_it_was = resume.save_checkpoint
-    monkeypatch.setattr(resume, "save_checkpoint", vanish)
-    run = train(data, tmp_path / "run", max_steps=2, save_steps=1)
+    run = train(data, tmp_path / "run", max_steps=2, save_steps=1, callback=vanish)
     assert (run / "tokenizer.json").read_bytes() == (data_dir / "tokenizer" / "tokenizer.json").read_bytes()
     assert (run / "checkpoints" / "step_0000002" / "tokenizer.json").is_file()
 
 
-def test_an_output_folder_that_was_removed_meanwhile_is_gone_on_with(data_dir, tmp_path):
+def test_a_finished_run_is_exported_again(data_dir, tmp_path):
+    """Only its checkpoints and metrics.jsonl are left in its folder."""
     run = train(data_dir, tmp_path / "run", max_steps=3, save_steps=3)
     for path in run.iterdir():
         if path.is_file() and path.name != "metrics.jsonl":

@@ -118,6 +118,11 @@ def samples_in_order(num_blocks: int, plan: BatchPlan, *, seed: int, first: int,
     )
 
 
+def hash_seed(*numbers: int) -> int:
+    """Return a 64-bit seed; neighbouring numbers give unrelated random streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 @functools.lru_cache(maxsize=2)  # two epochs: a sampler that reads ahead may have begun the next one
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_blocks)

@@ -88,6 +88,8 @@ def summarize(
 
     Its evaluation results are those of the last evaluation, None where there was none.
     """
+    loss = state.evaluation.get("eval_loss")  # all that a checkpoint of an earlier version has
+    results = {} if loss is None else {name: metric.of(loss, eval_blocks) for name, metric in METRICS.items()}
     losses = [row["loss"] for row in rows if row.get("loss") is not None]  # a skipped update has none
     tokens_seen = plan.tokens_seen(state.step)
     return {
@@ -95,7 +97,7 @@ def summarize(
         "steps": state.step,
         "tokens_seen": tokens_seen,
         "train_loss": losses[-1] if losses else None,
-        **{name: state.evaluation.get(name) for name in METRICS},
+        **(dict.fromkeys(METRICS) | results),
         "tokens_per_second": tokens_seen / state.wall_time_s,
         "wall_time_s": state.wall_time_s,
         "mixed_precision": config.mixed_precision,

@@ -65,7 +65,7 @@ class Checkpoints:
         self.model = model
         self.optimizers = optimizers
         self.blocks = blocks
-        self.schedule = config.schedule()
+        self.schedule = config.schedule
         self.folder = checkpoints_dir(config)
         self.settings = fixed_settings(config, accelerator.mixed_precision, model, blocks, plan)
 

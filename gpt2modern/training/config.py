@@ -1,6 +1,7 @@
 """TrainConfig: every setting of a training run, with its unit, range and group; imports nothing heavy."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -184,6 +185,9 @@ class TrainConfig:
     license: str | None = hub(None, "licence of the weights in the model card: an identifier of the Hub, as apache-2.0")
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):  # Python code may give a folder as a Path
+            if isinstance(value := getattr(self, field.name), Path):
+                setattr(self, field.name, str(value))
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
         self.per_device_train_batch_size = number_or_auto(
@@ -199,7 +203,7 @@ class TrainConfig:
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
-        self.schedule()
+        self.schedule  # noqa: B018  raises ValueError
 
     def _check_output_dir(self) -> None:
         check_writable_folder("--output_dir", self.output_dir)
@@ -220,8 +224,9 @@ class TrainConfig:
             except HFValidationError:
                 raise ValueError(f"--hub_model_id {name!r} is not a repository name; give owner/name") from None
 
+    @functools.cached_property  # read in every step
     def schedule(self) -> Schedule:
-        """Return the learning rate's schedule; raises ValueError for settings that contradict each other."""
+        """The learning rate's schedule; raises ValueError for settings that contradict each other."""
         warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":

@@ -1,6 +1,7 @@
 """Several processes: join those that a launcher started, decide alike, name one that is lost, shard a model (FSDP2)."""
 
 import contextlib
+import math
 import os
 import socket
 import warnings
@@ -27,9 +28,9 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
     A collective that fails in the block is replaced by the names of the processes that are lost. Another block may
     follow in the same Python process, also after an error where there is one process only.
     """
-    accelerator = build_accelerator(mixed_precision, ddp_timeout)
-    processes = Processes(accelerator, ddp_timeout)
     try:
+        accelerator = build_accelerator(mixed_precision, ddp_timeout)
+        processes = Processes(accelerator, ddp_timeout)
         with processes.lost_ones_named():
             yield accelerator, processes
         accelerator.wait_for_everyone()
@@ -247,6 +248,17 @@ class Processes:
             if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
                 self.call_roll(wait_s=1 + self.ddp_timeout / 10)  # the others have failed, or will soon
             raise
+
+
+def all_finite(loss: torch.Tensor, grad_norm: torch.Tensor, accelerator: Accelerator, processes: Processes) -> bool:
+    """Tell, alike on all processes, whether the loss of each of them and the gradient norm are finite.
+
+    loss: of this process's part of the step; both are scalars. With a loss scale (fp16) an infinite gradient does not
+    count: the scale skips that update and lowers itself. Waits for the device, the only time in a step.
+    """
+    loss_value, norm_value = torch.stack((loss.float(), grad_norm.float())).tolist()
+    finite = math.isfinite(loss_value) and (accelerator.scaler is not None or math.isfinite(norm_value))
+    return not processes.largest(int(not finite))
 
 
 def shard_model(model: GPT2ModernForCausalLM, accelerator: Accelerator, *, torch_compile: bool) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""NaN and infinite losses and gradients: find them before an update, record what caused them; warn of loss spikes."""
+"""Record the NaN and infinite losses and gradients for which an update is skipped; warn of loss spikes."""
 
 import json
 import math
@@ -13,23 +13,11 @@ from accelerate.utils import gather_object
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.distributed import Processes
 from gpt2modern.training.state import TrainState
 
 NONFINITE_LOG = "nonfinite_steps.jsonl"
 SPIKE_WINDOW = 20  # logged losses that a new one is compared with
 SPIKE_DEVIATIONS, SPIKE_NATS = 6.0, 0.2  # above their median, in robust standard deviations and at least
-
-
-def all_finite(loss: torch.Tensor, grad_norm: torch.Tensor, accelerator: Accelerator, processes: Processes) -> bool:
-    """Tell, alike on all processes, whether the loss of each of them and the gradient norm are finite.
-
-    loss: of this process's part of the step; both are scalars. With a loss scale (fp16) an infinite gradient does not
-    count: the scale skips that update and lowers itself. Waits for the device, the only time in a step.
-    """
-    loss_value, norm_value = torch.stack((loss.float(), grad_norm.float())).tolist()
-    finite = math.isfinite(loss_value) and (accelerator.scaler is not None or math.isfinite(norm_value))
-    return not processes.largest(int(not finite))
 
 
 def handle_nonfinite(

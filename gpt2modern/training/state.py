@@ -4,8 +4,6 @@ import uuid
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import numpy as np
-
 
 @dataclass
 class TrainState:
@@ -34,8 +32,3 @@ class TrainState:
         if values.get("eval_loss") is not None and "evaluation" not in values:
             known["evaluation"] = {"eval_loss": values["eval_loss"]}
         return cls(**known)
-
-
-def hash_seed(*numbers: int) -> int:
-    """Return a 64-bit seed; neighbouring numbers give unrelated random streams."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

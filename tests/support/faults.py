@@ -1,6 +1,6 @@
 """Trainers to which something happens: forked from a process that has imported everything, so that one starts at once.
 
-A fault acts from inside, before a chosen update or at a chosen file operation, where nothing from outside could be
+A fault acts from inside, at an event of the run (see `train_accelerate.train`), where nothing from outside could be
 aimed. `FAULTS` lists them; a text such as `kill@7` names one and its argument. As a script, this is train_accelerate.py
 with the fault of the environment variable FAULT in the process of rank FAULT_RANK; the file that FAULT_ONCE names is
 made first, and where it exists already, in a process that was started again, there is no fault.
@@ -18,82 +18,84 @@ import sys
 import time
 from pathlib import Path
 
-import datasets  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-
-import gpt2modern.training.dry_run  # noqa: F401
-import modeling_gpt2modern  # noqa: F401
 import train_accelerate
-from eval import generate, perplexity  # noqa: F401
-from gpt2modern.training import faults, progress, resume, stopping  # noqa: F401
+from eval import generate, perplexity  # noqa: F401  so that forked processes have them
+from gpt2modern.cli import parse_arguments
+from gpt2modern.training.stopping import SAME_REQUEST_S
+from train_accelerate import TrainConfig
 
 SIZE_LIMIT = 20_000  # bytes of a file: a checkpoint of the tiny model has larger ones, the logs are smaller
 
 
-def before_update(step, action):
-    """`action(run, loss, grad_norm)` before update number `step`, the first is 1, is judged. What it returns replaces
-    loss and norm; so it does not before any other update."""
-    may_update = faults.may_update
+def before_update(number, action):
+    """Make a callback that calls action(model=..., loss=..., grad_norm=...) before update `number`; the first is 1."""
 
-    def wrapped(run, loss, grad_norm, samples):
-        if run.step + 1 == step:
-            loss, grad_norm = action(run, loss, grad_norm) or (loss, grad_norm)
-        return may_update(run, loss, grad_norm, samples)
+    def callback(event, step, **details):
+        if event == "before_update" and step == number:
+            action(**details)
 
-    faults.may_update = wrapped
+    return callback
 
 
-def send(number):
-    return lambda step: before_update(int(step), lambda *_: os.kill(os.getpid(), number))
+def first_time(wanted, action):
+    """Make a callback that calls `action()` at the first event `wanted`."""
+    left = [action]
+
+    def callback(event, **details):
+        if event == wanted and left:
+            left.pop()()
+
+    return callback
 
 
-def two_signals(step):
-    """SIGTERM twice, the second not taken for the same request."""
+def send(*numbers, pause_s=0.0):
+    """Signal this process, with each of `numbers`, `pause_s` after the one before."""
 
-    def action(*_):
-        stopping.SAME_REQUEST_S = 0.0
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def fault(step, output_dir):
+        def action(**details):
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(pause_s)
 
-    before_update(int(step), action)
+        return before_update(int(step), action)
 
-
-def handed_on(step):
-    """SIGTERM twice, as if a scheduler had signalled launcher and process."""
-    before_update(int(step), lambda *_: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)] and None)
+    return fault
 
 
-def raise_error(step):
-    def action(*_):
+def raise_error(step, output_dir):
+    def action(**details):
         raise ValueError("this process is broken")
 
-    before_update(int(step), action)
+    return before_update(int(step), action)
 
 
-def nonfinite(step, loss=float("nan"), grad_norm=None):
-    """The loss of this process and the gradient of all of them are no number, as after an overflow in one."""
+def nonfinite(step, output_dir, loss_factor=float("nan"), norm_factor=float("nan")):
+    """Break the loss of this process and the gradient, as after an overflow."""
 
-    def action(run, its_loss, its_norm):
-        for parameter in run.unwrapped_model.parameters():
+    def action(model, loss, grad_norm):
+        for parameter in model.parameters():
             parameter.grad.fill_(float("nan"))
-        its_loss.detach().mul_(loss)  # in place: it is also what is logged
-        return its_loss, its_norm * (loss if grad_norm is None else grad_norm)
+        loss.mul_(loss_factor)
+        grad_norm.mul_(norm_factor)
 
-    before_update(int(step), action)
-
-
-def infinite_norm(step):
-    nonfinite(step, loss=1.0, grad_norm=float("inf"))
+    return before_update(int(step), action)
 
 
-def left_out(step):
-    """An update that is not made, as if its gradient had been refused."""
-    may_update = faults.may_update
-    faults.may_update = lambda run, *seen: may_update(run, *seen) and run.step + 1 != int(step)
+def infinite_norm(step, output_dir):
+    return nonfinite(step, output_dir, loss_factor=1.0, norm_factor=float("inf"))
 
 
-def kill_at_operation(number):
+def left_out(step, output_dir):
+    """Leave an update out, as if its gradient had been refused."""
+
+    def action(model, **details):
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return before_update(int(step), action)
+
+
+def kill_at_operation(number, output_dir):
     """SIGKILL at file operation `number` on checkpoints: of a resume, of saves, of rotation."""
     left = iter(range(int(number)))
 
@@ -103,100 +105,91 @@ def kill_at_operation(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return train_accelerate.no_callback
 
 
-def signal_in_save(name):
-    """The signal, in the middle of the first save."""
-    save_model_folder = resume.save_model_folder
-
-    def wrapped(*arguments, **keywords):
-        os.kill(os.getpid(), getattr(signal, name))
-        save_model_folder(*arguments, **keywords)
-        resume.save_model_folder = save_model_folder
-
-    resume.save_model_folder = wrapped
+def signal_in_save(name, output_dir):
+    """Signal this process in the middle of the first save."""
+    return first_time("saving", lambda: os.kill(os.getpid(), getattr(signal, name)))
 
 
-def signal_in_evaluation(name):
-    """The signal, while the first evaluation runs; it would run for minutes."""
-    evaluate_loss = perplexity.evaluate_loss
-
-    def wrapped(*arguments, should_stop, **keywords):
-        def slow_answer():
-            os.kill(os.getpid(), getattr(signal, name))
-            return should_stop()
-
-        perplexity.evaluate_loss = evaluate_loss
-        return evaluate_loss(*arguments, should_stop=slow_answer, **keywords)
-
-    perplexity.evaluate_loss = wrapped
+def signal_in_evaluation(name, output_dir):
+    """Signal this process as the first evaluation begins."""
+    return first_time("evaluating", lambda: os.kill(os.getpid(), getattr(signal, name)))
 
 
 def between(steps, begin, end):
-    """`begin(run)` before update `first`, `end(run)` before update `last`; steps: first-last, or first alone."""
+    """Call `begin()` before the first update and `end()` before the last of `steps`: first-last, or first alone."""
     first, _, last = steps.partition("-")
-    before_update(int(first), lambda run, *_: begin(run))
+    callbacks = [before_update(int(first), lambda **details: begin())]
     if last:
-        before_update(int(last), lambda run, *_: end(run))
+        callbacks.append(before_update(int(last), lambda **details: end()))
+    return together(callbacks)
 
 
-def file_size_limit(steps):
+def file_size_limit(steps, output_dir):
     """No file can grow beyond SIZE_LIMIT: writing it breaks off in its middle, as on a disk that fills up."""
-    unlimited = resource.RLIM_INFINITY
-    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited))  # noqa: E731
-    between(steps, lambda run: limit(SIZE_LIMIT), lambda run: limit(unlimited))
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    return between(steps, lambda: limit(SIZE_LIMIT), lambda: limit(resource.RLIM_INFINITY))
 
 
-def few_bytes_free(steps):
+def few_bytes_free(steps, output_dir):
     """The file system says that it has 1000 bytes left."""
     disk_usage = shutil.disk_usage
 
-    def say(free):
-        shutil.disk_usage = lambda path: disk_usage(path)._replace(free=free) if free else disk_usage(path)
+    def begin():
+        shutil.disk_usage = lambda path: disk_usage(path)._replace(free=1000)
 
-    between(steps, lambda run: say(1000), lambda run: say(None))
+    def end():
+        shutil.disk_usage = disk_usage
+
+    return between(steps, begin, end)
 
 
-def unwritable_folder(steps):
+def unwritable_folder(steps, output_dir):
     """The run's folders take no new file. Root gives up its powers first: modes would not bind it."""
     if os.geteuid() == 0:
         ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
 
-    def set_mode(run, mode):
-        for folder in (run.output_dir, run.checkpoints_dir):
+    def set_mode(mode):
+        for folder in (output_dir, output_dir / "checkpoints"):
             folder.chmod(mode)
 
-    between(steps, lambda run: set_mode(run, 0o555), lambda run: set_mode(run, 0o755))
+    return between(steps, lambda: set_mode(0o555), lambda: set_mode(0o755))
 
 
-def records_refused(steps):
+def records_refused(steps, output_dir):
     """Every record of the run is a folder of that name, which cannot be opened as a file."""
 
-    def begin(run):
+    def begin():
         for name in ("metrics.jsonl", "training_curves.png", "samples.jsonl", "nonfinite_steps.jsonl"):
-            (run.output_dir / name).unlink(missing_ok=True)
-            (run.output_dir / name).mkdir()
+            (output_dir / name).unlink(missing_ok=True)
+            (output_dir / name).mkdir()
 
-    def end(run):
-        for path in run.output_dir.iterdir():
+    def end():
+        for path in output_dir.iterdir():
             if path.is_dir() and path.suffix:
                 path.rmdir()
 
-    between(steps, begin, end)
+    return between(steps, begin, end)
 
 
-def vanished_folder(step):
-    before_update(int(step), lambda run, *_: shutil.rmtree(run.output_dir))
+def vanished_folder(step, output_dir):
+    return before_update(int(step), lambda **details: shutil.rmtree(output_dir))
 
 
+# Each takes the text after @ and the run's folder, and returns a callback for `train`.
 FAULTS = {
     "kill": send(signal.SIGKILL),
     "freeze": send(signal.SIGSTOP),
     "SIGTERM": send(signal.SIGTERM),
     "SIGINT": send(signal.SIGINT),
     "SIGUSR1": send(signal.SIGUSR1),
-    "two_signals": two_signals,
-    "handed_on": handed_on,
+    "two_signals": send(signal.SIGTERM, signal.SIGTERM, pause_s=SAME_REQUEST_S + 0.1),
+    "handed_on": send(signal.SIGTERM, signal.SIGTERM),  # as by a scheduler that signals launcher and process
     "error": raise_error,
     "nonfinite": nonfinite,
     "infinite_norm": infinite_norm,
@@ -212,13 +205,24 @@ FAULTS = {
 }
 
 
-def prepare(given):
-    for fault in given.split():
-        name, _, argument = fault.partition("@")
-        FAULTS[name](argument)
+def together(callbacks):
+    """Make one callback of several."""
+
+    def callback(event, **details):
+        for each in callbacks:
+            each(event, **details)
+
+    return callback
 
 
-def train_in_child(argv, environment, given, log):
+def train_with(faults, argv):
+    """Run train_accelerate.py with `argv` and the faults that a text such as `kill@7 nonfinite@3` names."""
+    output_dir = Path(parse_arguments(TrainConfig, argv).output_dir)
+    named = [fault.partition("@") for fault in faults.split()]
+    train_accelerate.main(argv, together([FAULTS[name](argument, output_dir) for name, _, argument in named]))
+
+
+def train_in_child(argv, environment, faults, log):
     """The target of a forked process."""
     multiprocessing.set_start_method("fork", force=True)  # for its workers, as in a trainer that a shell starts
     os.environ.update(environment)
@@ -226,16 +230,16 @@ def train_in_child(argv, environment, given, log):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout.reconfigure(line_buffering=True)  # what was said before a kill is to be read
-    prepare(given)
-    train_accelerate.main(argv)
+    train_with(faults, argv)
 
 
 def main():
+    faults = ""
     if os.environ["FAULT_RANK"] == os.environ["RANK"]:
         with contextlib.suppress(FileExistsError):
             Path(os.environ["FAULT_ONCE"]).touch(exist_ok=False)
-            prepare(os.environ["FAULT"])
-    train_accelerate.main()
+            faults = os.environ["FAULT"]
+    train_with(faults, sys.argv[1:])
 
 
 if __name__ == "__main__":

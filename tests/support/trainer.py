@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+
+import train_accelerate
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
@@ -31,14 +34,10 @@ def flags_for(data_dir, output_dir, **changes):
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def train(data_dir, output_dir, extra=(), **changes):
+def train(data_dir, output_dir, extra=(), callback=train_accelerate.no_callback, **changes):
     """Train in this process, on one CPU device; `extra` holds the flags that take lists."""
-    from accelerate.state import AcceleratorState
-
-    import train_accelerate
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train_accelerate.main([*flags_for(data_dir, output_dir, **changes), *extra])
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a test that has made an Accelerator
+    train_accelerate.main([*flags_for(data_dir, output_dir, **changes), *extra], callback)
     return output_dir
 
 
@@ -68,12 +67,13 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def environment(**more):
-    """That of a shell on a machine whose GPUs, if it has any, are hidden."""
+    """Return the environment of a shell on a machine whose GPUs, if it has any, are hidden."""
     plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
     return plain | {"CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"} | more
 
 
 def damage(path, how):
+    """Damage a file: how is "deleted", "emptied", "truncated", or anything else for one flipped bit."""
     if how == "deleted":
         path.unlink()
     elif how == "emptied":
