@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gpt2modern.data.encoding import Encoder
-from gpt2modern.data.files import ReadOptions
+from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.sources import open_files, standard_library_files
+from gpt2modern.data.tokenizing import Encoder
 from tests.support.folders import reference_ids, refusal, run, targets_of, write_jsonl
 
 AWKWARD = [
@@ -64,7 +64,7 @@ def test_engines_agree_on_any_text(vocabulary, texts):
 def test_engines_agree_on_what_the_json_reader_makes_of_lone_surrogates(vocabulary, tmp_path_factory, text):
     path = write_jsonl(tmp_path_factory.getbasetemp() / f"surrogates_{os.getpid()}.jsonl", [text, "a cat"])
     source = open_files([str(path)], ReadOptions(encoding_errors="replace"), None)
-    texts = [document for piece in source.pieces for array in source.read(piece) for document in array.to_pylist()]
+    texts = [example["document"] for example in source.documents()]
     # What JSON spells as two halves of a pair is one character, as in every JSON reader.
     assert texts == [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "a cat"]
     assert_engines_agree(vocabulary, texts)

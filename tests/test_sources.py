@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gpt2modern.data import readers, sources, streaming
-from gpt2modern.data.files import ReadOptions
+from gpt2modern.data import sources
+from gpt2modern.data.formats import ReadOptions, registry
 from gpt2modern.data.sources import open_files, standard_library_files
 from prepare_data import main
 from tests.support.folders import (
@@ -44,7 +44,7 @@ TEXTS = [
 def read(*paths: Path, num_shards: int | None = None, **options) -> list:
     """Every document of the files, in order."""
     source = open_files([str(path) for path in paths], ReadOptions(**options), num_shards)
-    return [document for piece in source.pieces for array in source.read(piece) for document in array.to_pylist()]
+    return [example["document"] for example in source.documents()]
 
 
 def write_format(path: Path, texts: list[str]) -> None:
@@ -111,7 +111,7 @@ def test_file_format_names_what_an_extension_does_not(tmp_path):
 
 
 def test_a_csv_row_can_be_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "READ_BYTES", 1000)
+    monkeypatch.setattr(registry, "READ_BYTES", 1000)
     texts = ["short", "x" * 900, 'long "quoted"\n' * 20_000, "short again", "y" * 5000]
     write_format(tmp_path / "a.csv", texts)
     assert read(tmp_path / "a.csv") == texts
@@ -147,8 +147,8 @@ def test_documents_are_those_of_str_split_wherever_pieces_end(
     with pa.output_stream(path, compression="gzip" if compression else None) as stream:
         stream.write(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
-        patch.setattr(readers, "READ_BYTES", piece_bytes)
+        patch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
+        patch.setattr(registry, "READ_BYTES", piece_bytes)
         found = read(path, **options)
     expected = text.split(separator)
     # What ends with a separator has no further, empty document behind it.
@@ -166,7 +166,7 @@ def test_json_lines_are_read_wherever_pieces_end(tmp_path_factory, texts, piece_
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
     write_format(path, texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
+        patch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
         assert read(path) == texts
 
 
@@ -218,8 +218,8 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path, chat_flags, k
             b'{"messages": []}\n{"text": "hello"}\n',
             "the line at byte 17: 'messages' is not a list of messag",
         ),
-        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet and arrow"),
-        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet and arrow"),
+        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet, arrow"),
+        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet, arrow"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path, chat_flags, capsys, name, content, message):
@@ -256,7 +256,7 @@ def token_file(tmp_path) -> tuple[Path, np.ndarray]:
 @pytest.mark.parametrize("piece_bytes", [2, 14, 1 << 20])
 def test_documents_of_a_token_file_lie_between_its_eos(token_file, monkeypatch, piece_bytes):
     path, tokens = token_file
-    monkeypatch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
+    monkeypatch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
     expected = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == 0)[1:])]
     assert read(path, eos_token_id=0) == [part[1:] for part in expected]
 
@@ -315,7 +315,7 @@ def test_a_hub_dataset_is_asked_for_by_configuration_split_and_revision(tmp_path
 
 @pytest.mark.parametrize("batch", [1, 256])
 def test_streaming_ends_with_the_document_that_reaches_max_tokens(tmp_path, hub, tokenizer_dir, monkeypatch, batch):
-    monkeypatch.setattr(streaming, "BATCH", batch)
+    monkeypatch.setattr(sources, "STREAM_ROWS", batch)
     encode = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode
     totals = np.cumsum([len(encode(text).ids) + 1 for text in make_texts(300)])
     for bound in (totals[220], totals[220] + 1):
@@ -336,10 +336,12 @@ def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatc
     run(tmp_path / "whole", *flags)
     main([*map(str, flags), "--shard_index", "0", "--output_dir", str(tmp_path / "data")])
 
-    def no_stream(self, batch_size):
+    def no_stream():
         raise AssertionError("the stream is read again")
+        yield
 
-    monkeypatch.setattr(datasets.IterableDataset, "iter", no_stream)
+    stream = datasets.IterableDataset.from_generator(no_stream)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     run(tmp_path / "data", *flags)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
@@ -347,7 +349,10 @@ def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--text_column", "body"), "--dataset_name someone/corpus: no column 'body'; there is id, text"),
+        (
+            ("--text_column", "body"),
+            "--dataset_name someone/corpus: no column 'body'; --text_column can be one of id, text",
+        ),
         (("--text_column", "id"), "--dataset_name someone/corpus: column 'id' holds int64, not text"),
     ],
 )
@@ -358,11 +363,13 @@ def test_a_streamed_column_that_is_no_text_is_refused(tmp_path, hub, tokenizer_d
 
 
 def test_a_stream_that_breaks_off_is_one_line(tmp_path, hub, tokenizer_dir, capsys, monkeypatch):
-    def broken(self, batch_size):
-        yield pa.table({"text": ["a cat"]})
+    def broken():
+        yield {"text": "a cat"}
         raise ConnectionError("reset\nby peer")
 
-    monkeypatch.setattr(datasets.IterableDataset, "iter", broken)
+    monkeypatch.setattr(sources, "STREAM_ROWS", 1)
+    stream = datasets.IterableDataset.from_generator(broken)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 9)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
     assert line.startswith(

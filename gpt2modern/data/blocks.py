@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gpt2modern.errors import GPT2ModernError
 from gpt2modern.data.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
+from gpt2modern.errors import GPT2ModernError
 
 if TYPE_CHECKING:
     import pyarrow as pa
