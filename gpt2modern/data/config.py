@@ -1,10 +1,9 @@
 """The settings of prepare_data.py: what to prepare, with which tokenizer, and where to.
 
-`identity` says of a field that it decides the bytes of the result: "always", "hub" (of a dataset of the Hub), or
-"reading" (how files and datasets are read). A folder that was made with another value holds other data.
+`identity` says of a field that it decides the bytes of the result: ALWAYS, or where the source is a dataset of the HUB,
+or FILES. A folder that was made with another value holds other data.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,128 +11,135 @@ from gpt2modern.cli import check_ranges, setting
 from gpt2modern.data.manifest import MOST_TOKENS
 from gpt2modern.files import check_writable_folder
 
-MOST_DOCUMENTS = 2**63 - 1
-
-
-def _where(default=dataclasses.MISSING, help: str = "", **metadata):
-    return setting(default, help, group="where to", **metadata)
-
-
-def _source(default, help: str, **metadata):
-    return setting(default, help, group="which documents", **metadata)
-
-
-def _reading(default, help: str, **metadata):
-    return setting(default, help, group="how documents are read", identity="reading", **metadata)
-
-
-def _tokens(default, help: str, **metadata):
-    return setting(default, help, group="tokens and blocks", **metadata)
+ALWAYS, HUB, FILES = "always", "hub", "files"  # when a setting decides the bytes
+MOST = 2**63 - 1
+SOURCE, READING, TOKENS, OUTPUT = "which documents", "how they are read", "tokens and blocks", "what is written"
 
 
 @dataclass
 class PrepareConfig:
     """Say what to prepare; raises ValueError for combinations that mean nothing."""
 
-    output_dir: str = _where(help="Folder to create, or to resume.")
-    dataset_name: str | None = _source(
-        None, "'stdlib' (the source of Python's standard library) or a dataset of the Hub.", identity="always"
+    output_dir: str = setting(help="Folder to create, or to resume.", group=OUTPUT)
+    dataset_name: str | None = setting(
+        None,
+        "'stdlib' (the source of Python's standard library) or a dataset of the Hub.",
+        group=SOURCE,
+        identity=ALWAYS,
     )
-    dataset_config_name: str | None = _source(None, "Configuration of the Hub dataset.", identity="hub")
-    dataset_split: str = _source("train", "Split of the Hub dataset that is read.", identity="hub")
-    dataset_revision: str | None = _source(None, "Branch, tag or commit of the Hub dataset.", identity="hub")
-    streaming: bool = _source(
-        False, "Take the Hub dataset's first documents without downloading the rest of it.", identity="hub"
+    dataset_config_name: str | None = setting(None, "Configuration of the Hub dataset.", group=SOURCE, identity=HUB)
+    dataset_split: str = setting("train", "Split of the Hub dataset that is read.", group=SOURCE, identity=HUB)
+    dataset_revision: str | None = setting(
+        None, "Branch, tag or commit of the Hub dataset.", group=SOURCE, identity=HUB
     )
-    max_tokens: int | None = _source(
+    streaming: bool = setting(
+        False, "Take the Hub dataset's first documents without downloading the rest.", group=SOURCE, identity=HUB
+    )
+    max_tokens: int | None = setting(
         None,
         "With --streaming: stop after the document that reaches this many tokens.",
+        group=SOURCE,
+        identity=ALWAYS,
         least=1,
-        most=MOST_DOCUMENTS,
-        identity="always",
+        most=MOST,
     )
-    max_documents: int | None = _source(
-        None, "Use only the first so many documents.", least=1, most=MOST_DOCUMENTS, identity="always"
+    max_documents: int | None = setting(
+        None, "Use only the first so many documents.", group=SOURCE, identity=ALWAYS, least=1, most=MOST
     )
-    train_file: list[str] | None = _source(
+    train_file: list[str] | None = setting(
         None,
         "Files instead of a dataset: txt, jsonl, json, csv, parquet, arrow, bin (GPT-2 tokens as in "
         "kjj0/fineweb10B-gpt2), also .gz or .zst; globs; folders of such files or of `save_to_disk`.",
+        group=SOURCE,
     )
-    validation_file: list[str] | None = _source(
-        None, "Files of the validation split; without them it is held out of the rest."
+    validation_file: list[str] | None = setting(
+        None, "Files of the validation split; without them it is held out of the rest.", group=SOURCE
     )
-    validation_split_percentage: float = _source(
-        5.0, "Percentage of the documents that is held out without --validation_file."
+    validation_split_percentage: float = setting(
+        5.0, "Percentage of the documents that is held out without --validation_file.", group=SOURCE
     )
-    file_format: str = _reading(
-        "auto", "What the files are (text, json, csv, parquet, arrow, tokens), where their extensions do not say it."
+    file_format: str = setting(
+        "auto",
+        "Format of the files (text, json, csv, parquet, arrow, tokens) where extensions do not say it.",
+        group=READING,
+        identity=FILES,
     )
-    text_column: str = _reading("text", "Column of json, csv, parquet and Hub data.")
-    chat_column: str | None = _reading(
-        None, "Column with conversations instead of text; the tokenizer's chat template renders them."
+    text_column: str = setting("text", "Column of json, csv, parquet and Hub data.", group=READING, identity=FILES)
+    chat_column: str | None = setting(
+        None,
+        "Column with conversations instead of text; the tokenizer's chat template renders them.",
+        group=READING,
+        identity=FILES,
     )
     chat_template: str | None = setting(
-        None, "File with a Jinja chat template, for a tokenizer without one.", group="how documents are read"
+        None, "File with a Jinja chat template, for a tokenizer without one.", group=READING
     )
-    sample_by: Literal["document", "line", "paragraph"] = _reading(
-        "document", "What one document is in a txt file: all of it, a line, a paragraph."
+    sample_by: Literal["document", "line", "paragraph"] = setting(
+        "document", "What one document is in a txt file: all of it, a line, a paragraph.", group=READING, identity=FILES
     )
-    separator: str | None = _reading(
-        None, "What stands between the documents of a txt file, such as '<|endoftext|>'.", may_be_empty=True
+    separator: str | None = setting(
+        None,
+        "What stands between the documents of a txt file, such as '<|endoftext|>'.",
+        group=READING,
+        identity=FILES,
     )
     encoding_errors: Literal["strict", "replace"] = setting(
-        "strict",
-        "Text that is not UTF-8: stop, or put U+FFFD in its place.",
-        group="how documents are read",
-        identity="always",
+        "strict", "Text that is not UTF-8: stop, or put U+FFFD in its place.", group=READING, identity=ALWAYS
     )
-    train_tokenizer: int | None = _tokens(
+    train_tokenizer: int | None = setting(
         None,
         "Train a byte-level BPE of this many entries on the training split.",
-        most=MOST_TOKENS,
+        group=TOKENS,
+        identity=ALWAYS,
         least=1,
-        identity="always",
+        most=MOST_TOKENS,
     )
-    tokenizer_name: str | None = _tokens(None, "Or use this tokenizer: folder or Hub name.")
-    tokenizer_engine: Literal["auto", "gigatoken", "tokenizers"] = _tokens(
-        "auto", "What encodes; auto is gigatoken where it serves. The ids are the same."
+    tokenizer_name: str | None = setting(None, "Or use this tokenizer: folder or Hub name.", group=TOKENS)
+    tokenizer_engine: Literal["auto", "gigatoken", "tokenizers"] = setting(
+        "auto", "What encodes; auto is gigatoken where it serves. The ids are the same.", group=TOKENS
     )
-    block_size: int = _tokens(1024, "Tokens per block; rows carry one more.", least=1, most=1 << 24, identity="always")
-    packing: Literal["concat", "best_fit"] = _tokens(
-        "concat", "One stream cut into blocks, or documents kept whole where they fit.", identity="always"
+    block_size: int = setting(
+        1024, "Tokens per block; rows carry one more.", group=TOKENS, identity=ALWAYS, least=1, most=1 << 24
     )
-    shuffle_seed: int = _tokens(
-        0, "Seed of the order of the training documents.", least=0, most=2**63 - 1, identity="always"
+    packing: Literal["concat", "best_fit"] = setting(
+        "concat", "One stream cut into blocks, or documents kept whole where they fit.", group=TOKENS, identity=ALWAYS
     )
-    num_shards: int | None = _where(
+    shuffle_seed: int = setting(
+        0, "Seed of the order of the training documents.", group=TOKENS, identity=ALWAYS, least=0, most=MOST
+    )
+    num_shards: int | None = setting(
         None,
         "Folders the training split is written to; default: one per 128 MB, a power of two.",
+        group=OUTPUT,
+        identity=ALWAYS,
         least=1,
         most=100_000,
-        identity="always",
     )
-    shard_index: int | None = _where(
-        None, "Write only this shard; a call without it, when all are there, finishes the folder."
+    shard_index: int | None = setting(
+        None, "Write only this shard; a call without it, when all are there, finishes the folder.", group=OUTPUT
     )
-    num_proc: int | None = _where(
-        None, "Processes, each writing shards; default: one per core. The bytes are the same.", least=1, most=4096
+    num_proc: int | None = setting(
+        None,
+        "Processes, each writing shards; default: one per core. The bytes are the same.",
+        group=OUTPUT,
+        least=1,
+        most=4096,
     )
-    push_to_hub: bool = _where(False, "Upload the finished folder as a dataset of the Hub.")
-    hub_dataset_id: str | None = _where(None, "Its name there: user/name.")
-    hub_private_repo: bool = _where(False, "Create it as a private dataset.")
+    push_to_hub: bool = setting(False, "Upload the finished folder as a dataset of the Hub.", group=OUTPUT)
+    hub_dataset_id: str | None = setting(None, "Its name there: user/name.", group=OUTPUT)
+    hub_private_repo: bool = setting(False, "Create it as a private dataset.", group=OUTPUT)
 
     def __post_init__(self):
         if self.dataset_name is not None and self.train_file is not None:
             raise ValueError("give exactly one of --dataset_name (such as stdlib) and --train_file")
         if (self.train_tokenizer is None) == (self.tokenizer_name is None):
             raise ValueError("give exactly one of --train_tokenizer (such as 8192) and --tokenizer_name")
+        check_ranges(self)
         if self.train_tokenizer is not None and self.train_tokenizer < 257:
             raise ValueError(
                 f"--train_tokenizer {self.train_tokenizer}: a byte-level BPE has at least 257 entries, "
                 "256 bytes and <|endoftext|>"
             )
-        check_ranges(self)
         check_writable_folder("--output_dir", self.output_dir)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: must be in (0, 100)")

@@ -52,6 +52,12 @@ def read_piece(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
             return
 
 
+def array_of(table: pa.Table, column: str) -> pa.Array:
+    """Return a column as one array."""
+    chunks = table.column(column).chunks
+    return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
+
+
 def first_documents(pieces: Sequence[Piece], options: ReadOptions, count: int) -> list[Piece]:
     """Return the pieces of the first `count` documents, the last one limited to what is left."""
     kept: list[Piece] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 from xxhash import xxh3_128
 
-from gpt2modern.data.config import PrepareConfig
+from gpt2modern.data.config import ALWAYS, FILES, HUB, PrepareConfig
 from gpt2modern.data.manifest import TOKENIZER_FILES
 from gpt2modern.data.sources import AnyDataset, expand
 from gpt2modern.data.tokenizing import read_template
@@ -17,11 +17,11 @@ from gpt2modern.errors import GPT2ModernError
 
 def settings_of(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict:
     """Return the settings and fingerprints that decide the result: not where it goes, nor how many processes make it."""
-    kinds = {"always"}
+    kinds = {ALWAYS}
     if config.dataset_name not in (None, "stdlib") or isinstance(dataset, dict):
-        kinds.add("hub")
+        kinds.add(HUB)
     if config.dataset_name != "stdlib" or config.validation_file:
-        kinds.add("reading")
+        kinds.add(FILES)
     fields = [field for field in dataclasses.fields(config) if field.metadata.get("identity") in kinds]
     settings = {field.name: getattr(config, field.name) for field in fields}
     settings |= {"train_file": _files_of(config.train_file), "validation_file": _files_of(config.validation_file)}

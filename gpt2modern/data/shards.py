@@ -19,20 +19,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gpt2modern.data.documents import COLUMN
+from gpt2modern.data.documents import COLUMN, array_of
 from gpt2modern.data.packing import PACKERS, Rows
-from gpt2modern.data.sources import Source, array_of
+from gpt2modern.data.sources import Source
 from gpt2modern.data.splits import ValidationRule, hash_documents, is_not_empty
 from gpt2modern.data.tokenizing import Encoder, check_engine
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import atomic_folder, locked, sha256_of, write_json
 
 WINDOW_BYTES = 32 << 20  # of text: what is shuffled at a time, and so what a process holds
-PACKED_TOKENS = 1 << 21  # packed and written at a time
+PACKED_BYTES = 4 << 20  # of tokens, packed and written at a time
 ROWS_PER_BATCH = 1000  # of an Arrow record batch, as `datasets` writes
 DATA_FILE = "data-00000-of-00001.arrow"
 RECEIPT_FILE = "receipt.json"
 HELD_OUT_FILE = "held_out_tokens.arrow"
+HELD_OUT_SCHEMA = pa.schema({"tokens": pa.large_binary(), "bytes": pa.int64(), "hash": pa.uint64()})
 
 
 @dataclass
@@ -56,12 +57,6 @@ class Job:
     def receipt_dir(self, index: int) -> Path:
         """Return the folder of what is kept about a training shard until all are there."""
         return self.workspace / f"shard-{index:05d}"
-
-    @property
-    def held_out_schema(self) -> pa.Schema:
-        """Return the columns of the documents that a shard holds out."""
-        ids = pa.large_list(pa.type_for_alias(self.encoder.dtype))
-        return pa.schema({"input_ids": ids, "bytes": pa.int64(), "hash": pa.uint64()})
 
 
 class Stopped(Exception):
@@ -107,7 +102,7 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         if documents.num_shards >= job.num_shards:
             documents, step = documents.shard(job.num_shards, index), (1, 0)
         with atomic_folder(receipt_dir) as receipt_build, atomic_folder(path, job.workspace) as build:
-            with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), job.held_out_schema) as held_out:
+            with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
                 encoded = encode_documents(documents, job, counts, job.source, held_out.write_table, step, is_stopped)
                 files = write_rows(_shuffled(encoded, job, index), build, job, counts)
             if not counts.documents:
@@ -123,10 +118,7 @@ def write_validation(job: Job, source: Source | None) -> dict:
     """Write the one validation shard, of `source` or of what the training shards held out; returns its counts."""
     path, counts = job.output_dir / "validation" / "shard-00000-of-00001", Counts()
     shutil.rmtree(path, ignore_errors=True)
-    if source is None:
-        encoded = _held_out(job)
-    else:
-        encoded = encode_documents(source.documents(), job, counts, source)
+    encoded = encode_documents(source.documents(), job, counts, source) if source is not None else _held_out(job)
     with atomic_folder(path, job.workspace) as build:
         files = write_rows(encoded, build, job, counts)
         if not counts.documents:
@@ -169,7 +161,7 @@ def encode_documents(
     step: tuple[int, int] = (1, 0),
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[pa.Table]:
-    """Encode documents through `map`: tables of input_ids (with EOS) and bytes (of the text), empty documents left out.
+    """Encode documents through `map`, EOS after each, empty ones left out: tables as `_encoded` makes.
 
     hold_out takes those that are held out for validation, with their hashes; None: nothing is. step: (n, i) takes every
     n-th document from the i-th on. source: where the documents are from. Adds what is read to `counts`.
@@ -203,20 +195,29 @@ def encode_documents(
 
 
 def _encoded(documents: pa.Array, encoder: Encoder, name: str) -> pa.Table:
+    """Encode to the columns tokens (the ids as bytes, which Arrow copies faster than lists) and bytes (of the text)."""
     num_bytes, ids, lengths = np.empty(0, np.int64), np.empty(0, encoder.dtype), np.empty(0, np.int64)
     if len(documents):
         num_bytes = encoder.text_bytes(documents, name)
         ids, lengths = encoder.encode(documents)
-    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int64())
-    return pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, pa.array(ids)), "bytes": num_bytes})
+    offsets = np.append(0, np.cumsum(lengths)) * ids.itemsize
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(ids)]
+    return pa.table({"tokens": pa.Array.from_buffers(pa.large_binary(), len(lengths), buffers), "bytes": num_bytes})
+
+
+def _ids_and_lengths(encoded: pa.Table, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of all documents one after the other, and how many each has."""
+    tokens, itemsize = array_of(encoded, "tokens"), np.dtype(dtype).itemsize
+    _, offsets, values = tokens.buffers()
+    edges = np.frombuffer(offsets, np.int64)[tokens.offset : tokens.offset + len(tokens) + 1] // itemsize
+    return np.frombuffer(values or b"", dtype)[edges[0] : edges[-1]], np.diff(edges)
 
 
 def _shuffled(encoded: Iterator[pa.Table], job: Job, index: int) -> Iterator[pa.Table]:
     """Shuffle documents, WINDOW_BYTES of text at a time."""
     for number, window in enumerate(_windows(encoded)):
         order = np.random.default_rng([job.shuffle_seed, index, number]).permutation(len(window))
-        tokens = len(window.column("input_ids").chunk(0).values)
-        for part in np.array_split(order, min(len(order), tokens // PACKED_TOKENS + 1)):
+        for part in np.array_split(order, min(len(order), window.nbytes // PACKED_BYTES + 1)):
             yield window.take(pa.array(part))
 
 
@@ -250,8 +251,8 @@ def write_rows(encoded: Iterator[pa.Table], folder: Path, job: Job, counts: Coun
     Adds to `counts` what is written.
     """
     dtype, row_size = job.encoder.dtype, job.block_size + 1
-    ids = datasets.List(datasets.Value(dtype), length=row_size)
-    features = datasets.Features({"input_ids": ids, "num_tokens": datasets.Value("int32")})
+    kinds = {"input_ids": datasets.List(datasets.Value(dtype), length=row_size), "num_tokens": datasets.Value("int32")}
+    features = datasets.Features(kinds)
     packer = PACKERS[job.packing](job.block_size, job.encoder.eos_token_id, dtype)
     unnamed = folder / ".data.tmp"
     with pa.ipc.new_stream(str(unnamed), features.arrow_schema) as writer:
@@ -262,10 +263,9 @@ def write_rows(encoded: Iterator[pa.Table], folder: Path, job: Job, counts: Coun
             writer.write_table(pa.table(columns, features.arrow_schema), max_chunksize=ROWS_PER_BATCH)
 
         for table in encoded:
-            lists = array_of(table, "input_ids")
-            tokens, lengths = lists.flatten().to_numpy(), np.diff(lists.offsets.to_numpy())
+            ids, lengths = _ids_and_lengths(table, dtype)
             counts.add(lengths, pc.sum(table.column("bytes")).as_py())
-            write(packer.add(tokens, lengths))
+            write(packer.add(ids, lengths))
         write(packer.finish())
     counts.cut_documents += packer.cut_documents
     digest = sha256_of(unnamed)

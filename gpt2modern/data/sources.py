@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.data.documents import COLUMN, Documents, first_documents
+from gpt2modern.data.documents import COLUMN, Documents, array_of, first_documents
 from gpt2modern.data.formats import FORMATS, Piece, ReadOptions, arrow
 from gpt2modern.data.formats.registry import cause_of, extensions, format_of, require_column, suffix, text_of_column
 from gpt2modern.data.splits import is_not_empty
@@ -78,12 +78,6 @@ class Source:
             yield array_of(table, COLUMN)
 
 
-def array_of(table: pa.Table, column: str) -> pa.Array:
-    """Return a column as one array."""
-    chunks = table.column(column).chunks
-    return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
-
-
 def open_source(
     config: PrepareConfig,
     dataset: AnyDataset | None,
@@ -97,9 +91,8 @@ def open_source(
     """
     cache_dir = str(workspace / "datasets")
     if dataset is not None:
-        source = open_dataset(
-            "dataset", _split_of(dataset, config.dataset_split), config, options, tokenizer, workspace
-        )
+        split = _split_of(dataset, config.dataset_split)
+        source = open_dataset("dataset", split, config, options, tokenizer, workspace)
     elif config.dataset_name is None:
         source = open_files(config.train_file, options, config.num_shards)
     elif config.dataset_name == "stdlib":
