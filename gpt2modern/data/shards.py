@@ -185,9 +185,10 @@ def encode_documents(
         hashes = hash_documents(texts)
         counts.fingerprint = (counts.fingerprint + int(hashes.sum(dtype=np.uint64))) % 2**64
         train, held_out, held_out_hashes = job.rule.split(texts, hashes)
+        both = _encoded(pa.concat_arrays([train, held_out]), job.encoder, name)
         if len(held_out):
-            hold_out(_encoded(held_out, job.encoder, name).append_column("hash", pa.array(held_out_hashes)))
-        return _encoded(train, job.encoder, name)
+            hold_out(both.slice(len(train)).append_column("hash", pa.array(held_out_hashes)))
+        return both.slice(0, len(train))
 
     documents = documents.with_format("arrow")
     encoded = documents.map(encode, batched=True, batch_size=source.batch_rows, with_indices=True)

@@ -31,7 +31,7 @@ from gpt2modern.files import locked
 PIECE_BYTES = 1 << 20
 MAX_PIECES = 100_000  # the list of them is in memory
 BATCH_BYTES = 4 << 20  # of text in a batch of documents, as far as a sample tells
-MAX_BATCH_ROWS = 1000
+MAX_BATCH_ROWS = 4096
 STREAM_ROWS = 256  # documents of a stream at a time
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
@@ -67,7 +67,7 @@ class Source:
         documents, largest = self.documents(), 1.0
         for index in np.unique(np.linspace(0, documents.num_shards - 1, 8, dtype=int)):
             shard = documents.shard(documents.num_shards, index)
-            table = next(iter(shard.with_format("arrow").iter(16)), None)
+            table = next(iter(shard.with_format("arrow").iter(64)), None)
             if table is not None and len(table):
                 largest = max(largest, table.nbytes / len(table))
         return int(min(max(1, BATCH_BYTES // largest), MAX_BATCH_ROWS))
