@@ -27,7 +27,6 @@ target exactly once, and the stream can be cut again to any other block size. `b
 fits into a block.
 """
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -42,14 +41,12 @@ from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.identity import settings_of
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import print_summary, push_to_hub, report_page
-from gpt2modern.data.shards import Job, read_receipt, write_validation
-from gpt2modern.data.sources import AnyDataset, Source, open_source, open_validation
+from gpt2modern.data.shards import Job, print_missing_shards, read_receipt, write_validation
+from gpt2modern.data.sources import AnyDataset, open_source, open_validation
 from gpt2modern.data.splits import choose_rule
 from gpt2modern.data.tokenizing import Encoder, get_tokenizer, named_tokenizer, vocabulary_size
 from gpt2modern.data.workers import write_shards
 from gpt2modern.errors import GPT2ModernError
-
-SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,13 +101,13 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     started = time.perf_counter()
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
     tokenizer = named_tokenizer(config)  # None: it is trained on the documents below
-    options = read_options(config, tokenizer)
+    options = ReadOptions.of(config, tokenizer)
     source = open_source(config, dataset, options, tokenizer, workspace)
     validation = open_validation(config, dataset, options, workspace)
     rule = choose_rule(source.arrays(), config.validation_split_percentage, validation is not None)
     tokenizer = get_tokenizer(config, tokenizer, source.arrays(), rule, output_dir / "tokenizer", workspace)
     encoder = Encoder.of(tokenizer, output_dir / "tokenizer", config.tokenizer_engine)
-    num_shards = config.num_shards or default_num_shards(source)
+    num_shards = config.num_shards or source.default_num_shards
     job = Job(
         source, rule, encoder, config.packing, config.block_size, num_shards, config.shuffle_seed, output_dir, workspace
     )
@@ -123,51 +120,16 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     write_shards(job, range(num_shards), config.num_proc)
     if validation is None:
         held_out = write_validation(job, None)
-    manifest = build_manifest(
-        settings=settings,
-        source_name=config.dataset_name or [Path(name).name for name in config.train_file or []] or "dataset",
-        tokenizer_name=config.tokenizer_name and Path(config.tokenizer_name).name,
-        tokenizer_dir=output_dir / "tokenizer",
-        vocabulary={
-            "dtype": encoder.dtype,
-            "vocab_size": vocabulary_size(tokenizer),
-            "eos_token_id": encoder.eos_token_id,
-        },
-        packing={"block_size": config.block_size, "packing": config.packing, "seed": config.shuffle_seed},
-        validation_rule=str(rule),
-        shards=[read_receipt(job, index) for index in range(num_shards)],
-        validation=held_out,
-    )
+    vocabulary = {
+        "dtype": encoder.dtype,
+        "vocab_size": vocabulary_size(tokenizer),
+        "eos_token_id": encoder.eos_token_id,
+    }
+    shards = [read_receipt(job, index) for index in range(num_shards)]
+    manifest = build_manifest(config, settings, vocabulary, str(rule), shards, held_out)
     finish(output_dir, manifest, report_page(manifest))
     print_summary(output_dir, manifest, time.perf_counter() - started)
     return manifest
-
-
-def read_options(config: PrepareConfig, tokenizer: transformers.PreTrainedTokenizerFast | None) -> ReadOptions:
-    """Collect what the formats need to know to read files."""
-    return ReadOptions(
-        text_column=config.text_column,
-        chat_column=config.chat_column,
-        sample_by=config.sample_by,
-        separator=config.separator,
-        encoding_errors=config.encoding_errors,
-        file_format=config.file_format,
-        eos_token_id=tokenizer.eos_token_id if tokenizer else None,
-        chat_template=tokenizer.chat_template if tokenizer and config.chat_column else None,
-    )
-
-
-def default_num_shards(source: Source) -> int:
-    """Choose a power of two, so that the shards share out evenly among the usual numbers of cores."""
-    wanted = 2 ** math.ceil(math.log2(max(1.0, source.size / SHARD_BYTES)))
-    return max(1, min(wanted, source.documents().num_shards))
-
-
-def print_missing_shards(job: Job, index: int) -> None:
-    """Say which shard is written, and how many others are missing."""
-    missing = sum(not job.receipt_dir(other).exists() for other in range(job.num_shards))
-    left = f"; {missing} of {job.num_shards} shards are still missing" if missing else ""
-    print(f"{job.shard_path(index)} is written{left}; the same call without --shard_index finishes")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gpt2modern.data import sources
-from gpt2modern.data.formats import FORMATS, Format, Piece, ReadOptions, registry
+from gpt2modern.data.formats import FORMATS, Format, Piece, ReadOptions, reading
 from gpt2modern.data.sources import open_files, standard_library_files
 from gpt2modern.errors import GPT2ModernError
 from prepare_data import PrepareConfig, main, prepare
@@ -112,7 +112,7 @@ def test_file_format_names_what_an_extension_does_not(tmp_path):
 
 
 def test_a_csv_row_can_be_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "READ_BYTES", 1000)
+    monkeypatch.setattr(reading, "READ_BYTES", 1000)
     texts = ["short", "x" * 900, 'long "quoted"\n' * 20_000, "short again", "y" * 5000]
     write_format(tmp_path / "a.csv", texts)
     assert read_all(tmp_path / "a.csv") == texts
@@ -149,7 +149,7 @@ def test_documents_are_those_of_str_split_wherever_pieces_end(
         stream.write(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
-        patch.setattr(registry, "READ_BYTES", piece_bytes)
+        patch.setattr(reading, "READ_BYTES", piece_bytes)
         found = read_all(path, **options)
     expected = text.split(separator)
     # What ends with a separator has no further, empty document behind it.
@@ -449,9 +449,9 @@ def test_mistakes_from_python_raise_and_leave_nothing(tmp_path, tokenizer_dir):
 def test_a_format_can_be_registered_from_outside(tmp_path, tokenizer_dir, monkeypatch):
     def read(piece: Piece, options: ReadOptions):
         paragraphs = piece.origin.read_bytes().split(b"\n\n")
-        yield registry.text_of_bytes(paragraphs, options, piece.name, [0] * len(paragraphs))
+        yield reading.text_of_bytes(paragraphs, options, piece.name, [0] * len(paragraphs))
 
-    monkeypatch.setitem(FORMATS, "xyz", Format((".xyz",), pieces=registry.whole_file, read=read))
+    monkeypatch.setitem(FORMATS, "xyz", Format((".xyz",), pieces=reading.whole_file, read=read))
     (tmp_path / "a.xyz").write_text("one\n\ntwo\nlines\n\nthree")
     assert read_all(tmp_path / "a.xyz") == ["one", "two\nlines", "three"]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2))

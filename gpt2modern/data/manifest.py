@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import huggingface_hub
 
+from gpt2modern.data.config import PrepareConfig
 from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import sha256_of
 
@@ -23,7 +24,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-MOST_TOKENS = 1 << 24  # entries of a vocabulary; a tokenizer that claims more is damaged
 
 
 def local_folder(data_dir: str | Path) -> Path:
@@ -57,38 +57,42 @@ def local_folder(data_dir: str | Path) -> Path:
 
 
 def build_manifest(
-    *,
-    settings: dict,
-    source_name: str | list[str],
-    tokenizer_name: str | None,
-    tokenizer_dir: Path,
-    vocabulary: dict,
-    packing: dict,
-    validation_rule: str,
-    shards: list[dict],
-    validation: dict,
+    config: PrepareConfig, settings: dict, vocabulary: dict, rule: str, shards: list[dict], validation: dict
 ) -> dict:
-    """Sum up what was written. shards, validation: counts of the training shards and of the one of validation;
-    vocabulary: dtype, vocab_size, eos_token_id; packing: block_size, packing, seed."""
+    """Sum up what was written. vocabulary: dtype, vocab_size and eos_token_id; rule: what is held out; shards,
+    validation: what was counted while the training shards and the one of validation were written."""
     splits = {}
     for split, written in {"train": shards, "validation": [validation]}.items():
         summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
         counts = {name: sum(each[name] for each in written) for name in summed}
-        counts["padding"] = counts["rows"] * packing["block_size"] - counts["tokens"]
+        counts["padding"] = counts["rows"] * config.block_size - counts["tokens"]
         lengths = [sum(each) for each in zip(*(each["document_lengths"] for each in written), strict=True)]
         counts["document_lengths"] = {str(2**i): count for i, count in enumerate(lengths) if count}
         splits[split] = counts | {"shards": [each["shard"] for each in written]}
-    files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(tokenizer_dir.iterdir())}
-    empty = sum(each["empty_documents"] for each in [*shards, validation])
-    manifest = {"format_version": FORMAT_VERSION, **packing, **vocabulary, "validation_rule": validation_rule}
-    manifest["tokenizer"] = {"name": tokenizer_name, "sha256": files["tokenizer.json"]["sha256"], "files": files}
-    manifest["source"] = {
-        "name": source_name,
-        "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
-        "documents": sum(each["read_documents"] for each in shards),
-        "empty_documents": empty,
+    names = [Path(name).name for name in config.train_file or []]
+    folder = Path(config.output_dir) / "tokenizer"
+    files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir())}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "block_size": config.block_size,
+        **vocabulary,
+        "packing": config.packing,
+        "seed": config.shuffle_seed,
+        "validation_rule": rule,
+        "tokenizer": {
+            "name": config.tokenizer_name and Path(config.tokenizer_name).name,
+            "sha256": files["tokenizer.json"]["sha256"],
+            "files": files,
+        },
+        "source": {
+            "name": config.dataset_name or names or "dataset",
+            "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
+            "documents": sum(each["read_documents"] for each in shards),
+            "empty_documents": sum(each["empty_documents"] for each in [*shards, validation]),
+        },
+        "settings": settings,
+        "splits": splits,
     }
-    manifest |= {"settings": settings, "splits": splits}
     return manifest | {"checksum": checksum_of(manifest)}
 
 

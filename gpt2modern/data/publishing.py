@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from gpt2modern.data.formats.registry import cause_of
+from gpt2modern.data.formats.reading import cause_of
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import write_file
 

@@ -7,6 +7,7 @@ than its share; `Source.documents` gives them as a `datasets.IterableDataset`. A
 
 import functools
 import glob
+import math
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,14 @@ from transformers import PreTrainedTokenizerFast
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.documents import COLUMN, Documents, array_of, first_documents
 from gpt2modern.data.formats import FORMATS, Piece, ReadOptions, arrow
-from gpt2modern.data.formats.registry import cause_of, extensions, format_of, require_column, suffix, text_of_column
+from gpt2modern.data.formats.reading import cause_of, require_column, text_of_column
+from gpt2modern.data.formats.registry import extensions, format_of, suffix
 from gpt2modern.data.splits import is_not_empty
 from gpt2modern.data.tokenizing import Encoder
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import locked
 
+SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
 PIECE_BYTES = 1 << 20
 MAX_PIECES = 100_000  # the list of them is in memory
 BATCH_BYTES = 4 << 20  # of text in a batch of documents, as far as a sample tells
@@ -71,6 +74,12 @@ class Source:
             if table is not None and len(table):
                 largest = max(largest, table.nbytes / len(table))
         return int(min(max(1, BATCH_BYTES // largest), MAX_BATCH_ROWS))
+
+    @property
+    def default_num_shards(self) -> int:
+        """Return a shard for each 128 MB, as a power of two, so that they share out evenly among processes."""
+        wanted = 2 ** math.ceil(math.log2(max(1.0, self.size / SHARD_BYTES)))
+        return max(1, min(wanted, self.documents().num_shards))
 
     def arrays(self) -> Iterator[pa.Array]:
         """Read all documents in their order, some at a time."""

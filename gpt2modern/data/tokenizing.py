@@ -20,9 +20,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gpt2modern.data.config import PrepareConfig
-from gpt2modern.data.formats.registry import cause_of
-from gpt2modern.data.manifest import MOST_TOKENS
+from gpt2modern.data.config import MOST_TOKENS, PrepareConfig
+from gpt2modern.data.formats.reading import cause_of
 from gpt2modern.data.splits import ValidationRule, training_texts
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import move_folder

@@ -6,15 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from gpt2modern.data.formats.registry import (
-    FORMATS,
-    Format,
-    Piece,
-    ReadOptions,
-    require_column,
-    text_of_column,
-    unreadable,
-)
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
 from gpt2modern.errors import GPT2ModernError
 
 
@@ -23,7 +16,7 @@ def open_table(path: Path, options: ReadOptions) -> Dataset:
     try:
         table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
     except Exception as error:  # each layer below raises its own
-        raise unreadable(path, "an Arrow table", error) from error
+        raise reading.unreadable(path, "an Arrow table", error) from error
     if isinstance(table, DatasetDict):
         raise GPT2ModernError(f"{path}: holds the splits {', '.join(table)}; name one of its folders")
     return text_column_of(table, options, str(path))
@@ -33,7 +26,7 @@ def text_column_of(table: Dataset, options: ReadOptions, name: str) -> Dataset:
     """Keep only the column of the documents; raises GPT2ModernError where there is none. name: for messages."""
     schema = table.data.schema
     kind = schema.field(options.column).type if options.column in table.column_names else None
-    require_column(table.column_names, kind, options, name)
+    reading.require_column(table.column_names, kind, options, name)
     return table.select_columns([options.column])
 
 
@@ -46,7 +39,7 @@ def pieces(table: Dataset, options: ReadOptions, piece_bytes: int) -> list[tuple
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read a range of rows."""
     column = piece.origin.with_format("arrow")[piece.start : piece.stop].column(0)
-    yield text_of_column(column, options, piece.name, piece.start)
+    yield reading.text_of_column(column, options, piece.name, piece.start)
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -7,20 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 
-from gpt2modern.data.formats import registry
+from gpt2modern.data.formats import reading
 from gpt2modern.data.formats.json import lines_of
-from gpt2modern.data.formats.registry import (
-    FORMATS,
-    Format,
-    Piece,
-    ReadOptions,
-    open_stream,
-    require_column,
-    suffix,
-    text_of_column,
-    unreadable,
-    whole_file,
-)
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, suffix
 
 MAX_ROW_BYTES = 1 << 30
 
@@ -28,18 +17,18 @@ MAX_ROW_BYTES = 1 << 30
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
     """Keep a file whole: where a row begins is known only from the file's beginning on."""
     try:
-        with open_stream(path) as stream:
+        with reading.open_stream(path) as stream:
             lines = (line.decode("utf-8-sig", "replace") + "\n" for line in lines_of(stream))
             columns = next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
     except (pa.ArrowException, OSError, csv.Error) as error:
-        raise unreadable(path, "csv", error) from error
-    require_column(columns, None, options, str(path))
-    return whole_file(path, options, piece_bytes)
+        raise reading.unreadable(path, "csv", error) from error
+    reading.require_column(columns, None, options, str(path))
+    return reading.whole_file(path, options, piece_bytes)
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the text column of all rows."""
-    rows, block_bytes = 0, registry.READ_BYTES
+    rows, block_bytes = 0, reading.READ_BYTES
     while True:
         try:
             for documents in _read_rows(piece.origin, options, block_bytes, rows):
@@ -49,7 +38,7 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
         except (pa.ArrowException, OSError) as error:
             # Arrow refuses a row that is longer than a block: read on from there in larger ones.
             if "straddling" not in str(error) or block_bytes >= MAX_ROW_BYTES:
-                raise unreadable(piece.name, "csv", error) from error
+                raise reading.unreadable(piece.name, "csv", error) from error
             block_bytes = min(8 * block_bytes, MAX_ROW_BYTES)
 
 
@@ -60,7 +49,7 @@ def _read_rows(path: Path, options: ReadOptions, block_bytes: int, first_row: in
         strings_can_be_null=False,
         check_utf8=False,
     )
-    with open_stream(path) as stream:
+    with reading.open_stream(path) as stream:
         reader = pyarrow.csv.open_csv(
             stream,
             read_options=pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False),
@@ -70,7 +59,7 @@ def _read_rows(path: Path, options: ReadOptions, block_bytes: int, first_row: in
         rows = 0
         for batch in reader:
             documents = batch.column(0).slice(max(0, first_row - rows))
-            yield text_of_column(documents, options, str(path), max(rows, first_row))
+            yield reading.text_of_column(documents, options, str(path), max(rows, first_row))
             rows += len(batch)
 
 

@@ -8,31 +8,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.json
 
-from gpt2modern.data.formats.registry import (
-    FORMATS,
-    Format,
-    Piece,
-    ReadOptions,
-    compression_of,
-    errors_named,
-    not_utf8,
-    open_stream,
-    read_bytes,
-    render_chat,
-    require_column,
-    whole_file,
-)
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, compression_of
 from gpt2modern.data.formats.text import blocks_of, byte_ranges
 from gpt2modern.errors import GPT2ModernError
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
     """Cut a file of JSON lines into byte ranges; an array, or a compressed file, stays whole."""
-    with errors_named(path, "json"):
+    with reading.errors_named(path, "json"):
         is_array = _is_array(path)
-        require_column(_first_keys(path, is_array), None, options, str(path))
+        reading.require_column(_first_keys(path, is_array), None, options, str(path))
     if compression_of(path) or is_array:
-        return whole_file(path, options, piece_bytes)
+        return reading.whole_file(path, options, piece_bytes)
     return byte_ranges(path, piece_bytes)
 
 
@@ -93,7 +81,7 @@ def _object_of(line: bytes, name: str, offset: int, encoding_errors: str) -> dic
     try:
         value = json.loads(line.decode("utf-8", encoding_errors))
     except UnicodeDecodeError as error:
-        raise not_utf8(name, offset + error.start, error.reason) from None
+        raise reading.not_utf8(name, offset + error.start, error.reason) from None
     except (ValueError, RecursionError) as error:
         raise GPT2ModernError(f"{place}: this line is not JSON ({error})") from None
     if not isinstance(value, dict):
@@ -103,15 +91,15 @@ def _object_of(line: bytes, name: str, offset: int, encoding_errors: str) -> dic
 
 def _load_array(path: Path, encoding_errors: str = "replace") -> list:
     try:
-        return json.loads(read_bytes(path).decode("utf-8-sig", encoding_errors))
+        return json.loads(reading.read_bytes(path).decode("utf-8-sig", encoding_errors))
     except UnicodeDecodeError as error:
-        raise not_utf8(str(path), error.start, error.reason) from None
+        raise reading.not_utf8(str(path), error.start, error.reason) from None
     except (ValueError, RecursionError) as error:
         raise GPT2ModernError(f"{path}: not JSON ({error})") from None
 
 
 def _is_array(path: Path) -> bool:
-    with open_stream(path) as stream:
+    with reading.open_stream(path) as stream:
         return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
@@ -123,7 +111,7 @@ def _first_keys(path: Path, is_array: bool) -> list[str]:
             raise GPT2ModernError(f"{path}: its array does not begin with an object, {{...}}")
         return list(objects[0])
     line, offset = b"", 0
-    with open_stream(path) as stream:
+    with reading.open_stream(path) as stream:
         for line in lines_of(stream):
             if line.strip():
                 break
@@ -137,7 +125,7 @@ def _texts_of(objects: list, places: list[str], options: ReadOptions) -> pa.Arra
     for value, place in zip(objects, places, strict=True):
         text = value.get(options.column) if isinstance(value, dict) else None
         if options.chat_column:
-            text = render_chat(text, options, place)
+            text = reading.render_chat(text, options, place)
         if text is not None and not isinstance(text, str):
             raise GPT2ModernError(f"{place}: {options.column!r} holds {type(text).__name__}, not text ({text!r:.60})")
         texts.append(_without_surrogates(text or "", options, place))

@@ -9,27 +9,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from gpt2modern.data.formats import registry
-from gpt2modern.data.formats.registry import (
-    FORMATS,
-    Format,
-    Piece,
-    ReadOptions,
-    compression_of,
-    errors_named,
-    open_stream,
-    read_bytes,
-    text_of_bytes,
-    unreadable,
-    whole_file,
-)
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, compression_of
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
     """Cut a text file into byte ranges; it stays whole where it is one document or has to be read from its beginning."""
     separator = separator_of(options)
     if separator is None or compression_of(path) or overlaps_itself(separator):
-        return whole_file(path, options, piece_bytes)
+        return reading.whole_file(path, options, piece_bytes)
     return byte_ranges(path, piece_bytes)
 
 
@@ -37,7 +25,7 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the documents that begin in a byte range."""
     separator = separator_of(options)
     if separator is None:
-        yield text_of_bytes([read_bytes(piece.origin)], options, piece.name, [0])
+        yield reading.text_of_bytes([reading.read_bytes(piece.origin)], options, piece.name, [0])
         return
     for block, offset in blocks_of(piece, separator):
         yield _documents_in(block, separator, options, piece.name, offset)
@@ -75,7 +63,7 @@ def _range_block(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
             end = _document_start(data, piece.stop, separator) if piece.stop < len(data) else len(data)
             block = data[begin:end]
     except (OSError, ValueError) as error:
-        raise unreadable(piece.name, "a file", error) from error
+        raise reading.unreadable(piece.name, "a file", error) from error
     yield block, begin
 
 
@@ -91,8 +79,11 @@ def _stream_blocks(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:
     # Cut from the left where it matters, so that what a separator is does not depend on how the stream arrives.
     split: Callable = bytes.split if overlaps_itself(separator) else lambda data, by: data.rsplit(by, 1)
     offset, rest = 0, b""
-    with errors_named(path, "a compressed file" if compression_of(path) else "a file"), open_stream(path) as stream:
-        while block := stream.read(registry.READ_BYTES):
+    with (
+        reading.errors_named(path, "a compressed file" if compression_of(path) else "a file"),
+        reading.open_stream(path) as stream,
+    ):
+        while block := stream.read(reading.READ_BYTES):
             data = rest + block
             rest = split(data, separator)[-1]
             complete = data[: len(data) - len(rest)]
@@ -114,7 +105,7 @@ def _documents_in(block: bytes, separator: bytes, options: ReadOptions, name: st
     offsets = [offset]
     for document in documents[:-1]:
         offsets.append(offsets[-1] + len(document) + len(separator))
-    return text_of_bytes(documents, options, name, offsets)
+    return reading.text_of_bytes(documents, options, name, offsets)
 
 
 FORMATS["text"] = Format((".txt", ".md", ".rst"), pieces, read, may_be_compressed=True)

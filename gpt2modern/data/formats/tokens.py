@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, unreadable
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
 from gpt2modern.errors import GPT2ModernError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
@@ -57,7 +58,7 @@ def _map_tokens(path: Path) -> np.ndarray:
         header = np.fromfile(path, dtype="<i4", count=3)
         size = path.stat().st_size
     except OSError as error:
-        raise unreadable(path, "tokens", error) from error
+        raise reading.unreadable(path, "tokens", error) from error
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
         raise GPT2ModernError(
             f"{path}: not a file of GPT-2 tokens (its header should begin with {MAGIC} and version {VERSION}, it begins "
