@@ -80,8 +80,8 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | 
 
     dataset: documents from Python instead of --dataset_name or --train_file; of a DatasetDict the split that
     `dataset_split` names, and its split `validation` if it has one. Shards that are there, of a run with the same
-    settings, are verified and kept. Raises GPT2ModernError for whatever its user can mend; a folder that this call began
-    is then removed.
+    settings, are verified and kept. Raises GPT2ModernError for whatever its user can mend; a folder that this call
+    began is then removed.
     """
     if (config.dataset_name is not None) + (config.train_file is not None) + (dataset is not None) != 1:
         raise GPT2ModernError("give exactly one of --dataset_name (such as stdlib) and --train_file")

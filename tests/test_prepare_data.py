@@ -327,8 +327,15 @@ def test_a_hub_name_offline_gets_one_line_from_the_command(tmp_path, tokenizer_d
 
 def test_preparing_does_not_import_torch(tmp_path, corpus, tokenizer_dir):
     """It takes longer than to prepare 100 MB."""
-    flags = ["--train_file", str(corpus), "--tokenizer_name", str(tokenizer_dir), "--output_dir", str(tmp_path / "data")]
+    flags = [
+        "--train_file",
+        str(corpus),
+        "--tokenizer_name",
+        str(tokenizer_dir),
+        "--output_dir",
+        str(tmp_path / "data"),
+    ]
     code = "import sys, prepare_data; prepare_data.main(); print('torch' in sys.modules)"
-    command = [sys.executable, "-c", code, *flags]
+    command = [sys.executable, "-c", code, *map(str, flags)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.endswith("False\n")

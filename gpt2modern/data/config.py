@@ -36,10 +36,10 @@ class PrepareConfig:
         group=SOURCE, identity=ALWAYS, least=1, most=MOST)
     max_documents: int | None = setting(
         None, "Use only the first so many documents.", group=SOURCE, identity=ALWAYS, least=1, most=MOST)
-    train_file: list[str] | None = setting(
+    train_file: list[str] | None = setting(  # noqa: RUF009
         None, "Files instead of a dataset: txt, jsonl, json, csv, parquet, arrow, bin (GPT-2 tokens as in "
         "kjj0/fineweb10B-gpt2), also .gz or .zst; globs; folders of such files or of `save_to_disk`.", group=SOURCE)
-    validation_file: list[str] | None = setting(
+    validation_file: list[str] | None = setting(  # noqa: RUF009
         None, "Files of the validation split; without them it is held out of the rest.", group=SOURCE)
     validation_split_percentage: float = setting(
         5.0, "Percentage of the documents that is held out without --validation_file.", group=SOURCE)

@@ -47,9 +47,9 @@ def folder_in_preparation(output_dir: Path, settings: dict, *, shared: bool) -> 
         raise
     except OSError as error:
         way_out = "make room and run" if error.errno in FULL else "run"
+        cause = os.strerror(error.errno) if error.errno else error
         raise GPT2ModernError(
-            f"--output_dir {output_dir}: {os.strerror(error.errno) if error.errno else error}; what is finished is kept: {way_out} the same "
-            "command again"
+            f"--output_dir {output_dir}: {cause}; what is finished is kept: {way_out} the same command again"
         ) from error
 
 

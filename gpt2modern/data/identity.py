@@ -16,7 +16,7 @@ from gpt2modern.errors import GPT2ModernError
 
 
 def settings_of(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict:
-    """Return the settings and fingerprints that decide the result: not where it goes, nor how many processes make it."""
+    """Return the settings and fingerprints that decide the result; where it goes and who makes it do not."""
     kinds = {ALWAYS}
     if config.dataset_name not in (None, "stdlib") or isinstance(dataset, dict):
         kinds.add(HUB)
@@ -67,7 +67,7 @@ def _files_of(names: list[str] | None) -> list[dict] | None:
 
 
 def _fingerprint(path: Path) -> str:
-    """Hash 64 evenly spaced pieces of 64 KB, and the end, by xxh3: all of a file up to 4 MB, a sample of a larger one, so
+    """Hash 64 evenly spaced pieces of 64 KB, and the end, by xxh3: a file up to 4 MB whole, a larger one by sample, so
     that a machine that writes one shard of a hundred need not read all the text. What is inserted or removed moves all
     that follows it and is seen; a few bytes overwritten in place in a large file are not."""
     size, piece = path.stat().st_size, 1 << 16

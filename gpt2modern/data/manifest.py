@@ -223,8 +223,8 @@ def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
 
 
 def leads_out(path: Path, data_dir: Path) -> bool:
-    """Tell whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's cache,
-    whose snapshots are links to the blobs beside them."""
+    """Tell whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's
+    cache, whose snapshots are links to the blobs beside them."""
     folder = data_dir.resolve()
     allowed = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     return not any(path.resolve().is_relative_to(root) for root in allowed)

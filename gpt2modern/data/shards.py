@@ -1,10 +1,10 @@
 """Shards: each is read, encoded, packed and written by one process, and is either complete or not there.
 
-The documents of a shard flow through `datasets`: `documents.shard(num_shards, index)` in the Arrow format, `map` to token
-ids; then windows of them are shuffled, packed and written in the format of `datasets`. A shard is built under a temporary
-name, flushed to disk and renamed; a receipt with its counts and checksums follows. A run that was killed finds the
-finished shards by their receipts, verifies them and writes only the others. What a shard holds follows from the settings
-alone, so any number of processes or machines writes the same bytes.
+The documents of a shard flow through `datasets`: `documents.shard(num_shards, index)` in the Arrow format, `map` to
+token ids; then windows of them are shuffled, packed and written in the format of `datasets`. A shard is built under a
+temporary name, flushed to disk and renamed; a receipt with its counts and checksums follows. A run that was killed
+finds the finished shards by their receipts, verifies them and writes only the others. What a shard holds follows from
+the settings alone, so any number of processes or machines writes the same bytes.
 """
 
 import contextlib

@@ -168,7 +168,7 @@ def _pieces_of(name: str, origin: object, format: str, source: Source, num_shard
 
 
 def piece_bytes_of(total: int, num_shards: int | None) -> int:
-    """Return the size of pieces: a few per shard at least, a megabyte at most; more only where they would be too many."""
+    """Return the size of pieces: a few per shard, a megabyte at most; more only where they would be too many."""
     return max(min(PIECE_BYTES, total // (8 * (num_shards or 1)) + 1), total // MAX_PIECES, 4096)
 
 

@@ -98,7 +98,7 @@ def _offsets(documents: pa.Array) -> np.ndarray:
 
 
 def _cut(document, fraction: float):
-    """Cut a document into (head, tail); a text without a line break to cut at is all head, a list of tokens is cut anywhere."""
+    """Cut a document into (head, tail): text at a line break (without one it is all head), lists of tokens anywhere."""
     target = int(len(document) * (1 - fraction))
     if isinstance(document, str):
         target = document.rfind("\n", 0, target) + 1 or document.find("\n", target) + 1 or len(document)

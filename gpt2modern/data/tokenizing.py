@@ -1,8 +1,8 @@
 """The tokenizer of a run, trained or loaded, and the encoder: Arrow arrays of documents to token ids.
 
-gigatoken encodes; `tokenizers` trains vocabularies, is the reference that each shard is checked against on a sample, and
-serves where gigatoken cannot. The ids are those of `tokenizers` with `add_special_tokens=False`, which is what the saved
-tokenizer gives at inference: text that spells a special token becomes that token, with either engine.
+gigatoken encodes; `tokenizers` trains vocabularies, is the reference that each shard is checked against on a sample,
+and serves where gigatoken cannot. The ids are those of `tokenizers` with `add_special_tokens=False`, which is what the
+saved tokenizer gives at inference: text that spells a special token becomes that token, with either engine.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Open files of all formats and turn their bytes into text; what is wrong becomes an error that names file and place."""
+"""Open files of all formats, turn their bytes into text; what is wrong becomes an error that names file and place."""
 
 import codecs
 import contextlib
@@ -60,7 +60,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def require_column(names: Sequence[str], kind: pa.DataType | None, options: ReadOptions, name: str) -> None:
-    """Raise GPT2ModernError unless the asked column is among `names` and, where its type is known, holds text or chats."""
+    """Raise GPT2ModernError unless the asked column is among `names` and, where its type is known, holds text."""
     flag = "--chat_column" if options.chat_column else "--text_column"
     if options.column not in names:
         raise GPT2ModernError(f"{name}: no column {options.column!r}; {flag} can be one of {', '.join(names)}")

@@ -1,8 +1,7 @@
 """The registry of file formats: a format owns its extensions, the pieces that a file is read in, and how one is read.
 
-To add one, put a `Format` into FORMATS under its --file_format name, in a module of this package that `__init__` imports
-or, from outside, anywhere before `prepare` is called. `reading` has what all of
-them need.
+To add one, put a `Format` into FORMATS under its --file_format name: in a module of this package that `__init__`
+imports, or from outside, anywhere before `prepare` is called. `reading` has what most of them need.
 """
 
 from collections.abc import Callable, Iterator
@@ -67,9 +66,9 @@ class Piece:
 class Format:
     """Describe one file format.
 
-    extensions: in lower case, ".csv". pieces: (origin, options, most bytes of a piece) -> [(start, stop), ...]; it raises
-    GPT2ModernError for a file that cannot be read. read: (piece, options) -> Arrow arrays of documents, `large_string`, or
-    lists of uint16 token ids where `holds_tokens`. open: (path, options) -> origin; by default the path itself.
+    extensions: in lower case, ".csv". pieces: (origin, options, most bytes of a piece) -> [(start, stop), ...]; it
+    raises GPT2ModernError for a file that cannot be read. read: (piece, options) -> Arrow arrays of documents,
+    `large_string`, or lists of uint16 ids where `holds_tokens`. open: (path, options) -> origin, by default the path.
     """
 
     extensions: tuple[str, ...]

@@ -14,7 +14,7 @@ from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
-    """Cut a text file into byte ranges; it stays whole where it is one document or has to be read from its beginning."""
+    """Cut a text file into byte ranges; it stays whole if it is one document or has to be read from its beginning."""
     separator = separator_of(options)
     if separator is None or compression_of(path) or overlaps_itself(separator):
         return reading.whole_file(path, options, piece_bytes)

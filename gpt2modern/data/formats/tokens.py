@@ -53,7 +53,7 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 
 
 def _map_tokens(path: Path) -> np.ndarray:
-    """Map the tokens of a file; raises GPT2ModernError if its header is another, or its length not the announced one."""
+    """Map the tokens of a file; GPT2ModernError if its header is another, or its length not the announced one."""
     try:
         header = np.fromfile(path, dtype="<i4", count=3)
         size = path.stat().st_size
@@ -61,8 +61,8 @@ def _map_tokens(path: Path) -> np.ndarray:
         raise reading.unreadable(path, "tokens", error) from error
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
         raise GPT2ModernError(
-            f"{path}: not a file of GPT-2 tokens (its header should begin with {MAGIC} and version {VERSION}, it begins "
-            f"with {header.tolist()})"
+            f"{path}: not a file of GPT-2 tokens (its header should begin with {MAGIC} and version {VERSION}, "
+            f"it begins with {header.tolist()})"
         )
     expected = HEADER_BYTES + 2 * int(header[2])
     if size != expected or not header[2]:
