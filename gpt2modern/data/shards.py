@@ -1,7 +1,8 @@
 """Shards: each is read, encoded, packed and written by one process, and is either complete or not there.
 
-The documents of a shard flow through `datasets`: `documents.shard(num_shards, index)` in the Arrow format, `map` to
-token ids; then windows of them are shuffled, packed and written in the format of `datasets`. A shard is built under a
+The documents of a shard flow through `datasets`: `documents.shard(num_shards, index)` in the Arrow format, `map` that
+marks what is held out; then windows of them are shuffled, encoded, packed and written in the format of `datasets`,
+sized by bytes where `map` counts documents. A shard is built under a
 temporary name, flushed to disk and renamed; a receipt with its counts and checksums follows. A run that was killed
 finds the finished shards by their receipts, verifies them and writes only the others. What a shard holds follows from
 the settings alone, so any number of processes or machines writes the same bytes.
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -28,12 +30,13 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import atomic_folder, locked, sha256_of, write_json
 
 WINDOW_BYTES = 32 << 20  # of text: what is shuffled at a time, and so what a process holds
-PACKED_BYTES = 4 << 20  # of tokens, packed and written at a time
+BATCH_BYTES = 8 << 20  # of text: what is encoded and packed at a time
 ROWS_PER_BATCH = 1000  # of an Arrow record batch, as `datasets` writes
 DATA_FILE = "data-00000-of-00001.arrow"
 RECEIPT_FILE = "receipt.json"
 HELD_OUT_FILE = "held_out_tokens.arrow"
-HELD_OUT_SCHEMA = pa.schema({"tokens": pa.large_binary(), "bytes": pa.int64(), "hash": pa.uint64()})
+HELD_OUT_IDS = pa.large_list(pa.uint32())
+HELD_OUT_SCHEMA = pa.schema({"input_ids": HELD_OUT_IDS, "bytes": pa.int64(), "hash": pa.uint64()})
 
 
 @dataclass
@@ -77,12 +80,12 @@ class Counts:
     document_lengths: tuple[int, ...] = (0,) * 40
     fingerprint: int = 0  # sum of the hashes of all documents read, the held-out ones included
 
-    def add(self, lengths: np.ndarray, num_bytes: int) -> None:
-        """Count documents of so many tokens each, and bytes of text together, that go into the shard."""
-        self.documents += len(lengths)
-        self.tokens += int(lengths.sum())
-        self.bytes += num_bytes
-        added = np.bincount(np.log2(lengths).astype(np.int64), minlength=len(self.document_lengths))
+    def add(self, encoded: "Encoded") -> None:
+        """Count documents that go into the shard."""
+        self.documents += len(encoded.lengths)
+        self.tokens += int(encoded.lengths.sum())
+        self.bytes += int(encoded.num_bytes.sum())
+        added = np.bincount(np.log2(encoded.lengths).astype(np.int64), minlength=len(self.document_lengths))
         self.document_lengths = tuple(int(a + b) for a, b in zip(self.document_lengths, added, strict=True))
 
 
@@ -97,14 +100,11 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         receipt_dir, path = job.receipt_dir(index), job.shard_path(index)
         for stale in (receipt_dir, path):
             shutil.rmtree(stale, ignore_errors=True)
-        documents, counts = job.source.documents(job.shuffle_seed), Counts()
-        step = (job.num_shards, index)
-        if documents.num_shards >= job.num_shards:
-            documents, step = documents.shard(job.num_shards, index), (1, 0)
+        counts = Counts()
         with atomic_folder(receipt_dir) as receipt_build, atomic_folder(path, job.workspace) as build:
             with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
-                encoded = encode_documents(documents, job, counts, job.source, held_out.write_table, step, is_stopped)
-                files = write_rows(_shuffled(encoded, job, index), build, job, counts)
+                documents = training_documents(job, index, counts, held_out, is_stopped)
+                files = write_rows(documents, build, job, counts)
             if not counts.documents:
                 raise GPT2ModernError(
                     f"--num_shards {job.num_shards}: shard {index} gets no training documents; use fewer shards"
@@ -118,9 +118,9 @@ def write_validation(job: Job, source: Source | None) -> dict:
     """Write the one validation shard, of `source` or of what the training shards held out; returns its counts."""
     path, counts = job.output_dir / "validation" / "shard-00000-of-00001", Counts()
     shutil.rmtree(path, ignore_errors=True)
-    encoded = encode_documents(source.documents(), job, counts, source) if source is not None else _held_out(job)
+    documents = held_out_documents(job) if source is None else validation_documents(job, source, counts)
     with atomic_folder(path, job.workspace) as build:
-        files = write_rows(encoded, build, job, counts)
+        files = write_rows(documents, build, job, counts)
         if not counts.documents:
             raise GPT2ModernError(
                 "no document is left for validation; give --validation_file or another --validation_split_percentage"
@@ -159,101 +159,121 @@ def _described(job: Job, path: Path, counts: Counts, files: dict[str, dict]) -> 
 # Documents to token ids
 
 
-def encode_documents(
+class Encoded(NamedTuple):
+    """Hold documents: all ids one after the other, EOS after each; how many each has; the bytes of their text."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    num_bytes: np.ndarray
+
+
+def training_documents(
+    job: Job, index: int, counts: Counts, held_out: pa.RecordBatchStreamWriter, is_stopped: Callable[[], bool]
+) -> Iterator[Encoded]:
+    """Encode the documents of a shard, shuffled WINDOW_BYTES at a time; those that are held out go to `held_out`."""
+    documents, step = job.source.documents(job.shuffle_seed), (job.num_shards, index)
+    if documents.num_shards >= job.num_shards:
+        documents, step = documents.shard(job.num_shards, index), (1, 0)
+    tables = split_documents(documents, job.source, job.rule, counts, step, is_stopped)
+    for number, window in enumerate(_windows(tables, WINDOW_BYTES)):
+        texts, is_held_out = array_of(window, COLUMN), array_of(window, "is_held_out")
+        if not number:
+            check_engine(job.encoder, texts, job.source.name)
+        if pc.any(is_held_out).as_py():
+            hashes = array_of(window, "hash").filter(is_held_out)
+            for encoded in _encode(texts.filter(is_held_out), job.encoder, job.source.name):
+                lists = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(encoded.lengths)), encoded.ids)
+                columns = [lists.cast(HELD_OUT_IDS), encoded.num_bytes, hashes.slice(0, len(lists))]
+                held_out.write_table(pa.table(columns, HELD_OUT_SCHEMA))
+                hashes = hashes.slice(len(lists))
+        texts = texts.filter(pc.invert(is_held_out))
+        order = np.random.default_rng([job.shuffle_seed, index, number]).permutation(len(texts))
+        yield from _encode(texts.take(pa.array(order)), job.encoder, job.source.name)
+
+
+def validation_documents(job: Job, source: Source, counts: Counts) -> Iterator[Encoded]:
+    """Encode the documents of a validation source in their order."""
+    tables = split_documents(source.documents(), source, ValidationRule("file"), counts)
+    for number, window in enumerate(_windows(tables, BATCH_BYTES)):
+        texts = array_of(window, COLUMN)
+        if not number:
+            check_engine(job.encoder, texts, source.name)
+        yield from _encode(texts, job.encoder, source.name)
+
+
+def held_out_documents(job: Job) -> Iterator[Encoded]:
+    """Read what the shards held out, in the order of the documents' hashes."""
+    parts = [datasets.Dataset.from_file(str(job.receipt_dir(i) / HELD_OUT_FILE)) for i in range(job.num_shards)]
+    if not (parts := [part for part in parts if len(part)]):
+        return
+    held_out = datasets.concatenate_datasets(parts)
+    order = np.argsort(held_out.data.column("hash").to_numpy(), kind="stable")
+    for table in held_out.select(order).with_format("arrow").iter(job.source.batch_rows):
+        lists = array_of(table, "input_ids")
+        ids = lists.flatten().to_numpy().astype(job.encoder.dtype)
+        yield Encoded(ids, np.diff(lists.offsets.to_numpy()), table.column("bytes").to_numpy())
+
+
+def split_documents(
     documents: datasets.IterableDataset,
-    job: Job,
-    counts: Counts,
     source: Source,
-    hold_out: Callable[[pa.Table], None] | None = None,
+    rule: ValidationRule,
+    counts: Counts,
     step: tuple[int, int] = (1, 0),
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[pa.Table]:
-    """Encode documents through `map`, EOS after each, empty ones left out: tables as `_encoded` makes.
+    """Map documents to tables of document, is_held_out and, of those that are held out, hash; empty ones are left out.
 
-    hold_out takes those that are held out for validation, with their hashes; None: nothing is. step: (n, i) takes every
-    n-th document from the i-th on. source: where the documents are from. Adds what is read to `counts`.
+    step: (n, i) takes every n-th document from the i-th on. Adds what is read to `counts`.
     """
-    name = source.name
 
-    def encode(table: pa.Table, indices: list[int]) -> pa.Table:
+    def split(table: pa.Table, indices: list[int]) -> pa.Table:
         if is_stopped():
             raise Stopped
         texts = array_of(table, COLUMN)
         if step[0] > 1:
             texts = texts.take(pa.array(np.arange((step[1] - indices[0]) % step[0], len(texts), step[0])))
         filled = is_not_empty(texts)
-        if not counts.read_documents and filled.any():
-            check_engine(job.encoder, texts, name)
         counts.read_documents += len(texts)
         counts.empty_documents += int((~filled).sum())
         texts = texts if filled.all() else texts.filter(pa.array(filled))
-        if hold_out is None:
-            return _encoded(texts, job.encoder, name)
         hashes = hash_documents(texts)
         counts.fingerprint = (counts.fingerprint + int(hashes.sum(dtype=np.uint64))) % 2**64
-        train, held_out, held_out_hashes = job.rule.split(texts, hashes)
-        both = _encoded(pa.concat_arrays([train, held_out]), job.encoder, name)
-        if len(held_out):
-            hold_out(both.slice(len(train)).append_column("hash", pa.array(held_out_hashes)))
-        return both.slice(0, len(train))
+        train, held_out, held_out_hashes = rule.split(texts, hashes)
+        hashes = np.append(np.zeros(len(train), np.uint64), held_out_hashes)
+        is_held_out = pa.array(np.arange(len(hashes)) >= len(train))
+        return pa.table({COLUMN: pa.concat_arrays([train, held_out]), "is_held_out": is_held_out, "hash": hashes})
 
-    documents = documents.with_format("arrow")
-    encoded = documents.map(encode, batched=True, batch_size=source.batch_rows, with_indices=True)
-    return encoded.iter(source.batch_rows)
+    mapped = documents.with_format("arrow").map(split, batched=True, batch_size=source.batch_rows, with_indices=True)
+    return mapped.iter(source.batch_rows)
 
 
-def _encoded(documents: pa.Array, encoder: Encoder, name: str) -> pa.Table:
-    """Encode to the columns tokens (the ids as bytes, which Arrow copies faster than lists) and bytes (of the text)."""
-    num_bytes, ids, lengths = np.empty(0, np.int64), np.empty(0, encoder.dtype), np.empty(0, np.int64)
-    if len(documents):
-        num_bytes = encoder.text_bytes(documents, name)
-        ids, lengths = encoder.encode(documents)
-    offsets = np.append(0, np.cumsum(lengths)) * ids.itemsize
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(ids)]
-    return pa.table({"tokens": pa.Array.from_buffers(pa.large_binary(), len(lengths), buffers), "bytes": num_bytes})
-
-
-def _ids_and_lengths(encoded: pa.Table, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ids of all documents one after the other, and how many each has."""
-    tokens, itemsize = array_of(encoded, "tokens"), np.dtype(dtype).itemsize
-    _, offsets, values = tokens.buffers()
-    edges = np.frombuffer(offsets, np.int64)[tokens.offset : tokens.offset + len(tokens) + 1] // itemsize
-    return np.frombuffer(values or b"", dtype)[edges[0] : edges[-1]], np.diff(edges)
-
-
-def _shuffled(encoded: Iterator[pa.Table], job: Job, index: int) -> Iterator[pa.Table]:
-    """Shuffle documents, WINDOW_BYTES of text at a time."""
-    for number, window in enumerate(_windows(encoded)):
-        order = np.random.default_rng([job.shuffle_seed, index, number]).permutation(len(window))
-        for part in np.array_split(order, min(len(order), window.nbytes // PACKED_BYTES + 1)):
-            yield window.take(pa.array(part))
-
-
-def _windows(encoded: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    pending, size = [], 0
-    for table in encoded:
+def _windows(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """Put tables together until they have `size` bytes."""
+    pending, pending_bytes = [], 0
+    for table in tables:
         pending.append(table)
-        size += pc.sum(table.column("bytes")).as_py()
-        if size >= WINDOW_BYTES:
-            yield pa.concat_tables(pending).combine_chunks()
-            pending, size = [], 0
+        pending_bytes += table.nbytes
+        if pending_bytes >= size:
+            yield pa.concat_tables(pending)
+            pending, pending_bytes = [], 0
     if pending:
-        yield pa.concat_tables(pending).combine_chunks()
+        yield pa.concat_tables(pending)
 
 
-def _held_out(job: Job) -> Iterator[pa.Table]:
-    """Read what the shards held out, in the order of the documents' hashes."""
-    parts = [datasets.Dataset.from_file(str(job.receipt_dir(i) / HELD_OUT_FILE)) for i in range(job.num_shards)]
-    if parts := [part for part in parts if len(part)]:
-        held_out = datasets.concatenate_datasets(parts)
-        order = np.argsort(held_out.data.column("hash").to_numpy(), kind="stable")
-        yield from held_out.select(order).with_format("arrow").iter(job.source.batch_rows)
+def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encoded]:
+    """Encode about BATCH_BYTES at a time; name: what the documents are, for messages."""
+    for part in np.array_split(np.arange(len(documents)), documents.nbytes // BATCH_BYTES + 1):
+        if len(part):
+            texts = documents.slice(part[0], len(part))
+            num_bytes = encoder.text_bytes(texts, name)
+            yield Encoded(*encoder.encode(texts), num_bytes)
 
 
 # Token ids to files
 
 
-def write_rows(encoded: Iterator[pa.Table], folder: Path, job: Job, counts: Counts) -> dict[str, dict]:
+def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Counts) -> dict[str, dict]:
     """Pack encoded documents into the `datasets` folder `folder`; returns its files with size and sha256.
 
     Adds to `counts` what is written.
@@ -270,10 +290,9 @@ def write_rows(encoded: Iterator[pa.Table], folder: Path, job: Job, counts: Coun
             columns = [pa.FixedSizeListArray.from_arrays(pa.array(rows.input_ids.ravel()), row_size), rows.num_tokens]
             writer.write_table(pa.table(columns, features.arrow_schema), max_chunksize=ROWS_PER_BATCH)
 
-        for table in encoded:
-            ids, lengths = _ids_and_lengths(table, dtype)
-            counts.add(lengths, pc.sum(table.column("bytes")).as_py())
-            write(packer.add(ids, lengths))
+        for encoded in documents:
+            counts.add(encoded)
+            write(packer.add(encoded.ids, encoded.lengths))
         write(packer.finish())
     counts.cut_documents += packer.cut_documents
     digest = sha256_of(unnamed)

@@ -34,7 +34,7 @@ SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not g
 PIECE_BYTES = 1 << 20
 MAX_PIECES = 100_000  # the list of them is in memory
 BATCH_BYTES = 4 << 20  # of text in a batch of documents, as far as a sample tells
-MAX_BATCH_ROWS = 4096
+BATCH_ROWS = (16, 4096)  # least and most
 STREAM_ROWS = 256  # documents of a stream at a time
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
@@ -73,7 +73,7 @@ class Source:
             table = next(iter(shard.with_format("arrow").iter(64)), None)
             if table is not None and len(table):
                 largest = max(largest, table.nbytes / len(table))
-        return int(min(max(1, BATCH_BYTES // largest), MAX_BATCH_ROWS))
+        return int(np.clip(BATCH_BYTES // largest, *BATCH_ROWS))
 
     @property
     def default_num_shards(self) -> int:
