@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,15 @@ def test_trained_tokenizer_decodes_any_text_to_itself(trained_tokenizer, text):
 @pytest.fixture(scope="module")
 def trained_tokenizer(tokenizer_dir):
     return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def test_another_tokenizer_under_the_same_name_is_loaded_anew(tmp_path, corpus):
+    flags = ("--train_file", corpus, "--validation_file", write_jsonl(tmp_path / "a.jsonl", ["a cat sat on a mat"]))
+    for size in (400, 300):
+        run(tmp_path / "data", *flags, "--train_tokenizer", size, "--block_size", 8)
+        expected = reference_ids(tmp_path / "data", ["a cat sat on a mat"])
+        assert targets_of(tmp_path / "data", "validation") == expected
+        shutil.rmtree(tmp_path / "data")
 
 
 def test_trained_tokenizer_says_not_to_clean_up_spaces(tokenizer_dir):

@@ -24,7 +24,7 @@ from gpt2modern.data.config import MOST_TOKENS, PrepareConfig
 from gpt2modern.data.formats.reading import cause_of
 from gpt2modern.data.splits import ValidationRule, training_texts
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import move_folder
+from gpt2modern.files import move_folder, sha256_of
 
 END_OF_TEXT = "<|endoftext|>"
 CHECKED_DOCUMENTS = 16  # in each shard
@@ -99,18 +99,20 @@ class Encoder:
     engine: Literal["auto", "gigatoken", "tokenizers"]
     dtype: Literal["uint16", "uint32"]
     eos_token_id: int
+    sha256: str = ""  # of the file: another one may be written under its name
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, folder: Path, engine: str) -> "Encoder":
         """Build the encoder of a tokenizer that was saved to `folder`; engine auto becomes gigatoken where it serves,
         or `tokenizers`, with a note. GPT2ModernError where gigatoken was asked for and cannot serve."""
         dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
-        encoder = cls(folder / "tokenizer.json", engine, dtype, tokenizer.eos_token_id)
+        path = folder / "tokenizer.json"
+        encoder = cls(path, engine, dtype, tokenizer.eos_token_id, sha256_of(path))
         if engine == "tokenizers":
             return encoder
         try:
             encoder = replace(encoder, engine="gigatoken")
-            _load_gigatoken(encoder.tokenizer_json)
+            _load_gigatoken(encoder.tokenizer_json, encoder.sha256)
         except Exception as error:  # not installed, or a kind of tokenizer that it does not know
             if engine == "gigatoken":
                 raise GPT2ModernError(
@@ -126,9 +128,11 @@ class Encoder:
         if self.engine == "gigatoken":
             import awkward  # what comes with gigatoken, which is optional
 
-            ids = _load_gigatoken(self.tokenizer_json).encode_batch(awkward.from_arrow(texts)).layout
+            ids = _load_gigatoken(self.tokenizer_json, self.sha256).encode_batch(awkward.from_arrow(texts)).layout
             return ids.content.data, np.diff(ids.offsets.data)
-        encodings = _load_tokenizers(self.tokenizer_json).encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+        encodings = _load_tokenizers(self.tokenizer_json, self.sha256).encode_batch_fast(
+            texts.to_pylist(), add_special_tokens=False
+        )
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
 
@@ -150,7 +154,7 @@ class Encoder:
         """Count the UTF-8 bytes of each document, int64; GPT2ModernError for an id that the tokenizer lacks."""
         if pa.types.is_large_string(documents.type):
             return pc.binary_length(documents).to_numpy()
-        token_bytes = _bytes_of_tokens(self.tokenizer_json)
+        token_bytes = _bytes_of_tokens(self.tokenizer_json, self.sha256)
         ids, offsets = documents.flatten().to_numpy(), documents.offsets.to_numpy()
         if len(ids) and ids.max() >= len(token_bytes):
             raise GPT2ModernError(
@@ -170,7 +174,9 @@ def check_engine(encoder: Encoder, documents: pa.Array, name: str) -> None:
     chosen = np.unique(np.linspace(0, len(documents) - 1, CHECKED_DOCUMENTS, dtype=np.int64))
     texts = pc.utf8_slice_codeunits(documents.take(pa.array(chosen)), 0, CHECKED_CHARACTERS)
     ids, lengths = encoder.ids_and_lengths(texts)
-    expected = _load_tokenizers(encoder.tokenizer_json).encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
+    expected = _load_tokenizers(encoder.tokenizer_json, encoder.sha256).encode_batch_fast(
+        texts.to_pylist(), add_special_tokens=False
+    )
     for text, found, encoding in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), expected, strict=True):
         if found.tolist() != encoding.ids:
             raise GPT2ModernError(
@@ -227,7 +233,7 @@ def read_template(path: str) -> str:
 
 
 @functools.cache
-def _load_gigatoken(tokenizer_json: Path):
+def _load_gigatoken(tokenizer_json: Path, sha256: str):
     import awkward  # noqa: F401, takes a quarter of a second: before workers are forked, not in each
     import gigatoken  # optional: `tokenizers` serves without it
 
@@ -235,7 +241,7 @@ def _load_gigatoken(tokenizer_json: Path):
 
 
 @functools.cache
-def _load_tokenizers(tokenizer_json: Path) -> Tokenizer:
+def _load_tokenizers(tokenizer_json: Path, sha256: str) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -243,9 +249,9 @@ def _load_tokenizers(tokenizer_json: Path) -> Tokenizer:
 
 
 @functools.cache
-def _bytes_of_tokens(tokenizer_json: Path) -> np.ndarray:
+def _bytes_of_tokens(tokenizer_json: Path, sha256: str) -> np.ndarray:
     """Count the UTF-8 bytes that each id of a byte-level BPE stands for (int64)."""
-    tokenizer = _load_tokenizers(tokenizer_json)
+    tokenizer = _load_tokenizers(tokenizer_json, sha256)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
