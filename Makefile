@@ -42,6 +42,7 @@ test-faults: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/structure.py
 
 # The tokenizer is fetched from the Hub unless a folder is named: make bench-data TOKENIZER=gpt2-tokenizer TEXT_DIR=texts
 TOKENIZER := openai-community/gpt2

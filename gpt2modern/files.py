@@ -145,7 +145,7 @@ def check_writable_file(flag: str, path: str | None) -> None:
 
 def _check_writable(given: str, place: Path) -> None:
     try:
-        while not _exists(place):
+        while not os.path.lexists(place):
             place = place.parent
         if not stat.S_ISDIR(place.stat().st_mode):
             raise ValueError(f"{given}: {place} is a file, not a folder; name another place")
@@ -153,12 +153,3 @@ def _check_writable(given: str, place: Path) -> None:
         raise ValueError(f"{given}: {error.strerror}; name another place") from None
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"{given}: {place} is not a folder that you may write to; name another place")
-
-
-def _exists(path: Path) -> bool:
-    # Unlike os.path.lexists this raises OSError for a name that is too long and for circular links.
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True

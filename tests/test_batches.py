@@ -11,7 +11,7 @@ import torch
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.batches import (
     BatchPlan,
-    MicroBatchSampler,
+    micro_batch_indices,
     plan_batches,
     refuse_too_few_blocks,
     samples_in_order,
@@ -60,7 +60,7 @@ def read_steps(blocks, plan, *, first_step=0, max_steps, process_index=0):
 def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
     """Return the samples of each of `count` steps, gathered over all processes, in global order."""
     samplers = [
-        iter(MicroBatchSampler(num_blocks, plan, seed=seed, consumed_samples=consumed_samples, process_index=rank))
+        (micro_batch_indices(num_blocks, plan, seed=seed, consumed_samples=consumed_samples, process_index=rank))
         for rank in range(plan.num_processes)
     ]
     result = []

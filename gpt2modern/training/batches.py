@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, default_convert
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
@@ -152,10 +152,14 @@ def step_batches(
     """
     loader = DataLoader(
         blocks,
-        batch_sampler=MicroBatchSampler(
-            len(blocks), plan, config.seed, plan.consumed_samples(first_step), accelerator.process_index
+        batch_sampler=micro_batch_indices(
+            len(blocks),
+            plan,
+            seed=config.seed,
+            consumed_samples=plan.consumed_samples(first_step),
+            process_index=accelerator.process_index,
         ),
-        collate_fn=_as_is,
+        collate_fn=default_convert,
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         # Its own generator: a loader without one draws a base seed from the global stream when it is created.
@@ -176,19 +180,13 @@ def step_batches(
         del micro_batches
 
 
-class MicroBatchSampler(Sampler[list[int]]):
-    """Lists the block indices of each micro-batch of one process, endlessly, from `consumed_samples` on."""
-
-    def __init__(self, num_blocks: int, plan: BatchPlan, seed: int, consumed_samples: int, process_index: int):
-        self.num_blocks = num_blocks
-        self.plan = plan
-        self.seed = seed
-        self.first = consumed_samples + process_index * plan.micro_batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.plan.micro_batch_size
-        for first in itertools.count(self.first, size * self.plan.num_processes):
-            yield samples_in_order(self.num_blocks, self.plan, seed=self.seed, first=first, count=size).tolist()
+def micro_batch_indices(
+    num_blocks: int, plan: BatchPlan, *, seed: int, consumed_samples: int, process_index: int
+) -> Iterator[list[int]]:
+    """List the block indices of each micro-batch of one process, endlessly, from `consumed_samples` on."""
+    size = plan.micro_batch_size
+    for first in itertools.count(consumed_samples + process_index * size, size * plan.num_processes):
+        yield samples_in_order(num_blocks, plan, seed=seed, first=first, count=size).tolist()
 
 
 def _in_one_line(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -200,7 +198,3 @@ def _in_one_line(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
             message = str(error).strip().splitlines()[-1]
             raise GPT2ModernError(message.removeprefix("gpt2modern.errors.GPT2ModernError: ")) from None
         yield batch
-
-
-def _as_is(batch: torch.Tensor) -> torch.Tensor:
-    return batch

@@ -222,7 +222,9 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_kill in folder.glob(".step_*.tmp"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    _refuse_full_disk(folder, num_bytes)
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(errno.ENOSPC, f"it takes {num_bytes:,} bytes, the disk has {free:,} left", str(folder))
     final = checkpoint_path(folder, step)
     with atomic_folder(final) as temporary:
         save_model(temporary)
@@ -239,12 +241,6 @@ def save_checkpoint(
             else:
                 shutil.rmtree(old)
     return final
-
-
-def _refuse_full_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"it takes {needed:,} bytes, the disk has {free:,} left", str(folder))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -158,18 +158,13 @@ def _set_up_fsdp(accelerator: Accelerator) -> None:
             "the Accelerate configuration asks for FSDP, which needs processes started by accelerate launch or torchrun"
         )
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise GPT2ModernError(
-            f"the Accelerate configuration sets fsdp_version {plugin.fsdp_version}; only 2 is supported"
-        )
-    if plugin.activation_checkpointing:
-        raise GPT2ModernError(
-            "the Accelerate configuration sets fsdp_activation_checkpointing; use --gradient_checkpointing"
-        )
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise GPT2ModernError(
-            "the Accelerate configuration sets fsdp_offload_params, which is not supported; remove it"
-        )
+    for what, is_set in {
+        f"fsdp_version {plugin.fsdp_version}; only 2 is supported": plugin.fsdp_version != 2,
+        "fsdp_activation_checkpointing; use --gradient_checkpointing": plugin.activation_checkpointing,
+        "fsdp_offload_params, which is not supported; remove it": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+    }.items():
+        if is_set:
+            raise GPT2ModernError(f"the Accelerate configuration sets {what}")
     if accelerator.mixed_precision == "fp16":
         raise GPT2ModernError("FSDP does not go with fp16: its loss scale is for whole gradients; use bf16 or no")
 

@@ -40,11 +40,6 @@ def matrices_in_layers(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in name]
 
 
-def no_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List nothing: AdamW gets every parameter."""
-    return []
-
-
 def build_muon(parameters: list[nn.Parameter], config: TrainConfig, *, sharded: bool) -> torch.optim.Optimizer:
     """Make Muon (arXiv:2502.16982, github.com/KellerJordan/Muon), which orthogonalises the momentum of a matrix.
 
@@ -78,7 +73,7 @@ class OptimizerKind:
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerKind(no_parameters, None, 0),
+    "adamw": OptimizerKind(lambda model: [], None, state_bytes=0),
     "muon": OptimizerKind(matrices_in_layers, build_muon, state_bytes=4),  # one fp32 average
 }
 ADAMW_STATE_BYTES = 8  # two fp32 averages
@@ -104,16 +99,13 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     beside = [kind.build(taken, config, sharded=is_sharded(model))] if kind.build else []
     others = {id(parameter) for parameter in [embedding, *taken]}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in others]
+    embeddings = [embedding] if embedding.requires_grad else []
+    rates = [config.embedding_learning_rate, config.learning_rate, config.scalar_learning_rate]
+    rates = [config.learning_rate if rate is None else rate for rate in rates]
     groups = [
-        parameter_group(
-            [embedding] if embedding.requires_grad else [],
-            _given(config.embedding_learning_rate, config.learning_rate),
-            config.weight_decay,
-        ),
-        parameter_group([p for p in rest if p.ndim >= 2], config.learning_rate, config.weight_decay),
-        parameter_group(
-            [p for p in rest if p.ndim < 2], _given(config.scalar_learning_rate, config.learning_rate), 0.0
-        ),
+        parameter_group(embeddings, rates[0], config.weight_decay),
+        parameter_group([p for p in rest if p.ndim >= 2], rates[1], config.weight_decay),
+        parameter_group([p for p in rest if p.ndim < 2], rates[2], 0.0),
     ]
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -130,10 +122,6 @@ def state_bytes(model: nn.Module, optimizer: str) -> int:
     taken = sum(parameter.numel() for parameter in kind.parameters(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return kind.state_bytes * taken + ADAMW_STATE_BYTES * (trained - taken)
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def parameter_group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict[str, Any]:
