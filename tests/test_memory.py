@@ -39,13 +39,15 @@ def new_model(preset="modern", **overrides):
 
 
 def runs_out_above(most):
-    """Return a training pass that lacks memory for more than `most` sequences."""
+    """Return a model whose forward pass lacks memory for more than `most` sequences."""
 
-    def try_pass(accelerator, model, size, *rest):
-        if size > most:
+    def check(module, arguments, keywords):
+        if len(keywords["input_ids"]) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    return try_pass
+    model = new_model()
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    return model
 
 
 def fitted(accelerator, model, samples_per_step, block_size=16):
@@ -103,10 +105,10 @@ def test_weights_gradients_and_optimizer_states_are_counted():
 
 @pytest.mark.parametrize(("most", "found"), [(0, 0), (1, 1), (5, 4), (99, 16)])
 def test_the_largest_size_that_does_not_run_out_of_memory_is_taken(accelerator, most, found):
-    model, try_pass = new_model(), runs_out_above(most)
+    model = runs_out_above(most)
 
     def fits(size):
-        return fits_by_trying(CONFIG, accelerator, model, size, 16, None, try_pass)
+        return fits_by_trying(CONFIG, accelerator, model, size, 16, None)
 
     assert largest_that_fits([1, 2, 4, 8, 16], fits) == found
 
@@ -121,8 +123,10 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(accelerator):
     def fail(*arguments):
         raise RuntimeError("shapes cannot be multiplied")
 
+    model = new_model()
+    model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="shapes"):
-        fits_by_trying(CONFIG, accelerator, new_model(), 1, 16, None, fail)
+        fits_by_trying(CONFIG, accelerator, model, 1, 16, None)
 
 
 def test_trying_leaves_weights_gradients_and_random_numbers_as_they_were(accelerator):

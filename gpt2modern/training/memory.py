@@ -1,6 +1,7 @@
 """Estimate the memory of a training step, find the largest micro-batch that fits, and print a dry run."""
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -124,12 +125,7 @@ def fit_micro_batch(
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     """Return the last of ascending `sizes` before the first that does not fit; 0 if there is none."""
-    largest = 0
-    for size in sizes:
-        if not fits(size):
-            break
-        largest = size
-    return largest
+    return max(itertools.takewhile(fits, sizes), default=0)
 
 
 def fits_by_estimate(
@@ -149,50 +145,32 @@ def fits_by_trying(
     size: int,
     block_size: int,
     separator: int | None,
-    try_pass: Callable[..., None] | None = None,
 ) -> bool:
     """Whether a forward and a backward pass fit beside a block of memory as large as what comes later: the optimizer's
-    state, and the buckets in which several processes sum their gradients.
-
-    try_pass: in place of `try_training_pass`.
-    """
+    state, and the buckets in which several processes sum their gradients."""
+    device, was_training = accelerator.device, model.training
     later_bytes = state_bytes(model, config.optimizer)
     later_bytes += 4 * model.num_parameters() if accelerator.num_processes > 1 else 0
+    devices = [device] if device.type != "cpu" else []
     try:
-        (try_pass or try_training_pass)(accelerator, model, size, block_size, later_bytes, separator)
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            model.to(device).train()
+            taken = torch.empty(later_bytes, dtype=torch.uint8, device=device)
+            batch = torch.zeros(size, block_size + 1, dtype=torch.int64, device=device)
+            with accelerator.autocast():
+                loss, _ = batch_loss(model, batch, num_items=batch.numel(), separator=separator)
+            loss.backward()
+            del taken, loss
         return True
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
             raise
         return False
     finally:
-        model.zero_grad(set_to_none=True)
+        model.train(was_training).zero_grad(set_to_none=True)
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-
-
-def try_training_pass(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    size: int,
-    block_size: int,
-    later_bytes: int,
-    separator: int | None,
-) -> None:
-    """Run forward and backward on `size` made-up sequences while `later_bytes` are taken; no update."""
-    device = accelerator.device
-    was_training = model.training
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        model.to(device).train()
-        taken = torch.empty(later_bytes, dtype=torch.uint8, device=device)
-        batch = torch.zeros(size, block_size + 1, dtype=torch.int64, device=device)
-        with accelerator.autocast():
-            loss, _ = batch_loss(model, batch, num_items=batch.numel(), separator=separator)
-        loss.backward()
-        del taken
-    model.train(was_training)
 
 
 def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
