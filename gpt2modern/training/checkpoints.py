@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ CHECKSUM_FILE = "checksums.json"  # written last: a folder without it is not a c
 TRAINING_STATE_FILES = {STATE_FILE, OPTIMIZER_FILE, CHECKSUM_FILE}  # the rest of a checkpoint is a model folder
 
 
+@dataclass
 class Checkpoints:
     """The checkpoints of one run: where it resumes and what it saves.
 
@@ -49,25 +50,19 @@ class Checkpoints:
     main process writes.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        processes: Processes,
-        model: GPT2ModernForCausalLM,
-        optimizers: Sequence[torch.optim.Optimizer],
-        blocks: PackedBlocks,
-        plan: BatchPlan,
-    ):
-        self.config = config
-        self.accelerator = accelerator
-        self.processes = processes
-        self.model = model
-        self.optimizers = optimizers
-        self.blocks = blocks
-        self.schedule = config.schedule
-        self.folder = checkpoints_dir(config)
-        self.settings = fixed_settings(config, accelerator.mixed_precision, model, blocks, plan)
+    config: TrainConfig
+    accelerator: Accelerator
+    processes: Processes
+    model: GPT2ModernForCausalLM
+    optimizers: Sequence[torch.optim.Optimizer]
+    blocks: PackedBlocks
+    plan: BatchPlan
+
+    def __post_init__(self):
+        self.schedule = self.config.schedule
+        self.folder = checkpoints_dir(self.config)
+        precision = self.accelerator.mixed_precision
+        self.settings = fixed_settings(self.config, precision, self.model, self.blocks, self.plan)
 
     def restore(self) -> TrainState:
         """Load the checkpoint that --resume_from_checkpoint names into model and optimizers; return its position, or

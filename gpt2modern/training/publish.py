@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +35,22 @@ WAIT_S = 600.0  # how long the end of a run waits for its last upload
 RECORDS = ("summary.json", "metrics.jsonl", "samples.jsonl", CURVES_FILE, SETTINGS_FILE)
 
 
+@dataclass
 class Publisher:
     """Exports a run's model with its card, and uploads it where --push_to_hub asks for it, on the main process."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        records: Records,
-        model: GPT2ModernForCausalLM,
-        plan: BatchPlan,
-        eval_blocks: PackedBlocks,
-    ):
-        self.config = config
-        self.records = records
-        self.model = model
-        self.plan = plan
-        self.eval_blocks = eval_blocks
-        self.output_dir = Path(config.output_dir)
+    config: TrainConfig
+    records: Records
+    model: GPT2ModernForCausalLM
+    plan: BatchPlan
+    eval_blocks: PackedBlocks
+
+    def __post_init__(self):
+        self.output_dir = Path(self.config.output_dir)
         self.model_files: list[str] = []  # names in output_dir, of the exported model
         self.uploader = None
-        if config.push_to_hub and records.is_main:
-            self.uploader = HubUploader(
-                config.hub_model_id or self.output_dir.resolve().name,
-                private=config.hub_private_repo,
-                revision=config.hub_revision,
-            )
+        if self.config.push_to_hub and self.records.is_main:
+            self.uploader = HubUploader(self.config, self.output_dir)
 
     def summary(self, state: TrainState) -> dict[str, Any]:
         """Return the contents of summary.json."""
@@ -91,7 +83,6 @@ class Publisher:
         self.uploader.upload(
             [*model_files, *(path for path in records if path.exists())],
             self.card(self.summary(state)),
-            self.output_dir / ".hub_upload",
             message=f"Checkpoint of step {state.step}",
             path_in_repo="last-checkpoint" if strategy == "checkpoint" else None,
         )
@@ -123,9 +114,7 @@ class Publisher:
             message = self.uploader.finish(
                 [path for path in paths if path.exists()],
                 self.card(summary),
-                self.output_dir / ".hub_upload",
                 message=f"Model after {summary['steps']} steps",
-                output_dir=self.output_dir,
             )
             print(message)
 
@@ -136,11 +125,12 @@ class HubUploader:
     The token is the one that `hf auth login` or HF_TOKEN has set; it is neither written nor shown.
     """
 
-    def __init__(self, hub_model_id: str, *, private: bool | None, revision: str | None):
+    def __init__(self, config: TrainConfig, output_dir: Path):
         """Create the repository, in the background too: what will not work is known at the start of a run."""
-        self.repo_id = hub_model_id  # with its owner as soon as the Hub has told
-        self.private = private
-        self.revision = revision
+        self.output_dir = output_dir
+        self.repo_id = config.hub_model_id or output_dir.resolve().name  # with its owner as soon as the Hub has told
+        self.private = config.hub_private_repo
+        self.revision = config.hub_revision
         self.url: str | None = None  # of the newest upload that worked
         self.problem: str | None = None  # of the newest one, if it did not
         self.warns = True
@@ -152,14 +142,13 @@ class HubUploader:
     def is_busy(self) -> bool:
         return self._thread.is_alive()
 
-    def upload(
-        self, files: Iterable[Path], card: str, folder: Path, *, message: str, path_in_repo: str | None = None
-    ) -> None:
-        """Start to upload `files` as they are now and `card`, gathered in `folder`, which is removed in the end.
+    def upload(self, files: Iterable[Path], card: str, *, message: str, path_in_repo: str | None = None) -> None:
+        """Start to upload `files` as they are now and `card`, gathered in a folder that is removed in the end.
 
         Not to be called while `is_busy`. A disk that does not take the folder is a warning.
         """
         assert not self.is_busy
+        folder = self.output_dir / ".hub_upload"
         try:
             stage_files(files, folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -168,28 +157,25 @@ class HubUploader:
             return
         self._thread = self._start(folder, path_in_repo, message)
 
-    def finish(self, files: Iterable[Path], card: str, folder: Path, *, message: str, output_dir: Path) -> str:
-        """Upload the finished run and wait for it, `WAIT_S` at most; say where it is, or what failed and the way out.
-
-        output_dir: where the run lies, for the command to type by hand.
-        """
+    def finish(self, files: Iterable[Path], card: str, *, message: str) -> str:
+        """Upload the finished run and wait, `WAIT_S` at most; say where it is, or what failed and the way out."""
         deadline = time.monotonic() + WAIT_S
         self._thread.join(WAIT_S)
         self.warns = False  # what is returned says it
         if not self.is_busy:
-            self.upload(files, card, folder, message=message)
+            self.upload(files, card, message=message)
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self.is_busy:
             self.problem = f"not done after {WAIT_S:.0f} s"
         if self.problem is None:
             return f"uploaded to {self.url}"
-        return f"not on the Hub ({self.problem}); by hand: {self._command_by_hand(output_dir)}"
+        return f"not on the Hub ({self.problem}); by hand: {self._command_by_hand()}"
 
-    def _command_by_hand(self, output_dir: Path) -> str:
+    def _command_by_hand(self) -> str:
         options = ["--revision", self.revision] if self.revision else []
         options += {True: ["--private"], False: ["--no-private"], None: []}[self.private]
         excluded = ["--exclude", "checkpoints/*", "--exclude", "tensorboard/*"]
-        return shlex.join(["hf", "upload", self.repo_id, str(output_dir), ".", *excluded, *options])
+        return shlex.join(["hf", "upload", self.repo_id, str(self.output_dir), ".", *excluded, *options])
 
     def _start(self, folder: Path | None, path_in_repo: str | None, message: str) -> threading.Thread:
         thread = threading.Thread(target=self._work, args=(folder, path_in_repo, message), daemon=True)
