@@ -48,7 +48,7 @@ TOKENIZER := openai-community/gpt2
 TEXT_DIR :=
 
 bench-data: $(INSTALLED)
-	$(BIN)/python -m eval.data_benchmark --tokenizer_name $(TOKENIZER) $(if $(TEXT_DIR),--text_dir $(TEXT_DIR))
+	$(BIN)/python -m benchmarks.data --tokenizer_name $(TOKENIZER) $(if $(TEXT_DIR),--text_dir $(TEXT_DIR))
 
 clean:
 	rm -rf $(VENV) data out build *.egg-info

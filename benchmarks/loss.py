@@ -1,27 +1,27 @@
 """Time and peak memory of the chunked loss against logits + cross-entropy, forward and backward, side by side.
 
-python -m benchmarks.loss [--cases fp32 bf16] [--num_tokens 8192] [--repetitions 5] [--output FILE.md]
+    python -m benchmarks.loss [--cases fp32 bf16] [--num_tokens 8192] [--repetitions 5]
 
-Time: the two variants alternate in one process after one step each to warm up; median, fastest and slowest in seconds.
-Peak memory: what one step adds to the resident set over its inputs, each figure in a fresh process, because an
-allocator that has once been full hides what comes after. On a CUDA device (--device cuda) both are the device's own.
+Time: the two variants alternate in one process after one step each to warm up. Peak memory: what one step adds to its
+inputs, each figure in a fresh process, because an allocator that has once been full hides what comes after.
 """
 
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
-from benchmarks.measuring import process_status_kib
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
-from gpt2modern.errors import GPT2ModernError
-
-if TYPE_CHECKING:
-    import torch
+from gpt2modern.settings import check_ranges, setting
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 
 VARIANTS = ("logits", "chunked")
 
@@ -49,44 +49,29 @@ CASES = {
 
 @dataclass
 class LossBenchmarkConfig:
-    num_tokens: int = field(default=8192, metadata={"help": "tokens in the batch"})
-    vocab_size: int = field(default=50304, metadata={"help": "rows of the head"})
-    hidden_size: int = field(default=768, metadata={"help": "dimensions of the hidden states"})
-    chunk_size: int | None = field(default=None, metadata={"help": "tokens per chunk; default: that of the model"})
-    cases: list[str] = field(
-        default_factory=lambda: list(CASES), metadata={"help": "what to measure", "choices": list(CASES)}
-    )
-    repetitions: int = field(default=5, metadata={"help": "timed steps per variant"})
-    num_threads: int = field(default=2, metadata={"help": "threads of the CPU"})
-    device: str = field(default="cpu", metadata={"help": "cpu, or a CUDA device"})
-    output: str | None = field(default=None, metadata={"help": "also write the table to this Markdown file"})
-    memory_of: str | None = field(
-        default=None, metadata={"help": "measure only the memory of this variant, here", "choices": list(VARIANTS)}
-    )
+    num_tokens: int = setting(8192, "tokens in the batch", least=1)
+    vocab_size: int = setting(50304, "rows of the head", least=1)
+    hidden_size: int = setting(768, "dimensions of the hidden states", least=1)
+    chunk_size: int | None = setting(None, "tokens per chunk; default: that of the model", least=1)
+    cases: list[str] = setting(default_factory=lambda: list(CASES), help="what to measure", choices=list(CASES))
+    repetitions: int = setting(5, "timed steps per variant", least=1)
+    device: str = setting("cpu", "cpu or cuda")
+    output: str = setting("eval/reports", "folder for the report")
 
     def __post_init__(self):
-        for name in ("num_tokens", "vocab_size", "hidden_size", "repetitions", "num_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"--chunk_size {self.chunk_size}: must be at least 1")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one variant in one case; memory in GiB over the inputs, seconds of each repetition."""
+    """What was measured of one variant in one case; memory in GiB over the inputs, seconds of each repetition."""
 
     peak_memory_gib: float
     seconds: list[float]
 
 
-def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple["torch.Tensor", ...]]:
-    """A function that returns loss and gradients of fixed random inputs, made once and before it runs."""
-    import torch
-    from torch.nn import functional as F
-
-    from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
-
+def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Draw inputs and return a function that computes (loss, gradient of the hidden states, gradient of the head)."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
@@ -112,106 +97,73 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
     return step
 
 
-def measure_peak_memory(case: Case, variant: str, config: LossBenchmarkConfig) -> float:
-    """GiB that one step needs on top of its inputs. Meant for a process that has done nothing else."""
-    import torch
-
+def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> float:
+    """Measure what one step needs on top of its inputs; for a process that has done nothing else."""
+    device = torch.device(config.device)
     step = make_step(case, variant, config)
     if case.compiled:
-        step()  # what the compiler needs is none of the loss
-    if torch.device(config.device).type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    before = process_status_kib("VmRSS")
-    if case.compiled:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, which the compilation has moved
+        step()  # what the compiler needs is not the loss's
+    before = measuring.memory_gib(device)
+    measuring.reset_peak_memory(device)
     step()
-    return (process_status_kib("VmHWM") - before) / 2**20
+    return measuring.peak_memory_gib(device) - before
 
 
-def measure_seconds(case: Case, config: LossBenchmarkConfig) -> dict[str, list[float]]:
-    """Seconds of every repetition per variant, one of each in turn, so that a busy machine slows both."""
-    import torch
-
+def measure(case: Case, config: LossBenchmarkConfig) -> dict[str, Measurement]:
+    """Measure both variants, their steps in turn, so that a busy machine slows both."""
+    memory, context = {}, multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.measuring", "gpt2modern.cli", "modeling_gpt2modern"])  # imported once
+    for variant in VARIANTS:
+        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh_process:
+            memory[variant] = fresh_process.submit(added_memory_gib, case, variant, config).result()
     steps = {variant: make_step(case, variant, config) for variant in VARIANTS}
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    synchronize = torch.cuda.synchronize if torch.device(config.device).type == "cuda" else lambda: None
-    for repetition in range(config.repetitions + 1):
+    for _ in range(config.repetitions + 1):
         for variant, step in steps.items():
-            synchronize()
+            measuring.synchronize(torch.device(config.device))
             start = time.perf_counter()
             step()
-            synchronize()
-            if repetition > 0:
-                seconds[variant].append(time.perf_counter() - start)
-    return seconds
+            measuring.synchronize(torch.device(config.device))
+            seconds[variant].append(time.perf_counter() - start)
+    return {variant: Measurement(memory[variant], seconds[variant][1:]) for variant in VARIANTS}  # the first warms up
 
 
-def measure(name: str, config: LossBenchmarkConfig) -> dict[str, Measurement]:
-    """Both variants of the case called `name`."""
-    flags = [f"--{key}={getattr(config, key)}" for key in ("num_tokens", "vocab_size", "hidden_size", "num_threads")]
-    flags += [f"--device={config.device}", "--cases", name]
-    flags += [] if config.chunk_size is None else [f"--chunk_size={config.chunk_size}"]
-    memory = {}
-    for variant in VARIANTS:
-        command = [sys.executable, "-m", "benchmarks.loss", *flags, f"--memory_of={variant}"]
-        memory[variant] = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    seconds = measure_seconds(CASES[name], config)
-    return {variant: Measurement(memory[variant], seconds[variant]) for variant in VARIANTS}
+HEADER = ("case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio")
 
 
-HEADER = (
-    "| case | logits: s | chunked: s | time ratio | logits: GiB | chunked: GiB | memory ratio |\n"
-    "|---|---|---|---|---|---|---|"
-)
-
-
-def table_row(name: str, logits: Measurement, chunked: Measurement) -> str:
-    """One line of the table: medians with (fastest to slowest), ratios chunked / logits of medians and of peaks."""
-
-    def spread(seconds: list[float]) -> str:
-        return f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-
-    return (
-        f"| {name} | {spread(logits.seconds)} | {spread(chunked.seconds)} "
-        f"| {median(chunked.seconds) / median(logits.seconds):.2f} "
-        f"| {logits.peak_memory_gib:.2f} | {chunked.peak_memory_gib:.2f} "
-        f"| {chunked.peak_memory_gib / logits.peak_memory_gib:.3f} |"
-    )
+def table_row(name: str, logits: Measurement, chunked: Measurement) -> list[str]:
+    """Fill a line of the table: medians with (fastest to slowest), ratios chunked / logits of medians and of peaks."""
+    return [
+        name,
+        *(measuring.median_and_spread(each.seconds, ".2f", low=0, high=1) for each in (logits, chunked)),
+        f"{median(chunked.seconds) / median(logits.seconds):.2f}",
+        f"{logits.peak_memory_gib:.2f}",
+        f"{chunked.peak_memory_gib:.2f}",
+        f"{chunked.peak_memory_gib / logits.peak_memory_gib:.3f}",
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
-        _main(argv)
+        config = parse_arguments(LossBenchmarkConfig, argv, __doc__)
+        device = measuring.choose_device(config.device)
+        path = measuring.report_path(config.output, "loss", device)
+        source = measuring.provenance("benchmarks.loss", sys.argv[1:] if argv is None else argv, device)
+        rows = [table_row(name, **measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
+        text = f"""\
+# Loss without logits: {measuring.device_name(device)}
 
+Question: what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
+forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?
 
-def _main(argv: list[str] | None) -> None:
-    config = parse_arguments(LossBenchmarkConfig, argv, __doc__)
-    if config.device == "cpu" and not Path("/proc/self/status").exists():
-        raise GPT2ModernError("--device cpu: peak memory is read from /proc, which only Linux has")
+{source}
 
-    import torch
+n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}. \
+Seconds are the median
+(fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1). Ratios: chunked / logits.
 
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise GPT2ModernError(f"--device {config.device}: no CUDA device was found; use --device cpu")
-    torch.set_num_threads(config.num_threads)
-    if config.memory_of:
-        print(measure_peak_memory(CASES[config.cases[0]], config.memory_of, config))
-        return
-    lines = [
-        f"{config.num_tokens} tokens, vocabulary {config.vocab_size}, hidden size {config.hidden_size}, "
-        f"{config.device} ({config.num_threads} threads), torch {torch.__version__}, n = {config.repetitions}",
-        "",
-        HEADER,
-    ]
-    print("\n".join(lines), flush=True)
-    for name in config.cases:
-        lines.append(table_row(name, **measure(name, config)))
-        print(lines[-1], flush=True)
-    if config.output:
-        Path(config.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+{measuring.markdown_table(HEADER, rows)}"""
+        measuring.publish(path, text)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,20 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 
 def sha256_of(path: Path) -> str:
@@ -90,6 +97,35 @@ def apply_umask(folder: Path) -> None:
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> Iterator[None]:
+    """Hold a folder, or a file that is made if it is missing, against other processes that lock it.
+
+    shared: others may hold it so too. seconds: how long to wait for it before BlockingIOError. A killed process holds
+    no lock; on a file system or system without locks nothing is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        waited = 0.0
+        while True:
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waited >= seconds:
+                    raise
+                time.sleep(0.1)
+                waited += 0.1
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_writable_folder(flag: str, path: str | None) -> None:

@@ -1,14 +1,13 @@
 """What several test files share: a small prepared dataset, and processes that stay small and offline."""
 
 import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+import prepare_data
+from tests.support.folders import make_texts, run, write_jsonl
 
 BLOCK_SIZE = 32
 
@@ -16,8 +15,6 @@ BLOCK_SIZE = 32
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Blocks of 32 tokens, 300 vocabulary entries, made from one file of the standard library: about 45 blocks."""
-    import prepare_data
-
     folder = tmp_path_factory.mktemp("data")
     lines = (Path(sysconfig.get_path("stdlib")) / "json" / "encoder.py").read_text().splitlines()
     (folder / "encoder.txt").write_text("\n".join(lines[:100]))
@@ -29,16 +26,12 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """300 different documents, one to a line."""
-    from tests.support.folders import make_texts, write_jsonl
-
     return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", make_texts(300))
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory, corpus) -> Path:
     """400 entries trained on `corpus`; the folder around it is what prepare_data.py wrote, in blocks of 32."""
-    from tests.support.folders import run
-
     output_dir = tmp_path_factory.mktemp("tokenizer") / "data"
     run(output_dir, "--train_file", corpus, "--train_tokenizer", 400, "--block_size", 32)
     return output_dir / "tokenizer"

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gpt2modern.data.encoding import Encoder
-from gpt2modern.data.files import ReadOptions
+from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.sources import open_files, standard_library_files
+from gpt2modern.data.tokenizing import Encoder
 from tests.support.folders import reference_ids, refusal, run, targets_of, write_jsonl
 
 AWKWARD = [
@@ -64,7 +65,7 @@ def test_engines_agree_on_any_text(vocabulary, texts):
 def test_engines_agree_on_what_the_json_reader_makes_of_lone_surrogates(vocabulary, tmp_path_factory, text):
     path = write_jsonl(tmp_path_factory.getbasetemp() / f"surrogates_{os.getpid()}.jsonl", [text, "a cat"])
     source = open_files([str(path)], ReadOptions(encoding_errors="replace"), None)
-    texts = [document for piece in source.pieces for array in source.read(piece) for document in array.to_pylist()]
+    texts = [example["document"] for example in source.documents()]
     # What JSON spells as two halves of a pair is one character, as in every JSON reader.
     assert texts == [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "a cat"]
     assert_engines_agree(vocabulary, texts)
@@ -160,6 +161,15 @@ def test_trained_tokenizer_decodes_any_text_to_itself(trained_tokenizer, text):
 @pytest.fixture(scope="module")
 def trained_tokenizer(tokenizer_dir):
     return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def test_another_tokenizer_under_the_same_name_is_loaded_anew(tmp_path, corpus):
+    flags = ("--train_file", corpus, "--validation_file", write_jsonl(tmp_path / "a.jsonl", ["a cat sat on a mat"]))
+    for size in (400, 300):
+        run(tmp_path / "data", *flags, "--train_tokenizer", size, "--block_size", 8)
+        expected = reference_ids(tmp_path / "data", ["a cat sat on a mat"])
+        assert targets_of(tmp_path / "data", "validation") == expected
+        shutil.rmtree(tmp_path / "data")
 
 
 def test_trained_tokenizer_says_not_to_clean_up_spaces(tokenizer_dir):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2modern.data import processes
+from gpt2modern.data import workers
 from gpt2modern.data.shards import Stopped, write_shard
 from prepare_data import main
 from tests.support.folders import contents, make_texts, refusal, run, write_jsonl
@@ -25,7 +25,7 @@ SHARDS = 12
 # Forks a process for each line of flags, so that only one pays for the imports; prints its number and its exit code.
 LAUNCHER = """
 import json, os, sys
-import awkward, datasets, gigatoken, transformers, prepare_data, gpt2modern.data.processes, gpt2modern.data.publishing
+import awkward, datasets, gigatoken, torch, transformers, prepare_data, gpt2modern.data.publishing
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -196,7 +196,7 @@ def test_finished_shards_are_kept_and_altered_ones_written_again(half_written, f
     content[-200] ^= 1
     (altered / "data-00000-of-00001.arrow").write_bytes(content)
     (cut / "dataset_info.json").unlink()
-    (half_written / ".preparing" / "shard-00003" / "held_out.arrow").write_bytes(b"")
+    (half_written / ".preparing" / "shard-00003" / "held_out_tokens.arrow").write_bytes(b"")
     before = {path: path.stat().st_mtime_ns for path in (kept, altered, cut, without_held_out)}
     run(half_written, *flags, "--num_proc", 1)
     assert f"1 of {SHARDS} shards are there already, verified" in capsys.readouterr().out
@@ -270,24 +270,32 @@ def test_an_error_of_one_process_ends_the_others(tmp_path, flags, tokenizer_dir,
 
 def test_a_process_leaves_its_shard_when_another_has_failed(half_written, flags, monkeypatch):
     jobs = []
-    monkeypatch.setattr(processes, "write_shard", lambda job, index, stop_file: jobs.append((job, stop_file)))
+    monkeypatch.setattr(workers, "write_shard", lambda job, index: jobs.append(job))
     with pytest.raises(SystemExit):  # there are no shards to go on with
         run(half_written, *flags, "--num_proc", 1)
-    job, stop_file = jobs[0]
-    stop_file.touch()
     with pytest.raises(Stopped):
-        write_shard(job, 5, stop_file)
+        write_shard(jobs[0], 5, is_stopped=lambda: True)
     assert len(shards_of(half_written)) == 4
 
 
-def test_a_process_that_fails_tells_the_others(half_written, flags, monkeypatch):
-    def fail(job, index, stop_file):
-        raise OSError(f"shard {index}")
+def test_a_process_that_fails_stops_the_others(half_written, flags, monkeypatch, capsys):
+    def fail_or_wait(job, index, is_stopped):
+        if index == 4:
+            raise OSError("shard 4")
+        wait_until(is_stopped)
+        raise Stopped
 
-    monkeypatch.setattr(processes, "write_shard", fail)
-    with pytest.raises(SystemExit):
-        run(half_written, *flags, "--num_proc", 1)
-    assert list((half_written / ".preparing").glob("stop-*"))
+    monkeypatch.setattr(workers, "write_shard", fail_or_wait)
+    began = time.monotonic()
+    line = refusal(capsys, *flags, "--num_proc", 2, "--output_dir", half_written)
+    assert "shard 4; what is finished is kept" in line and time.monotonic() - began < 30
+    assert len(shards_of(half_written)) == 4
+
+
+def test_a_worker_that_is_ended_from_outside_is_one_line(half_written, flags, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "write_shard", lambda job, index, is_stopped: os.kill(os.getpid(), signal.SIGKILL))
+    line = refusal(capsys, *flags, "--num_proc", 2, "--output_dir", half_written)
+    assert "one of its processes was ended from outside, perhaps for want of memory; what is finished is kept" in line
 
 
 @pytest.mark.fault("F24 preparation killed, divided, out of disk")

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gpt2modern.data import readers, sources, streaming
-from gpt2modern.data.files import ReadOptions
+from gpt2modern.data import sources
+from gpt2modern.data.formats import FORMATS, Format, Piece, ReadOptions, reading
 from gpt2modern.data.sources import open_files, standard_library_files
-from prepare_data import main
+from gpt2modern.errors import GPT2ModernError
+from prepare_data import PrepareConfig, main, prepare
 from tests.support.folders import (
     contents,
     documents_of,
@@ -41,10 +42,10 @@ TEXTS = [
 ]
 
 
-def read(*paths: Path, num_shards: int | None = None, **options) -> list:
+def read_all(*paths: Path, num_shards: int | None = None, **options) -> list:
     """Every document of the files, in order."""
     source = open_files([str(path) for path in paths], ReadOptions(**options), num_shards)
-    return [document for piece in source.pieces for array in source.read(piece) for document in array.to_pylist()]
+    return [example["document"] for example in source.documents()]
 
 
 def write_format(path: Path, texts: list[str]) -> None:
@@ -81,7 +82,7 @@ def write_format(path: Path, texts: list[str]) -> None:
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "tsv"])
 def test_every_format_gives_its_documents(tmp_path, kind, compression):
     write_format(tmp_path / f"a.{kind}{compression}", TEXTS)
-    assert read(tmp_path / f"a.{kind}{compression}", separator="<|sep|>") == TEXTS
+    assert read_all(tmp_path / f"a.{kind}{compression}", separator="<|sep|>") == TEXTS
 
 
 def test_parquet_and_arrow_give_their_documents(tmp_path):
@@ -90,8 +91,8 @@ def test_parquet_and_arrow_give_their_documents(tmp_path):
     table.save_to_disk(tmp_path / "saved")
     table.select(range(len(TEXTS) - 1, -1, -1)).flatten_indices().save_to_disk(tmp_path / "reversed")
     (arrow_file,) = (tmp_path / "saved").glob("*.arrow")
-    assert read(tmp_path / "a.parquet") == read(tmp_path / "saved") == read(arrow_file) == TEXTS
-    assert read(tmp_path / "reversed") == TEXTS[::-1]
+    assert read_all(tmp_path / "a.parquet") == read_all(tmp_path / "saved") == read_all(arrow_file) == TEXTS
+    assert read_all(tmp_path / "reversed") == TEXTS[::-1]
 
 
 def test_globs_and_folders_are_read_in_the_order_of_their_names(tmp_path):
@@ -99,28 +100,28 @@ def test_globs_and_folders_are_read_in_the_order_of_their_names(tmp_path):
     for name in ("b.jsonl", "a.jsonl.gz", "deep/c.jsonl", "notes.pdf"):
         write_format(tmp_path / name.replace("pdf", "txt"), [name])
     (tmp_path / "notes.txt").rename(tmp_path / "notes.pdf")
-    assert read(tmp_path / "*.jsonl*") == ["a.jsonl.gz", "b.jsonl"]
-    assert read(tmp_path / "**" / "*.jsonl") == ["b.jsonl", "deep/c.jsonl"]
-    assert read(tmp_path) == ["a.jsonl.gz", "b.jsonl", "deep/c.jsonl"]
+    assert read_all(tmp_path / "*.jsonl*") == ["a.jsonl.gz", "b.jsonl"]
+    assert read_all(tmp_path / "**" / "*.jsonl") == ["b.jsonl", "deep/c.jsonl"]
+    assert read_all(tmp_path) == ["a.jsonl.gz", "b.jsonl", "deep/c.jsonl"]
 
 
 def test_file_format_names_what_an_extension_does_not(tmp_path):
     (tmp_path / "a.data").write_text('{"text": "a cat"}\n')
-    assert read(tmp_path / "a.data", file_format="json") == ["a cat"]
-    assert read(tmp_path / "a.data", file_format="text") == ['{"text": "a cat"}\n']
+    assert read_all(tmp_path / "a.data", file_format="json") == ["a cat"]
+    assert read_all(tmp_path / "a.data", file_format="text") == ['{"text": "a cat"}\n']
 
 
 def test_a_csv_row_can_be_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "READ_BYTES", 1000)
+    monkeypatch.setattr(reading, "READ_BYTES", 1000)
     texts = ["short", "x" * 900, 'long "quoted"\n' * 20_000, "short again", "y" * 5000]
     write_format(tmp_path / "a.csv", texts)
-    assert read(tmp_path / "a.csv") == texts
+    assert read_all(tmp_path / "a.csv") == texts
 
 
 def test_json_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
     (tmp_path / "b.json").write_bytes(b'\xef\xbb\xbf[{"text": "a"}, {"text": "b"}]')
-    assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.json") == ["a", "b"]
+    assert read_all(tmp_path / "a.jsonl") == read_all(tmp_path / "b.json") == ["a", "b"]
 
 
 # Where a file is cut
@@ -147,9 +148,9 @@ def test_documents_are_those_of_str_split_wherever_pieces_end(
     with pa.output_stream(path, compression="gzip" if compression else None) as stream:
         stream.write(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
-        patch.setattr(readers, "READ_BYTES", piece_bytes)
-        found = read(path, **options)
+        patch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
+        patch.setattr(reading, "READ_BYTES", piece_bytes)
+        found = read_all(path, **options)
     expected = text.split(separator)
     # What ends with a separator has no further, empty document behind it.
     assert found == (expected if expected[-1] else expected[:-1])
@@ -157,7 +158,7 @@ def test_documents_are_those_of_str_split_wherever_pieces_end(
 
 def test_lines_end_with_or_without_a_carriage_return(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\r\ntw\u00f6\nthree".encode())
-    assert read(tmp_path / "a.txt", sample_by="line") == ["one", "", "tw\u00f6", "three"]
+    assert read_all(tmp_path / "a.txt", sample_by="line") == ["one", "", "tw\u00f6", "three"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -166,8 +167,8 @@ def test_json_lines_are_read_wherever_pieces_end(tmp_path_factory, texts, piece_
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
     write_format(path, texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
-        assert read(path) == texts
+        patch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
+        assert read_all(path) == texts
 
 
 def test_few_pieces_are_dealt_to_many_shards(tmp_path, tokenizer_dir):
@@ -218,8 +219,8 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path, chat_flags, k
             b'{"messages": []}\n{"text": "hello"}\n',
             "the line at byte 17: 'messages' is not a list of messag",
         ),
-        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet and arrow"),
-        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet and arrow"),
+        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet, arrow"),
+        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet, arrow"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path, chat_flags, capsys, name, content, message):
@@ -256,9 +257,9 @@ def token_file(tmp_path) -> tuple[Path, np.ndarray]:
 @pytest.mark.parametrize("piece_bytes", [2, 14, 1 << 20])
 def test_documents_of_a_token_file_lie_between_its_eos(token_file, monkeypatch, piece_bytes):
     path, tokens = token_file
-    monkeypatch.setattr(sources, "_piece_bytes", lambda total, num_shards: piece_bytes)
+    monkeypatch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
     expected = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == 0)[1:])]
-    assert read(path, eos_token_id=0) == [part[1:] for part in expected]
+    assert read_all(path, eos_token_id=0) == [part[1:] for part in expected]
 
 
 @pytest.mark.parametrize("block_size", [7, 64])
@@ -315,7 +316,7 @@ def test_a_hub_dataset_is_asked_for_by_configuration_split_and_revision(tmp_path
 
 @pytest.mark.parametrize("batch", [1, 256])
 def test_streaming_ends_with_the_document_that_reaches_max_tokens(tmp_path, hub, tokenizer_dir, monkeypatch, batch):
-    monkeypatch.setattr(streaming, "BATCH", batch)
+    monkeypatch.setattr(sources, "STREAM_ROWS", batch)
     encode = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode
     totals = np.cumsum([len(encode(text).ids) + 1 for text in make_texts(300)])
     for bound in (totals[220], totals[220] + 1):
@@ -336,10 +337,12 @@ def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatc
     run(tmp_path / "whole", *flags)
     main([*map(str, flags), "--shard_index", "0", "--output_dir", str(tmp_path / "data")])
 
-    def no_stream(self, batch_size):
+    def no_stream():
         raise AssertionError("the stream is read again")
+        yield
 
-    monkeypatch.setattr(datasets.IterableDataset, "iter", no_stream)
+    stream = datasets.IterableDataset.from_generator(no_stream)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     run(tmp_path / "data", *flags)
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
@@ -347,7 +350,10 @@ def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--text_column", "body"), "--dataset_name someone/corpus: no column 'body'; there is id, text"),
+        (
+            ("--text_column", "body"),
+            "--dataset_name someone/corpus: no column 'body'; --text_column can be one of id, text",
+        ),
         (("--text_column", "id"), "--dataset_name someone/corpus: column 'id' holds int64, not text"),
     ],
 )
@@ -358,16 +364,103 @@ def test_a_streamed_column_that_is_no_text_is_refused(tmp_path, hub, tokenizer_d
 
 
 def test_a_stream_that_breaks_off_is_one_line(tmp_path, hub, tokenizer_dir, capsys, monkeypatch):
-    def broken(self, batch_size):
-        yield pa.table({"text": ["a cat"]})
+    def broken():
+        yield {"text": "a cat"}
         raise ConnectionError("reset\nby peer")
 
-    monkeypatch.setattr(datasets.IterableDataset, "iter", broken)
+    monkeypatch.setattr(sources, "STREAM_ROWS", 1)
+    stream = datasets.IterableDataset.from_generator(broken)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 9)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
     assert line.startswith(
         "--dataset_name someone/corpus: the stream ended with an error after 1 documents (Connection"
     )
+
+
+# Datasets from Python
+
+
+PYTHON = {"validation_split_percentage": 20.0, "block_size": 1, "num_shards": 2, "num_proc": 1}
+
+
+def prepared_from(output_dir: Path, tokenizer_dir: Path, dataset, **settings) -> dict:
+    config = PrepareConfig(str(output_dir), tokenizer_name=str(tokenizer_dir), **PYTHON | settings)
+    return prepare(config, dataset)
+
+
+def stream_of(texts: list[str], num_shards: int = 1) -> datasets.IterableDataset:
+    return datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards)
+
+
+@pytest.mark.parametrize("num_shards", [1, 5], ids=["fewer shards than asked for", "more"])
+def test_a_dataset_and_a_stream_from_python_are_prepared(tmp_path, tokenizer_dir, num_shards):
+    texts = [text.replace("<|endoftext|>", "") for text in make_texts(60)]
+    streamed = prepared_from(tmp_path / "stream", tokenizer_dir, stream_of(texts, num_shards))
+    table = prepared_from(tmp_path / "table", tokenizer_dir, datasets.Dataset.from_dict({"text": texts}))
+    assert streamed["splits"]["validation"]["documents"] == table["splits"]["validation"]["documents"] > 0
+    assert streamed["source"]["fingerprint"] == table["source"]["fingerprint"]
+    for name in ("stream", "table"):
+        found = [text for split in ("train", "validation") for text in documents_of(tmp_path / name, split)]
+        assert sorted(found) == sorted(texts) and list((tmp_path / name / "train").iterdir())
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_stream_from_python_gives_the_same_bytes_again(tmp_path, tokenizer_dir, num_proc):
+    for name, processes in (("one", 1), ("other", num_proc)):
+        prepared_from(tmp_path / name, tokenizer_dir, stream_of(make_texts(60), 4), num_proc=processes)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_a_stream_from_python_may_have_bounds(tmp_path, tokenizer_dir):
+    manifest = prepared_from(tmp_path / "data", tokenizer_dir, stream_of(make_texts(99)), max_documents=40)
+    assert manifest["source"]["documents"] == 40
+    manifest = prepared_from(tmp_path / "tokens", tokenizer_dir, stream_of(make_texts(99)), max_tokens=500)
+    assert 500 <= sum(split["tokens"] for split in manifest["splits"].values()) < 600
+
+
+def test_a_dataset_dict_from_python_may_bring_its_validation(tmp_path, tokenizer_dir):
+    texts = [text.replace("<|endoftext|>", "") for text in make_texts(30)]
+    splits = {"train": texts[:20], "validation": texts[20:]}
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": each}) for name, each in splits.items()})
+    prepared_from(tmp_path / "data", tokenizer_dir, splits)
+    assert documents_of(tmp_path / "data", "validation") == texts[20:]
+    assert sorted(documents_of(tmp_path / "data", "train")) == sorted(texts[:20])
+    with pytest.raises(GPT2ModernError, match="dataset has no split 'test'; there is train, validation"):
+        prepared_from(tmp_path / "other", tokenizer_dir, splits, dataset_split="test")
+
+
+def test_mistakes_from_python_raise_and_leave_nothing(tmp_path, tokenizer_dir):
+    with pytest.raises(GPT2ModernError, match="give exactly one of --dataset_name"):
+        prepared_from(tmp_path / "data", tokenizer_dir, None)
+    with pytest.raises(GPT2ModernError, match="dataset: no column 'text'; --text_column can be one of body"):
+        prepared_from(tmp_path / "data", tokenizer_dir, datasets.Dataset.from_dict({"body": ["a"]}))
+    with pytest.raises(GPT2ModernError, match="dataset is list; give a Dataset, IterableDataset or DatasetDict"):
+        prepared_from(tmp_path / "data", tokenizer_dir, ["a text"])
+    other = datasets.Dataset.from_dict({"text": make_texts(250)})
+    prepared_from(tmp_path / "data", tokenizer_dir, other)
+    with pytest.raises(GPT2ModernError, match="holds other data \\(dataset is "):
+        prepared_from(tmp_path / "data", tokenizer_dir, other.select(range(240)))
+
+
+# A format of one's own
+
+
+def test_a_format_can_be_registered_from_outside(tmp_path, tokenizer_dir, monkeypatch):
+    def read(piece: Piece, options: ReadOptions):
+        paragraphs = piece.origin.read_bytes().split(b"\n\n")
+        yield reading.text_of_bytes(paragraphs, options, piece.name, [0] * len(paragraphs))
+
+    monkeypatch.setitem(FORMATS, "xyz", Format((".xyz",), pieces=reading.whole_file, read=read))
+    (tmp_path / "a.xyz").write_text("one\n\ntwo\nlines\n\nthree")
+    assert read_all(tmp_path / "a.xyz") == ["one", "two\nlines", "three"]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2))
+    flags = ("--train_file", tmp_path / "a.xyz", "--validation_file", held_out, "--tokenizer_name", tokenizer_dir)
+    assert run(tmp_path / "data", *flags)["splits"]["train"]["documents"] == 3
+    (tmp_path / "a.data").write_text("one\n\ntwo")
+    assert read_all(tmp_path / "a.data", file_format="xyz") == ["one", "two"]
+    with pytest.raises(GPT2ModernError, match="--file_format word is unknown; choose from auto, text, json"):
+        read_all(tmp_path / "a.data", file_format="word")
 
 
 # Refusals
@@ -477,7 +570,7 @@ def test_tokens_without_their_tokenizer_are_refused(wrong_files, tmp_path, capsy
     "name", ["latin.txt", "latin.txt.gz", "latin.jsonl.gz", "latin.json", "latin.csv", "latin.parquet"]
 )
 def test_encoding_errors_replace_goes_on(wrong_files, name):
-    assert "".join(read(wrong_files / name, encoding_errors="replace")).endswith("caf\ufffd au lait")
+    assert "".join(read_all(wrong_files / name, encoding_errors="replace")).endswith("caf\ufffd au lait")
 
 
 # In the blocks

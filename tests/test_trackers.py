@@ -140,9 +140,8 @@ def test_a_wrong_tracker_is_refused_before_anything_is_written(data_dir, tmp_pat
 
 
 def tensorboard_steps(folder, tag):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(folder))
     events.Reload()
     return [event.step for event in events.Scalars(tag)]
 
@@ -150,9 +149,7 @@ def tensorboard_steps(folder, tag):
 def test_a_run_and_its_continuation_are_one_run_in_tensorboard_and_trackio(data_dir, tmp_path, monkeypatch):
     """Stopped after step 5, resumed from the checkpoint of step 3: steps 4 and 5 are made twice and shown once."""
     pytest.importorskip("tensorboard")
-    pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     reports = {"max_steps": 6, "save_steps": 3, "eval_steps": 3, "lr_scheduler_type": "constant"}
     flags = ["--report_to", "tensorboard", "trackio", "--project", "tests"]
@@ -164,9 +161,9 @@ def test_a_run_and_its_continuation_are_one_run_in_tensorboard_and_trackio(data_
 
     (folder,) = (run / "tensorboard").glob("run-*")
     assert tensorboard_steps(folder, "loss") == [1, 2, 3, 4, 5, 6]
-    names = SQLiteStorage.get_runs("tests")
+    names = storage.get_runs("tests")
     assert names == [folder.name]
-    rows = [row for row in SQLiteStorage.get_logs("tests", names[0]) if "loss" in row]
+    rows = [row for row in storage.get_logs("tests", names[0]) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 

@@ -1,26 +1,23 @@
-"""Reading what prepare_data.py wrote: memory-mapped blocks of tokens, in O(1) and at any block size."""
+"""Read what prepare_data.py wrote: memory-mapped blocks of tokens, in O(1) and at any block size."""
 
 import bisect
 import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import torch
 
-from gpt2modern.errors import GPT2ModernError
 from gpt2modern.data.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from gpt2modern.errors import GPT2ModernError
 
 IGNORE_INDEX = -100  # transformers' label for "no target"
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """The blocks of one split of a prepared folder; a block is block_size + 1 tokens, so each position has a target.
+    """Give the blocks of one split of a prepared folder: block_size + 1 tokens, so that each position has a target.
 
     Rows on disk hold the manifest's block size + 1 tokens and how many of the targets (tokens 1, 2, ...) are real; the
     rest is padding and is served as IGNORE_INDEX. With packing "concat" a row begins with its predecessor's last
@@ -31,8 +28,8 @@ class PackedBlocks(torch.utils.data.Dataset):
 
     manifest: what prepare_data.py wrote; tokens: real targets of the split; bytes_per_token: UTF-8 bytes of its text
     per token, which turns nats per token into bits per byte.
-    Raises GPT2ModernError naming the file for a folder without a manifest or of another format, and for a missing, cut or
-    altered shard (size, columns and counts; `verify_checksums` reads every byte).
+    Raises GPT2ModernError naming the file for a folder without a manifest or of another format, and for a missing, cut
+    or altered shard (size, columns and counts; `verify_checksums` reads every byte).
     """
 
     def __init__(self, data_dir: str | Path, split: str, block_size: int | None = None):
@@ -65,14 +62,13 @@ class PackedBlocks(torch.utils.data.Dataset):
             raise GPT2ModernError(
                 f"{self.tokenizer_path / 'tokenizer.json'}: altered since it was written; prepare the data again"
             )
-        self._chunks: list[np.ndarray] = []  # (rows, row_size + 1) views of the files, one per Arrow record batch
-        row_tokens: list[np.ndarray] = []  # (rows,) int32: the real targets of each of these rows
-        for shard in counts["shards"]:
-            chunks, shard_row_tokens = self._map_shard(shard)
-            self._chunks += chunks
-            row_tokens += shard_row_tokens
-        # Concat has full rows and blocks up to each shard's last one; only best_fit needs its 4 bytes a row.
-        self._row_tokens = np.concatenate(row_tokens) if self.packing == "best_fit" else None
+        tables = [self._map_shard(shard) for shard in counts["shards"]]
+        chunks = (chunk for table in tables for chunk in table.column("input_ids").chunks)
+        # One view of the files per Arrow record batch: (rows, row_size + 1)
+        self._chunks = [self._view(chunk).reshape(len(chunk), self.row_size + 1) for chunk in chunks]
+        # Concat has full rows and blocks up to each shard's last one; only best_fit needs its 4 bytes a row: (rows,)
+        row_tokens = [table.column("num_tokens").to_numpy() for table in tables if self.packing == "best_fit"]
+        self._row_tokens = np.concatenate(row_tokens) if row_tokens else None
         # Entry i: where chunk i begins among all rows, shard i among all rows and among all blocks; the end comes last.
         self._chunk_starts = [0, *itertools.accumulate(map(len, self._chunks))]
         shard_rows = np.array([shard["rows"] for shard in counts["shards"]])
@@ -161,64 +157,42 @@ class PackedBlocks(torch.utils.data.Dataset):
                 row, offset = row + 1, 1  # the first token of the next row is the last one of this
         return out
 
-    def _map_shard(self, shard: dict) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Views of the shard's record batches, without a copy: (rows, row_size + 1) tokens and (rows,) real targets."""
+    def _map_shard(self, shard: dict) -> pa.Table:
+        """Map a shard's files; GPT2ModernError where its columns or counts are not those of the manifest."""
         path = self.data_dir / shard["path"]
-        tables = [_map_arrow_file(path / name) for name in sorted(shard["files"]) if name.endswith(".arrow")]
-        for table in tables:
-            self._refuse_other_columns(path, table.schema)
         try:
-            chunks = [
-                chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), self.row_size + 1)
-                for table in tables
-                for chunk in table.column("input_ids").chunks
-            ]
-            row_tokens = [
-                chunk.to_numpy(zero_copy_only=True) for table in tables for chunk in table.column("num_tokens").chunks
-            ]
-        except ValueError as error:  # nulls; pyarrow's own are ValueErrors too
-            raise GPT2ModernError(f"{path}: cannot be read ({error}); prepare the data again") from error
-        self._refuse_other_counts(path, shard, np.concatenate([*row_tokens, np.empty(0, dtype=np.int32)]))
-        return chunks, row_tokens
-
-    def _refuse_other_columns(self, path: Path, schema: "pa.Schema") -> None:
-        import pyarrow as pa
-
+            names = [name for name in sorted(shard["files"]) if name.endswith(".arrow")]
+            table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names)
+            num_tokens = table.column("num_tokens").to_numpy() if "num_tokens" in table.column_names else np.empty(0)
+        except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+            raise GPT2ModernError(f"{path / names[0]}: cannot be read ({error}); prepare the data again") from error
         tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
         expected = {"input_ids": tokens, "num_tokens": pa.int32()}
-        found = dict(zip(schema.names, schema.types, strict=True))
+        found = dict(zip(table.schema.names, table.schema.types, strict=True))
+        full = num_tokens[:-1] if self.packing == "concat" else num_tokens[:0]
+        problem = None
         if found != expected:
             columns = [", ".join(f"{name} {kind}" for name, kind in each.items()) for each in (found, expected)]
-            raise GPT2ModernError(
-                f"{path}: mixed formats: has the columns {columns[0]}, the manifest says {columns[1]}; "
-                "prepare the data again"
+            problem = f"mixed formats: has the columns {columns[0]}, the manifest says {columns[1]}"
+        elif len(table) != shard["rows"]:
+            problem = f"has {len(table)} rows, the manifest says {shard['rows']}"
+        elif num_tokens.sum(dtype=np.int64) != shard["tokens"]:
+            problem = f"has {num_tokens.sum(dtype=np.int64)} tokens, the manifest says {shard['tokens']}"
+        elif (full != self.row_size).any() or not ((num_tokens >= 1) & (num_tokens <= self.row_size)).all():
+            problem = (
+                f"mixed formats: its rows have {num_tokens.min()} to {num_tokens.max()} tokens, which packing "
+                f"{self.packing} for {self.row_size} does not give"
             )
+        if problem:
+            raise GPT2ModernError(f"{path}: {problem}; prepare the data again")
+        return table
 
-    def _refuse_other_counts(self, path: Path, shard: dict, row_tokens: np.ndarray) -> None:
-        if len(row_tokens) != shard["rows"]:
-            raise GPT2ModernError(
-                f"{path}: has {len(row_tokens)} rows, the manifest says {shard['rows']}; prepare the data again"
-            )
-        if row_tokens.sum(dtype=np.int64) != shard["tokens"]:
-            raise GPT2ModernError(
-                f"{path}: has {row_tokens.sum(dtype=np.int64)} tokens, the manifest says {shard['tokens']}; "
-                "prepare the data again"
-            )
-        full = row_tokens[:-1] if self.packing == "concat" else row_tokens[:0]
-        if (full != self.row_size).any() or not ((row_tokens >= 1) & (row_tokens <= self.row_size)).all():
-            raise GPT2ModernError(
-                f"{path}: mixed formats: its rows have {row_tokens.min()} to {row_tokens.max()} tokens, which packing "
-                f"{self.packing} for {self.row_size} does not give; prepare the data again"
-            )
-
-
-def _map_arrow_file(path: Path) -> "pa.Table":
-    import pyarrow as pa
-
-    try:
-        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
-        raise GPT2ModernError(f"{path}: cannot be read ({error}); prepare the data again") from error
+    def _view(self, chunk: pa.Array) -> np.ndarray:
+        """Give the tokens of a record batch without a copy."""
+        try:
+            return chunk.flatten().to_numpy(zero_copy_only=True)
+        except ValueError as error:  # nulls
+            raise GPT2ModernError(f"{self.data_dir}: cannot be read ({error}); prepare the data again") from error
 
 
 def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
@@ -232,7 +206,7 @@ def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
 
 
 def refuse_larger_vocabulary(model: str, vocab_size: int, blocks: PackedBlocks) -> None:
-    """Raise GPT2ModernError, in which the model is called `model`, if the data has token ids beyond its `vocab_size`."""
+    """Raise GPT2ModernError if the data has token ids beyond a model's `vocab_size`; model: its name in the message."""
     if blocks.vocab_size > vocab_size:
         raise GPT2ModernError(
             f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, {model}'s vocab_size is "

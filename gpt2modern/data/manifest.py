@@ -1,15 +1,19 @@
-"""manifest.json of a prepared folder: what it has to say, and what is wrong with the files that it names.
+"""Build, read and verify manifest.json of a prepared folder: its settings, counts, and the sha256 of every file.
 
 It is what the writer and the readers share, so it imports neither `datasets` nor torch.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from gpt2modern.errors import GPT2ModernError
+import huggingface_hub
+
+from gpt2modern.data.config import PrepareConfig
+from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import sha256_of
 
 FORMAT_VERSION = 2
@@ -20,11 +24,10 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-MOST_TOKENS = 1 << 24  # entries of a vocabulary; a tokenizer that claims more is damaged
 
 
 def local_folder(data_dir: str | Path) -> Path:
-    """`data_dir` itself, or, if it is no folder here but reads user/name, the copy of that dataset of the Hub.
+    """Return `data_dir` itself, or, if it is no folder here but reads user/name, the copy of that dataset of the Hub.
 
     Of the repository only what its manifest names is fetched, and nothing if it has no manifest of this format.
     Raises GPT2ModernError where the Hub does not give it.
@@ -32,7 +35,6 @@ def local_folder(data_dir: str | Path) -> Path:
     folder = Path(data_dir)
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data_dir)):
         return folder
-    import huggingface_hub
 
     def fetch(patterns: list[str], revision: str | None = None) -> Path:
         try:
@@ -42,9 +44,8 @@ def local_folder(data_dir: str | Path) -> Path:
                 )
             )
         except Exception as error:  # the network, the Hub, the disk: none of it is a defect of ours
-            cause = str(error).strip() or type(error).__name__
             raise GPT2ModernError(
-                f"{data_dir}: no such folder, and no dataset that the Hub gives ({cause.splitlines()[0]}); prepare the "
+                f"{data_dir}: no such folder, and no dataset that the Hub gives ({first_line(error)}); prepare the "
                 "data, or check the name and the network"
             ) from None
 
@@ -55,9 +56,49 @@ def local_folder(data_dir: str | Path) -> Path:
     return fetch(["manifest.json", "tokenizer/*", *names], revision=folder.name)
 
 
+def build_manifest(
+    config: PrepareConfig, settings: dict, vocabulary: dict, rule: str, shards: list[dict], validation: dict
+) -> dict:
+    """Sum up what was written. vocabulary: dtype, vocab_size and eos_token_id; rule: what is held out; shards,
+    validation: what was counted while the training shards and the one of validation were written."""
+    splits = {}
+    for split, written in {"train": shards, "validation": [validation]}.items():
+        summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
+        counts = {name: sum(each[name] for each in written) for name in summed}
+        counts["padding"] = counts["rows"] * config.block_size - counts["tokens"]
+        lengths = [sum(each) for each in zip(*(each["document_lengths"] for each in written), strict=True)]
+        counts["document_lengths"] = {str(2**i): count for i, count in enumerate(lengths) if count}
+        splits[split] = counts | {"shards": [each["shard"] for each in written]}
+    names = [Path(name).name for name in config.train_file or []]
+    folder = Path(config.output_dir) / "tokenizer"
+    files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir())}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "block_size": config.block_size,
+        **vocabulary,
+        "packing": config.packing,
+        "seed": config.shuffle_seed,
+        "validation_rule": rule,
+        "tokenizer": {
+            "name": config.tokenizer_name and Path(config.tokenizer_name).name,
+            "sha256": files["tokenizer.json"]["sha256"],
+            "files": files,
+        },
+        "source": {
+            "name": config.dataset_name or names or "dataset",
+            "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
+            "documents": sum(each["read_documents"] for each in shards),
+            "empty_documents": sum(each["empty_documents"] for each in [*shards, validation]),
+        },
+        "settings": settings,
+        "splits": splits,
+    }
+    return manifest | {"checksum": checksum_of(manifest)}
+
+
 def read_manifest(data_dir: str | Path) -> dict:
-    """manifest.json of a prepared folder; GPT2ModernError if there is none, it is of another format, or it contradicts
-    itself."""
+    """Read manifest.json of a prepared folder; GPT2ModernError if there is none, it is of another format, or it
+    contradicts itself."""
     path = Path(data_dir) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -67,7 +108,9 @@ def read_manifest(data_dir: str | Path) -> dict:
         raise GPT2ModernError(f"{path}: not JSON ({error}); prepare the data again") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise GPT2ModernError(f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again")
+        raise GPT2ModernError(
+            f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again"
+        )
     try:
         contradiction = _contradiction(manifest)
     except KeyError as error:
@@ -79,8 +122,45 @@ def read_manifest(data_dir: str | Path) -> dict:
     return manifest
 
 
+def finished_manifest(output_dir: Path, settings: dict, begun: Path) -> dict | None:
+    """Return the manifest that is there if it was made with the same settings, None if the folder is empty, missing or
+    unfinished; else raise GPT2ModernError. begun: file with the settings of an unfinished folder, inside a folder of
+    its own."""
+    path = output_dir / "manifest.json"
+    if not path.is_file():
+        path = begun
+        if not path.is_file():
+            if output_dir.exists() and not set(os.listdir(output_dir)) <= {begun.parent.name}:
+                raise GPT2ModernError(
+                    f"--output_dir {output_dir}: exists and is not a prepared dataset; choose another folder"
+                )
+            return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = FORMAT_VERSION if path == begun else content["format_version"]
+        found = content if path == begun else content["settings"]
+        names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
+    except (ValueError, KeyError, TypeError):
+        raise GPT2ModernError(f"{path}: not a record of a prepared dataset; choose another --output_dir") from None
+    if version != FORMAT_VERSION:
+        raise GPT2ModernError(
+            f"{path}: format_version {version}, this code writes {FORMAT_VERSION}; remove {output_dir} and prepare the "
+            "data again"
+        )
+    if names:
+        differences = ", ".join(f"{name} is {found.get(name)} there, {settings.get(name)} here" for name in names)
+        raise GPT2ModernError(
+            f"--output_dir {output_dir}: holds other data ({differences}); choose another folder or remove it"
+        )
+    if path == begun:
+        return None
+    if problems := find_problems(output_dir):
+        raise GPT2ModernError(f"{problems[0]}; remove {output_dir} and run the same command again")
+    return content
+
+
 def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
-    """Every file of the tokenizer and of the splits (None: of all) that the manifest vouches for: path, {size, sha256}.
+    """List the files of the tokenizer and of the splits (None: of all) with what is recorded of each: {size, sha256}.
 
     Of a tokenizer without a list of files, tokenizer.json, whose checksum is its name in training and evaluation.
     """
@@ -94,7 +174,7 @@ def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None 
 
 
 def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
-    """What is wrong with one file, as one line that names it; None if nothing is. Without `checksum`, O(1)."""
+    """Say in one line what is wrong with a file; None if nothing is. Without `checksum` its bytes are not read."""
     try:
         size = path.stat().st_size
         if size != recorded.get("size", size):
@@ -123,13 +203,13 @@ def find_problems(data_dir: str | Path) -> list[str]:
 
 
 def checksum_of(manifest: dict) -> str:
-    """sha256 of all that the manifest says besides its own `checksum`."""
+    """Hash all that the manifest says besides its own `checksum`."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
-    """The files of the tokenizer by name. Raises GPT2ModernError for a link that leads out of the folder, whose content a
+    """Read the files of the tokenizer. Raises GPT2ModernError for a link that leads out of the folder, whose content a
     model's folder would otherwise make public."""
     files = {}
     for name in TOKENIZER_FILES:
@@ -143,8 +223,8 @@ def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
 
 
 def leads_out(path: Path, data_dir: Path) -> bool:
-    """Whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's cache,
-    whose snapshots are links to the blobs beside them."""
+    """Tell whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's
+    cache, whose snapshots are links to the blobs beside them."""
     folder = data_dir.resolve()
     allowed = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     return not any(path.resolve().is_relative_to(root) for root in allowed)
@@ -157,7 +237,7 @@ def _count(value: object) -> int:
 
 
 def _contradiction(manifest: dict) -> str | None:
-    """The first thing in the manifest that cannot be; KeyError or TypeError for what is absent or of another type."""
+    """Say what in the manifest cannot be; KeyError or TypeError for what is absent or of another type."""
     for name, choices in {"dtype": DTYPES, "packing": PACKINGS}.items():
         if manifest[name] not in choices:
             return f"{name} {manifest[name]!r} is none of {', '.join(choices)}"

@@ -1,296 +1,209 @@
-"""Where documents come from: files of several formats, Arrow folders, the Hub, the standard library.
+"""Choose where documents come from: files, the standard library, a dataset of the Hub, or one given from Python.
 
-A source is a list of pieces, about a megabyte each where the format allows it: a byte range of a jsonl or line-wise
-text file, a row group of a parquet file, rows of an Arrow table. Pieces are what is shuffled and dealt to shards, so
-that no machine reads more than its share.
+A source is pieces of files and tables, about a megabyte each where the format allows it, so that no machine reads more
+than its share; `Source.documents` gives them as a `datasets.IterableDataset`. A stream with a bound (--max_tokens,
+--max_documents) is read once, up to exactly its bound, into a table on disk: its documents are needed several times.
 """
 
-import csv
+import functools
 import glob
+import math
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import datasets
+import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
-from gpt2modern.errors import GPT2ModernError
-from gpt2modern.data.files import (
-    FORMATS,
-    ReadOptions,
-    cause_of,
-    compression_of,
-    csv_delimiter,
-    format_of,
-    map_tokens,
-    open_stream,
-    overlaps_itself,
-    separator_of,
-    suffix,
-    unreadable,
-)
-from gpt2modern.data.readers import READERS
-from gpt2modern.data.texts import is_json_array, json_object, load_json_array
+from gpt2modern.data.config import PrepareConfig
+from gpt2modern.data.documents import COLUMN, Documents, array_of, first_documents
+from gpt2modern.data.formats import FORMATS, Piece, ReadOptions, arrow
+from gpt2modern.data.formats.reading import cause_of, require_column, text_of_column
+from gpt2modern.data.formats.registry import extensions, format_of, suffix
+from gpt2modern.data.splits import is_not_empty
+from gpt2modern.data.tokenizing import Encoder
+from gpt2modern.errors import GPT2ModernError, warn
+from gpt2modern.files import locked
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
 PIECE_BYTES = 1 << 20
 MAX_PIECES = 100_000  # the list of them is in memory
+BATCH_BYTES = 4 << 20  # of text in a batch of documents, as far as a sample tells
+BATCH_ROWS = (16, 4096)  # least and most
+STREAM_ROWS = 256  # documents of a stream at a time
 
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of one file or table. [start, stop): bytes of text and json, row groups of parquet, rows of a table,
-    tokens of a token file; a document belongs to the piece in which it begins. limit: only its first documents."""
-
-    source: int  # index into Source.paths or Source.tables
-    format: str
-    start: int = 0
-    stop: int = 0
-    limit: int | None = None
+AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 
 
 @dataclass
 class Source:
-    """Files and tables, and the pieces they are read in. Pickling a table carries its path, not its rows."""
+    """Documents: pieces of files and tables, or a stream of `datasets` whose shards are its pieces.
+
+    size: bytes on disk, 0 where unknown. name: for messages.
+    """
 
     options: ReadOptions
-    origins: list[str] = field(default_factory=list)  # a name for messages, one per file or table
-    tables: "list[Dataset | None]" = field(default_factory=list)
+    name: str = "the source"
     pieces: list[Piece] = field(default_factory=list)
-    size: int = 0  # bytes on disk
+    stream: datasets.IterableDataset | None = None
+    size: int = 0
+    cache_dir: str | None = None
 
-    def read(self, piece: Piece) -> Iterator[pa.Array]:
-        """Arrays of documents: `large_string`, or lists of uint16 for token files. GPT2ModernError names file and place."""
-        remaining = piece.limit
-        for documents in READERS[piece.format](self, piece):
-            if remaining is not None:
-                documents = documents.slice(0, remaining)
-                remaining -= len(documents)
-            if len(documents):
-                yield documents
-            if remaining == 0:
-                return
+    def documents(self, shuffle_seed: int | None = None) -> datasets.IterableDataset:
+        """Return the documents, one shard for each piece; the order of the pieces is the source's or a shuffled one."""
+        if self.stream is not None:
+            shuffled = shuffle_seed is not None and self.stream.num_shards > 1
+            return self.stream.shuffle(seed=shuffle_seed, buffer_size=1) if shuffled else self.stream
+        pieces = self.pieces
+        if shuffle_seed is not None:
+            pieces = [pieces[i] for i in np.random.default_rng(shuffle_seed).permutation(len(pieces))]
+        return Documents(pieces, self.options, self.cache_dir).as_streaming_dataset("train")
 
-    def first(self, count: int) -> "Source":
-        """The same source, only its first `count` documents."""
-        kept: list[Piece] = []
-        for piece in self.pieces:
-            if count <= 0:
-                break
-            documents = sum(len(array) for array in self.read(replace(piece, limit=count)))
-            kept.append(replace(piece, limit=documents))
-            count -= documents
-        return replace(self, pieces=kept)
+    @functools.cached_property
+    def batch_rows(self) -> int:
+        """Return how many documents make a batch of about 4 MB, by the largest mean size among eight pieces."""
+        documents, largest = self.documents(), 1.0
+        for index in np.unique(np.linspace(0, documents.num_shards - 1, 8, dtype=int)):
+            shard = documents.shard(documents.num_shards, index)
+            table = next(iter(shard.with_format("arrow").iter(64)), None)
+            if table is not None and len(table):
+                largest = max(largest, table.nbytes / len(table))
+        return int(np.clip(BATCH_BYTES // largest, *BATCH_ROWS))
+
+    @property
+    def default_num_shards(self) -> int:
+        """Return a shard for each 128 MB, as a power of two, so that they share out evenly among processes."""
+        wanted = 2 ** math.ceil(math.log2(max(1.0, self.size / SHARD_BYTES)))
+        return max(1, min(wanted, self.documents().num_shards))
+
+    def arrays(self) -> Iterator[pa.Array]:
+        """Read all documents in their order, some at a time."""
+        for table in self.documents().with_format("arrow").iter(self.batch_rows):
+            yield array_of(table, COLUMN)
+
+
+def open_source(
+    config: PrepareConfig,
+    dataset: AnyDataset | None,
+    options: ReadOptions,
+    tokenizer: PreTrainedTokenizerFast | None,
+    workspace: Path,
+) -> Source:
+    """Open what the flags name, or `dataset`, cut to --max_documents and --max_tokens.
+
+    tokenizer: counts the tokens of a stream. Raises GPT2ModernError if there is no text at all.
+    """
+    cache_dir = str(workspace / "datasets")
+    if dataset is not None:
+        split = _split_of(dataset, config.dataset_split)
+        source = open_dataset("dataset", split, config, options, tokenizer, workspace)
+    elif config.dataset_name is None:
+        source = open_files(config.train_file, options, config.num_shards)
+    elif config.dataset_name == "stdlib":
+        source = open_standard_library(replace(options, chat_column=None))
+    else:
+        name = f"--dataset_name {config.dataset_name}"
+        source = open_dataset(name, _load_hub_dataset(config), config, options, tokenizer, workspace)
+    source.cache_dir = cache_dir
+    if config.max_documents is not None and source.stream is None:
+        source.pieces = first_documents(source.pieces, source.options, config.max_documents)
+    if not any(is_not_empty(array).any() for array in source.arrays()):
+        raise GPT2ModernError("the corpus is empty: no document has any text; check the source")
+    return source
+
+
+def open_validation(
+    config: PrepareConfig, dataset: AnyDataset | None, options: ReadOptions, workspace: Path
+) -> Source | None:
+    """Open --validation_file, or the split `validation` of a dataset given from Python; None where there is neither."""
+    source = None
+    if config.validation_file is not None:
+        trained_on = {os.path.realpath(path) for path in expand(config.train_file or [])}
+        for path in expand(config.validation_file):
+            if os.path.realpath(path) in trained_on:
+                warn(f"--validation_file {path}: is trained on too; its loss says nothing of other text")
+        source = open_files(config.validation_file, options, None)
+    elif isinstance(dataset, dict) and "validation" in dataset:
+        unbounded = replace(config, max_documents=None, max_tokens=None, streaming=False, num_shards=None)
+        source = open_dataset("validation", dataset["validation"], unbounded, options, None, workspace)
+    if source is not None:
+        source.name, source.cache_dir = "the validation split", str(workspace / "datasets")
+    return source
+
+
+# Files
 
 
 def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | None) -> Source:
-    """The source that `names` (files, globs, folders that `datasets` saved) stand for, in the order given.
+    """Open files, globs, and folders of files or of `save_to_disk`, in the order given.
 
-    Raises GPT2ModernError for what is not there, is empty, or has no column `options.text_column`.
+    Raises GPT2ModernError for what is not there, is empty, or has no column of documents.
     """
-    source = Source(options)
     paths = expand(names)
     formats = [format_of(path, options.file_format) for path in paths]
-    if "tokens" in formats and set(formats) != {"tokens"}:
-        raise GPT2ModernError(f"{paths[formats.index('tokens')]}: tokens cannot be mixed with text; prepare them separately")
-    source.size = sum(path.stat().st_size for path in paths if path.is_file())
-    piece_bytes = _piece_bytes(source.size, num_shards)
-    for path, format in zip(paths, formats, strict=True):
+    tokens = [path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens]
+    if tokens and len(tokens) < len(paths):
+        raise GPT2ModernError(f"{tokens[0]}: tokens cannot be mixed with text; prepare them separately")
+    source = Source(options, size=sum(path.stat().st_size for path in paths if path.is_file()))
+    for path, name in zip(paths, formats, strict=True):
         if path.is_file() and not path.stat().st_size:
             raise GPT2ModernError(f"{path}: is empty; leave it out")
-        if format == "arrow":
-            _add_table(source, str(path), _open_table(path), piece_bytes)
-            continue
-        index = len(source.origins)
-        source.origins.append(str(path))
-        source.tables.append(None)
-        source.pieces += [replace(piece, source=index) for piece in _PIECES[format](path, options, piece_bytes)]
+        if options.chat_column and not FORMATS[name].holds_chats:
+            able = ", ".join(name for name, format in FORMATS.items() if format.holds_chats)
+            raise GPT2ModernError(f"{path}: {name} files hold no conversations; --chat_column reads {able}")
+        source.pieces += _pieces_of(str(path), FORMATS[name].open(path, options), name, source, num_shards)
+    if len(paths) == 1:
+        source.name = str(paths[0])
     return source
 
 
-def open_table(name: str, table: "Dataset", options: ReadOptions, num_shards: int | None) -> Source:
-    """A `datasets.Dataset` as a source; `name` stands in messages."""
-    source = Source(options)
-    source.size = table.data.nbytes if table._indices is None else len(table) * 1024
-    _add_table(source, name, table, _piece_bytes(source.size, num_shards))
-    return source
+def _pieces_of(name: str, origin: object, format: str, source: Source, num_shards: int | None) -> list[Piece]:
+    ranges = FORMATS[format].pieces(origin, source.options, piece_bytes_of(source.size, num_shards))
+    return [Piece(format, origin, name, start, stop) for start, stop in ranges]
+
+
+def piece_bytes_of(total: int, num_shards: int | None) -> int:
+    """Return the size of pieces: a few per shard, a megabyte at most; more only where they would be too many."""
+    return max(min(PIECE_BYTES, total // (8 * (num_shards or 1)) + 1), total // MAX_PIECES, 4096)
 
 
 def expand(names: Sequence[str]) -> list[Path]:
-    """Globs become their sorted matches, folders their known files; GPT2ModernError where nothing is left."""
+    """Replace globs by their sorted matches, folders by their known files; GPT2ModernError where nothing is left."""
     paths: list[Path] = []
     for name in names:
         if glob.has_magic(name) and not Path(name).exists():
             found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
             if not found:
                 raise GPT2ModernError(f"{name}: no file matches")
-            paths += found
-        elif Path(name).is_dir() and not _is_saved_dataset(Path(name)):
-            found = sorted(path for path in Path(name).rglob("*") if path.is_file() and suffix(path) in FORMATS)
+        elif Path(name).is_dir() and not arrow.is_saved_dataset(Path(name)):
+            known = extensions()
+            found = sorted(path for path in Path(name).rglob("*") if path.is_file() and suffix(path) in known)
             if not found:
-                raise GPT2ModernError(f"{name}: holds no file with a known extension ({', '.join(FORMATS)})")
-            paths += found
+                raise GPT2ModernError(f"{name}: holds no file with a known extension ({', '.join(known)})")
         elif Path(name).exists():
-            paths.append(Path(name))
+            found = [Path(name)]
         else:
             raise GPT2ModernError(f"{name}: no such file")
+        paths += found
     return paths
 
 
-def _piece_bytes(total: int, num_shards: int | None) -> int:
-    """A few pieces per shard at least, a megabyte at most; more only where their number would grow out of hand."""
-    return max(min(PIECE_BYTES, total // (8 * (num_shards or 1)) + 1), total // MAX_PIECES, 4096)
-
-
-def _text_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
-    format = format_of(path, options.file_format)
-    size = path.stat().st_size
-    separator = separator_of(options, format)
-    is_array = False
-    if format == "json":
-        try:
-            is_array = is_json_array(path)
-            _require_column(_first_json_keys(path, is_array), None, options, str(path))
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(str(path), "json", error) from error
-    else:
-        _refuse_chats(options, path, format)
-    if compression_of(path) or is_array:
-        return [Piece(0, "stream", 0, size)]
-    if separator is None:
-        return [Piece(0, "file", 0, size)]
-    if overlaps_itself(separator):
-        return [Piece(0, "stream", 0, size)]
-    return [Piece(0, "span", start, min(start + piece_bytes, size)) for start in range(0, size, piece_bytes)]
-
-
-def _csv_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
-    _refuse_chats(options, path, "csv")
-    try:
-        with open_stream(path) as stream:
-            lines = (line.decode("utf-8-sig", "replace") + "\n" for line in _lines_of(stream))
-            columns = next((row for row in csv.reader(lines, delimiter=csv_delimiter(path)) if row), [])
-    except (pa.ArrowException, OSError, csv.Error) as error:
-        raise unreadable(str(path), "csv", error) from error
-    _require_column(columns, None, options, str(path))
-    return [Piece(0, "csv", 0, path.stat().st_size)]
-
-
-def _parquet_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(str(path), "parquet", error) from error
-    column = options.chat_column or options.text_column
-    names = file.schema_arrow.names
-    _require_column(names, file.schema_arrow.field(column).type if column in names else None, options, str(path))
-    return [Piece(0, "parquet", group, group + 1) for group in range(file.num_row_groups)]
-
-
-def _token_pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[Piece]:
-    _refuse_chats(options, path, "token")
-    tokens = len(map_tokens(str(path)))
-    per_piece = max(1, piece_bytes // 2)
-    return [Piece(0, "tokens", start, min(start + per_piece, tokens)) for start in range(0, tokens, per_piece)]
-
-
-_PIECES = {
-    "text": _text_pieces, "json": _text_pieces, "csv": _csv_pieces, "parquet": _parquet_pieces, "tokens": _token_pieces,
-}  # fmt: skip
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
-def _open_table(path: Path) -> "Dataset":
-    from datasets import Dataset, DatasetDict, load_from_disk
-
-    try:
-        table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
-    except Exception as error:  # each layer below raises its own
-        raise unreadable(str(path), "an Arrow table", error) from error
-    if isinstance(table, DatasetDict):
-        raise GPT2ModernError(f"{path}: holds the splits {', '.join(table)}; name one of its folders")
-    return table
-
-
-def _add_table(source: Source, name: str, table: "Dataset", piece_bytes: int) -> None:
-    column = source.options.chat_column or source.options.text_column
-    types = table.data.schema
-    _require_column(
-        table.column_names, types.field(column).type if column in table.column_names else None, source.options, name
-    )
-    table = table.select_columns([column])
-    rows_per_piece = max(1, len(table) * piece_bytes // max(1, table.data.nbytes))
-    source.pieces += [
-        Piece(len(source.origins), "table", start, min(start + rows_per_piece, len(table)))
-        for start in range(0, len(table), rows_per_piece)
-    ]
-    source.origins.append(name)
-    source.tables.append(table)
-
-
-def _require_column(names: Sequence[str], type: pa.DataType | None, options: ReadOptions, origin: str) -> None:
-    column = options.chat_column or options.text_column
-    flag = "--chat_column" if options.chat_column else "--text_column"
-    if column not in names:
-        raise GPT2ModernError(f"{origin}: no column {column!r}; {flag} can be one of {', '.join(names)}")
-    if type is None or options.chat_column:
-        return
-    if not (pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_null(type)):
-        raise GPT2ModernError(f"{origin}: column {column!r} holds {type}, not text; name another with {flag}")
-
-
-def _refuse_chats(options: ReadOptions, path: Path, format: str) -> None:
-    if options.chat_column:
-        raise GPT2ModernError(f"{path}: {format} files hold no conversations; --chat_column reads json, parquet and arrow")
-
-
-def _first_json_keys(path: Path, is_array: bool) -> list[str]:
-    """The keys of a file's first object."""
-    if is_array:
-        objects = load_json_array(path)
-        if not objects or not isinstance(objects[0], dict):
-            raise GPT2ModernError(f"{path}: its array does not begin with an object, {{...}}")
-        return list(objects[0])
-    line, offset = b"", 0
-    with open_stream(path) as stream:
-        for line in _lines_of(stream):
-            if line.strip():
-                break
-            offset += len(line) + 1
-    return list(json_object(line, str(path), offset, "replace"))
-
-
-def _lines_of(stream: pa.NativeFile) -> Iterator[bytes]:
-    begun: list[bytes] = []  # the parts of a line that has not ended: joined once, or a long line takes quadratic time
-    while block := stream.read(1 << 16):
-        first, *others = block.split(b"\n")
-        begun.append(first)
-        if others:
-            yield b"".join(begun)
-            yield from others[:-1]
-            begun = others[-1:]
-    yield b"".join(begun)
-
-
 def standard_library_files() -> list[Path]:
-    """The .py files of the running Python's standard library, sorted by relative path, without installed packages."""
+    """List the .py files of the running Python's standard library by relative path, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def open_standard_library(options: ReadOptions, num_shards: int | None) -> Source:
-    """About 1,700 documents, 31 MB; test files that are not UTF-8 on purpose are left out."""
-    source = Source(options)
+def open_standard_library(options: ReadOptions) -> Source:
+    """Open about 1,700 documents, 31 MB; test files that are not UTF-8 on purpose are left out."""
+    source = Source(replace(options, sample_by="document", separator=None))
     for path in standard_library_files():
         data = path.read_bytes()
         try:
@@ -298,21 +211,119 @@ def open_standard_library(options: ReadOptions, num_shards: int | None) -> Sourc
         except UnicodeDecodeError:
             continue
         if data:
-            source.pieces.append(Piece(len(source.origins), "file", 0, len(data)))
-            source.origins.append(str(path))
-            source.tables.append(None)
+            source.pieces.append(Piece("text", path, str(path), 0, len(data)))
             source.size += len(data)
     return source
 
 
-def load_hub_dataset(name: str, config_name: str | None, split: str, revision: str | None, streaming: bool):
-    """A `Dataset`, or an `IterableDataset`; GPT2ModernError when it cannot be had."""
-    from datasets import load_dataset
+# Datasets of the Hub and of Python
 
+
+def open_dataset(
+    name: str,
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    config: PrepareConfig,
+    options: ReadOptions,
+    tokenizer: PreTrainedTokenizerFast | None,
+    workspace: Path,
+) -> Source:
+    """Open a dataset; a stream is bounded by --max_documents and --max_tokens, where they are given."""
+    if isinstance(dataset, datasets.IterableDataset):
+        stream = _as_documents(dataset, options, name)
+        options = replace(options, text_column=COLUMN, chat_column=None)
+        if config.max_documents is None and config.max_tokens is None:
+            return Source(options, name, stream=stream)
+        dataset = spool(stream, name, config, tokenizer, workspace)
+    table = arrow.text_column_of(dataset, options, name)
+    source = Source(options, name, size=table.data.nbytes * len(table) // max(1, len(table.data)))
+    source.pieces = _pieces_of(name, table, "arrow", source, config.num_shards)
+    return source
+
+
+def _split_of(dataset: AnyDataset, split: str) -> datasets.Dataset | datasets.IterableDataset:
+    if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        return dataset
+    if not isinstance(dataset, dict):
+        raise GPT2ModernError(f"dataset is {type(dataset).__name__}; give a Dataset, IterableDataset or DatasetDict")
+    if split not in dataset:
+        raise GPT2ModernError(
+            f"dataset has no split {split!r}; there is {', '.join(dataset)}; name one in dataset_split"
+        )
+    return dataset[split]
+
+
+def _load_hub_dataset(config: PrepareConfig) -> datasets.Dataset | datasets.IterableDataset:
     try:
-        return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming)
+        return datasets.load_dataset(
+            config.dataset_name,
+            config.dataset_config_name,
+            split=config.dataset_split,
+            revision=config.dataset_revision,
+            streaming=config.streaming,
+        )
     except Exception as error:  # the network, the Hub, the dataset's own files: none of it is a defect of ours
         raise GPT2ModernError(
-            f"--dataset_name {name}: cannot be loaded ({cause_of(error)}); "
+            f"--dataset_name {config.dataset_name}: cannot be loaded ({cause_of(error)}); "
             "check the name and the network, or use --dataset_name stdlib or --train_file"
         ) from error
+
+
+def _as_documents(stream: datasets.IterableDataset, options: ReadOptions, name: str) -> datasets.IterableDataset:
+    """Reduce a stream to the column `document`: text, or rendered conversations."""
+
+    def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
+        kind = table.schema.field(options.column).type if options.column in table.column_names else None
+        require_column(table.column_names, kind, options, name)
+        return pa.table({COLUMN: text_of_column(table.column(options.column), options, name, indices[0])})
+
+    return stream.with_format("arrow").map(take_text, batched=True, batch_size=STREAM_ROWS, with_indices=True)
+
+
+def spool(
+    documents: datasets.IterableDataset,
+    name: str,
+    config: PrepareConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    workspace: Path,
+) -> datasets.Dataset:
+    """Write the first documents of a stream to a table on disk, and open it; a finished one is used again.
+
+    The bounds are met exactly: the last document is the one that reaches --max_tokens. Machines that share the folder
+    share the table. Raises GPT2ModernError where the stream ends with an error.
+    """
+    max_documents, max_tokens = config.max_documents, config.max_tokens
+    finished, unfinished = workspace / "stream.arrow", workspace / "stream.unfinished"
+    with locked(workspace / "stream.lock"):
+        if finished.is_file():
+            return datasets.Dataset.from_file(str(finished))
+        if max_tokens is not None:
+            tokenizer.save_pretrained(workspace / "counting")
+            counter = Encoder.of(tokenizer, workspace / "counting", config.tokenizer_engine)
+        schema = pa.schema({COLUMN: pa.large_string()})
+        seen = tokens = 0
+        with tqdm(total=max_tokens or max_documents, desc="Streaming", unit_scale=True) as bar:
+            try:
+                with pa.ipc.new_stream(str(unfinished), schema) as writer:
+                    for table in documents.with_format("arrow").iter(STREAM_ROWS):
+                        if max_documents is not None:
+                            table = table.slice(0, max_documents - seen)
+                        if max_tokens is not None:
+                            totals = tokens + np.cumsum(counter.ids_and_lengths(array_of(table, COLUMN))[1] + 1)
+                            table = table.slice(0, int(np.searchsorted(totals, max_tokens)) + 1)
+                            tokens = int(totals[len(table) - 1])
+                        writer.write_table(table)
+                        seen += len(table)
+                        bar.update((tokens if max_tokens else seen) - bar.n)
+                        if seen == max_documents or (max_tokens is not None and tokens >= max_tokens):
+                            break
+            except GPT2ModernError:
+                raise
+            except Exception as error:  # the network, the Hub, the dataset's own files
+                raise GPT2ModernError(
+                    f"{name}: the stream ended with an error after {seen} documents ({cause_of(error)}); "
+                    "run the same command again"
+                ) from error
+        if not seen:
+            raise GPT2ModernError(f"{name}: the stream has no documents")
+        unfinished.rename(finished)
+    return datasets.Dataset.from_file(str(finished))

@@ -6,21 +6,21 @@ is added, and equal texts never stand on both sides. Where this would hold out f
 last part of each document is held out instead, cut at a line break.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-
-from gpt2modern.data.sources import Source
+from xxhash import xxh3_64_intdigest
 
 # Below this many expected validation documents their number, and with it the split, is mostly chance.
 MIN_HELD_OUT_DOCUMENTS = 10
 
 
 class Split(NamedTuple):
-    """train, held_out: documents; hashes: of the documents that are, or are partly, held out (uint64)."""
+    """Hold train and held_out documents; hashes: of those that are, or are partly, held out (uint64)."""
 
     train: pa.Array
     held_out: pa.Array
@@ -29,7 +29,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class ValidationRule:
-    """by: `file` (nothing is held out, --validation_file is there), `hash` or `tail`."""
+    """Say what is held out. by: `file` (nothing, --validation_file is there), `hash` or `tail` of each document."""
 
     by: Literal["file", "hash", "tail"]
     fraction: float = 0.0
@@ -42,7 +42,7 @@ class ValidationRule:
         }[self.by]
 
     def split(self, documents: pa.Array, hashes: np.ndarray) -> Split:
-        """`documents` without empty ones, and the hash of each."""
+        """Split documents, none empty, by their hashes or at their tails."""
         if self.by == "hash":
             below = hashes < np.uint64(self.fraction * 2**64)
             return Split(documents.filter(pa.array(~below)), documents.filter(pa.array(below)), hashes[below])
@@ -54,28 +54,33 @@ class ValidationRule:
         return Split(documents, documents.slice(0, 0), hashes[:0])
 
 
-def choose_rule(source: Source, percentage: float, has_validation_file: bool) -> ValidationRule:
-    """Reads as many documents as it takes to know that there are enough for the rule by hash."""
-    if has_validation_file:
+def choose_rule(documents: Iterable[pa.Array], percentage: float, has_validation: bool) -> ValidationRule:
+    """Choose the rule after reading as many documents as it takes to know that there are enough for the one by hash."""
+    if has_validation:
         return ValidationRule("file")
     fraction = percentage / 100
     found = 0
-    for piece in source.pieces:
-        for documents in source.read(piece):
-            found += int(is_not_empty(documents).sum())
-            if found * fraction >= MIN_HELD_OUT_DOCUMENTS:
-                return ValidationRule("hash", fraction)
+    for some in documents:
+        found += int(is_not_empty(some).sum())
+        if found * fraction >= MIN_HELD_OUT_DOCUMENTS:
+            return ValidationRule("hash", fraction)
     return ValidationRule("tail", fraction)
 
 
+def training_texts(documents: Iterable[pa.Array], rule: ValidationRule) -> Iterator[list[str]]:
+    """Give the texts of the training split, some at a time."""
+    for some in documents:
+        filled = some.filter(pa.array(is_not_empty(some)))
+        yield rule.split(filled, hash_documents(filled)).train.to_pylist()
+
+
 def is_not_empty(documents: pa.Array) -> np.ndarray:
+    """Tell of each document whether it has text or tokens."""
     return np.diff(_offsets(documents)) > 0
 
 
 def hash_documents(documents: pa.Array) -> np.ndarray:
-    """xxh3-64 of each document's UTF-8, or of its tokens: uint64."""
-    from xxhash import xxh3_64_intdigest
-
+    """Hash each document's UTF-8, or its tokens, by xxh3-64: uint64."""
     values = documents.buffers()[-1]
     itemsize = 1 if pa.types.is_large_string(documents.type) else documents.type.value_type.bit_width // 8
     view = memoryview(values if values is not None else b"")
@@ -85,7 +90,7 @@ def hash_documents(documents: pa.Array) -> np.ndarray:
 
 
 def _offsets(documents: pa.Array) -> np.ndarray:
-    """(documents + 1,): where each begins in the array's values."""
+    """Return where each document begins in the array's values: (documents + 1,)."""
     if not len(documents):
         return np.zeros(1, dtype=np.int64)
     offsets = np.frombuffer(documents.buffers()[1], dtype=np.int64)
@@ -93,7 +98,7 @@ def _offsets(documents: pa.Array) -> np.ndarray:
 
 
 def _cut(document, fraction: float):
-    """(head, tail); a text without a line break to cut at is all head, a list of tokens is cut anywhere."""
+    """Cut a document into (head, tail): text at a line break (without one it is all head), lists of tokens anywhere."""
     target = int(len(document) * (1 - fraction))
     if isinstance(document, str):
         target = document.rfind("\n", 0, target) + 1 or document.find("\n", target) + 1 or len(document)

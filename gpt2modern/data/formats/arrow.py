@@ -1,0 +1,50 @@
+"""Arrow: a file or folder that `datasets` saved, or a `Dataset` of the Hub or of Python; a piece is a range of rows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
+from gpt2modern.errors import GPT2ModernError
+
+
+def open_table(path: Path, options: ReadOptions) -> Dataset:
+    """Open the column of the documents of what `datasets` saved, memory-mapped."""
+    try:
+        table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
+    except Exception as error:  # each layer below raises its own
+        raise reading.unreadable(path, "an Arrow table", error) from error
+    if isinstance(table, DatasetDict):
+        raise GPT2ModernError(f"{path}: holds the splits {', '.join(table)}; name one of its folders")
+    return text_column_of(table, options, str(path))
+
+
+def text_column_of(table: Dataset, options: ReadOptions, name: str) -> Dataset:
+    """Keep only the column of the documents; raises GPT2ModernError where there is none. name: for messages."""
+    schema = table.data.schema
+    kind = schema.field(options.column).type if options.column in table.column_names else None
+    reading.require_column(table.column_names, kind, options, name)
+    return table.select_columns([options.column])
+
+
+def pieces(table: Dataset, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
+    """Cut a table into ranges of rows."""
+    rows = max(1, len(table.data) * piece_bytes // max(1, table.data.nbytes))
+    return [(start, min(start + rows, len(table))) for start in range(0, len(table), rows)]
+
+
+def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
+    """Read a range of rows."""
+    column = piece.origin.with_format("arrow")[piece.start : piece.stop].column(0)
+    yield reading.text_of_column(column, options, piece.name, piece.start)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Tell whether `datasets` saved this folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+FORMATS["arrow"] = Format((".arrow",), pieces, read, open=open_table, holds_chats=True)

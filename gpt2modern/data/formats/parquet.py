@@ -1,0 +1,35 @@
+"""Parquet: a document is the text column, or a conversation, of each row; a piece is a row group."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
+
+
+def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
+    """List the row groups of a file."""
+    with reading.errors_named(path, "parquet"):
+        file = pyarrow.parquet.ParquetFile(path)
+    names = file.schema_arrow.names
+    kind = file.schema_arrow.field(options.column).type if options.column in names else None
+    reading.require_column(names, kind, options, str(path))
+    return [(group, group + 1) for group in range(file.num_row_groups)]
+
+
+def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
+    """Read the text column of a row group, about 4 MB at a time."""
+    with reading.errors_named(piece.name, "parquet"):
+        file = pyarrow.parquet.ParquetFile(piece.origin)
+        row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
+        group = file.metadata.row_group(piece.start)
+        size = group.num_rows * reading.READ_BYTES // max(group.total_byte_size, 1) + 1
+        for batch in file.iter_batches(size, row_groups=[piece.start], columns=[options.column], use_threads=False):
+            yield reading.text_of_column(batch.column(0), options, piece.name, row)
+            row += len(batch)
+
+
+FORMATS["parquet"] = Format((".parquet",), pieces, read, holds_chats=True)

@@ -1,0 +1,111 @@
+"""Text files: a document is the file, a line, a paragraph, or what stands between separators.
+
+A document is what `str.split` gives, wherever the file is cut into pieces.
+"""
+
+import mmap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from gpt2modern.data.formats import reading
+from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, compression_of
+
+
+def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
+    """Cut a text file into byte ranges; it stays whole if it is one document or has to be read from its beginning."""
+    separator = separator_of(options)
+    if separator is None or compression_of(path) or overlaps_itself(separator):
+        return reading.whole_file(path, options, piece_bytes)
+    return byte_ranges(path, piece_bytes)
+
+
+def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
+    """Read the documents that begin in a byte range."""
+    separator = separator_of(options)
+    if separator is None:
+        yield reading.text_of_bytes([reading.read_bytes(piece.origin)], options, piece.name, [0])
+        return
+    for block, offset in blocks_of(piece, separator):
+        yield _documents_in(block, separator, options, piece.name, offset)
+
+
+def separator_of(options: ReadOptions) -> bytes | None:
+    """Return what stands between the documents of a text file; None: the file is one document."""
+    if options.separator is not None:
+        return options.separator.encode()
+    return {"document": None, "line": b"\n", "paragraph": b"\n\n"}[options.sample_by]
+
+
+def overlaps_itself(separator: bytes) -> bool:
+    """Tell whether text can be cut in two ways at a separator: then a file is read from its beginning."""
+    return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
+
+
+def byte_ranges(path: Path, piece_bytes: int) -> list[tuple[int, int]]:
+    """Cut a file into ranges of `piece_bytes`."""
+    size = path.stat().st_size
+    return [(start, min(start + piece_bytes, size)) for start in range(0, size, piece_bytes)]
+
+
+def blocks_of(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
+    """Read (bytes, their offset in the file): whole documents, each with its separator but perhaps the file's last."""
+    path = piece.origin
+    whole = compression_of(path) or (piece.start, piece.stop) == (0, path.stat().st_size)
+    return _stream_blocks(path, separator) if whole else _range_block(piece, separator)
+
+
+def _range_block(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
+    try:
+        with open(piece.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            begin = _document_start(data, piece.start, separator)
+            end = _document_start(data, piece.stop, separator) if piece.stop < len(data) else len(data)
+            block = data[begin:end]
+    except (OSError, ValueError) as error:
+        raise reading.unreadable(piece.name, "a file", error) from error
+    yield block, begin
+
+
+def _document_start(data: mmap.mmap, position: int, separator: bytes) -> int:
+    """Return the offset of the first document that begins at `position` or later."""
+    if position == 0:
+        return 0
+    found = data.find(separator, max(0, position - len(separator)))
+    return len(data) if found < 0 else found + len(separator)
+
+
+def _stream_blocks(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:
+    # Cut from the left where it matters, so that what a separator is does not depend on how the stream arrives.
+    split: Callable = bytes.split if overlaps_itself(separator) else lambda data, by: data.rsplit(by, 1)
+    offset, rest = 0, b""
+    with (
+        reading.errors_named(path, "a compressed file" if compression_of(path) else "a file"),
+        reading.open_stream(path) as stream,
+    ):
+        while block := stream.read(reading.READ_BYTES):
+            data = rest + block
+            rest = split(data, separator)[-1]
+            complete = data[: len(data) - len(rest)]
+            if complete:
+                yield complete, offset
+            offset += len(complete)
+    if rest:
+        yield rest, offset
+
+
+def _documents_in(block: bytes, separator: bytes, options: ReadOptions, name: str, offset: int) -> pa.Array:
+    if block.endswith(separator):
+        block = block[: -len(separator)]
+    elif not block:
+        return pa.array([], pa.large_string())
+    documents = block.split(separator)
+    if separator == b"\n":
+        documents = [line.removesuffix(b"\r") for line in documents]
+    offsets = [offset]
+    for document in documents[:-1]:
+        offsets.append(offsets[-1] + len(document) + len(separator))
+    return reading.text_of_bytes(documents, options, name, offsets)
+
+
+FORMATS["text"] = Format((".txt", ".md", ".rst"), pieces, read, may_be_compressed=True)

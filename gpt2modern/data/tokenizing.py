@@ -1,0 +1,261 @@
+"""The tokenizer of a run, trained or loaded, and the encoder: Arrow arrays of documents to token ids.
+
+gigatoken encodes; `tokenizers` trains vocabularies, is the reference that each shard is checked against on a sample,
+and serves where gigatoken cannot. The ids are those of `tokenizers` with `add_special_tokens=False`, which is what the
+saved tokenizer gives at inference: text that spells a special token becomes that token, with either engine.
+"""
+
+import contextlib
+import functools
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gpt2modern.data.config import MOST_TOKENS, PrepareConfig
+from gpt2modern.data.formats.reading import cause_of
+from gpt2modern.data.splits import ValidationRule, training_texts
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.files import move_folder, sha256_of
+
+END_OF_TEXT = "<|endoftext|>"
+CHECKED_DOCUMENTS = 16  # in each shard
+CHECKED_CHARACTERS = 2_000  # of each: `tokenizers` encodes about 1.5 MB/s per core
+
+
+def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE as GPT-2's, `<|endoftext|>` (id 0) its bos and eos, any text decoding to itself.
+
+    A corpus too small for `vocab_size` entries gives fewer, which is said; the manifest and the model follow the
+    number there is.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        print(f"note: the corpus gives {bpe.get_vocab_size()} tokenizer entries, not --train_tokenizer {vocab_size}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer with an EOS token from a folder or the Hub; raises GPT2ModernError for anything else."""
+    folder = Path(name)
+    saved = all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+    try:
+        # `transformers` imports torch with AutoTokenizer, which takes 2 s.
+        tokenizer_class = PreTrainedTokenizerFast if saved else transformers.AutoTokenizer
+        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # OSError, ValueError, KeyError, ... by what is missing
+        way_out = (
+            "the folder needs tokenizer.json and tokenizer_config.json"
+            if folder.exists()
+            else "no such folder, and the Hub does not give it: check the name and the network"
+        )
+        raise GPT2ModernError(f"--tokenizer_name {name}: not a tokenizer ({cause_of(error)}); {way_out}") from error
+    for name_of_this_call in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name_of_this_call, None)  # or they are saved
+    if not tokenizer.is_fast:
+        raise GPT2ModernError(
+            f"--tokenizer_name {name}: has no fast version (tokenizer.json); choose another tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise GPT2ModernError(f"--tokenizer_name {name}: has no EOS token; set eos_token in its tokenizer_config.json")
+    if (size := vocabulary_size(tokenizer)) > MOST_TOKENS:  # tables are as long as the largest id
+        raise GPT2ModernError(f"--tokenizer_name {name}: has token id {size - 1}; its tokenizer.json is damaged")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return one more than the largest id."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+@dataclass
+class Encoder:
+    """Encode text with the tokenizer of a file; pickling carries its path only."""
+
+    tokenizer_json: Path
+    engine: Literal["auto", "gigatoken", "tokenizers"]
+    dtype: Literal["uint16", "uint32"]
+    eos_token_id: int
+    sha256: str = ""  # of the file: another one may be written under its name
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, folder: Path, engine: str) -> "Encoder":
+        """Build the encoder of a tokenizer that was saved to `folder`; engine auto becomes gigatoken where it serves,
+        or `tokenizers`, with a note. GPT2ModernError where gigatoken was asked for and cannot serve."""
+        dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
+        path = folder / "tokenizer.json"
+        encoder = cls(path, engine, dtype, tokenizer.eos_token_id, sha256_of(path))
+        if engine == "tokenizers":
+            return encoder
+        try:
+            encoder = replace(encoder, engine="gigatoken")
+            _load_gigatoken(encoder.tokenizer_json, encoder.sha256)
+        except Exception as error:  # not installed, or a kind of tokenizer that it does not know
+            if engine == "gigatoken":
+                raise GPT2ModernError(
+                    f"--tokenizer_engine gigatoken: cannot serve this tokenizer ({cause_of(error)}); "
+                    "use auto or tokenizers"
+                ) from error
+            print(f"note: encoding with tokenizers; gigatoken cannot serve this tokenizer ({cause_of(error)})")
+            encoder = replace(encoder, engine="tokenizers")
+        return encoder
+
+    def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Encode a `large_string` array: all ids one after the other (uint32), and how many each text has (int64)."""
+        if self.engine == "gigatoken":
+            import awkward  # what comes with gigatoken, which is optional
+
+            ids = _load_gigatoken(self.tokenizer_json, self.sha256).encode_batch(awkward.from_arrow(texts)).layout
+            return ids.content.data, np.diff(ids.offsets.data)
+        encodings = _load_tokenizers(self.tokenizer_json, self.sha256).encode_batch_fast(
+            texts.to_pylist(), add_special_tokens=False
+        )
+        ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
+
+    def encode(self, documents: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Encode documents: ids in `dtype` with EOS after each, and the lengths with it. Lists of ids pass through."""
+        if pa.types.is_large_list(documents.type):
+            ids, lengths = documents.flatten().to_numpy(), np.diff(documents.offsets.to_numpy())
+        else:
+            ids, lengths = self.ids_and_lengths(documents)
+        eos_positions = np.cumsum(lengths) + np.arange(len(lengths))
+        with_eos = np.empty(len(ids) + len(lengths), dtype=self.dtype)
+        is_text = np.ones(len(with_eos), dtype=bool)
+        is_text[eos_positions] = False
+        with_eos[is_text] = ids
+        with_eos[eos_positions] = self.eos_token_id
+        return with_eos, lengths + 1
+
+    def text_bytes(self, documents: pa.Array, name: str) -> np.ndarray:
+        """Count the UTF-8 bytes of each document, int64; GPT2ModernError for an id that the tokenizer lacks."""
+        if pa.types.is_large_string(documents.type):
+            return pc.binary_length(documents).to_numpy()
+        token_bytes = _bytes_of_tokens(self.tokenizer_json, self.sha256)
+        ids, offsets = documents.flatten().to_numpy(), documents.offsets.to_numpy()
+        if len(ids) and ids.max() >= len(token_bytes):
+            raise GPT2ModernError(
+                f"{name}: holds the id {ids.max()}, but --tokenizer_name has {len(token_bytes)} entries"
+            )
+        total = np.append(0, np.cumsum(token_bytes[ids]))
+        return np.diff(total[offsets - offsets[0]])
+
+
+def check_engine(encoder: Encoder, documents: pa.Array, name: str) -> None:
+    """Encode a sample of the documents with `tokenizers` too; GPT2ModernError for the first that differs.
+
+    name: what the documents are, for the message.
+    """
+    if encoder.engine == "tokenizers" or not pa.types.is_large_string(documents.type):
+        return
+    chosen = np.unique(np.linspace(0, len(documents) - 1, CHECKED_DOCUMENTS, dtype=np.int64))
+    texts = pc.utf8_slice_codeunits(documents.take(pa.array(chosen)), 0, CHECKED_CHARACTERS)
+    ids, lengths = encoder.ids_and_lengths(texts)
+    expected = _load_tokenizers(encoder.tokenizer_json, encoder.sha256).encode_batch_fast(
+        texts.to_pylist(), add_special_tokens=False
+    )
+    for text, found, encoding in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), expected, strict=True):
+        if found.tolist() != encoding.ids:
+            raise GPT2ModernError(
+                f"{encoder.engine} and tokenizers encode a document of {name} differently "
+                f"(it begins {text.as_py()[:60]!r}); use --tokenizer_engine tokenizers"
+            )
+
+
+def named_tokenizer(config: PrepareConfig) -> PreTrainedTokenizerFast | None:
+    """Load the tokenizer of --tokenizer_name with its chat template; None where one is to be trained."""
+    if config.tokenizer_name is None:
+        return None
+    tokenizer = load_tokenizer(config.tokenizer_name)
+    if config.chat_template:
+        tokenizer.chat_template = read_template(config.chat_template)
+    if config.chat_column and not tokenizer.chat_template:
+        raise GPT2ModernError(
+            f"--tokenizer_name {config.tokenizer_name}: has no chat template; give one by --chat_template"
+        )
+    return tokenizer
+
+
+def get_tokenizer(
+    config: PrepareConfig,
+    named: PreTrainedTokenizerFast | None,
+    documents: Iterable[pa.Array],
+    rule: ValidationRule,
+    folder: Path,
+    workspace: Path,
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a run, saved to `folder`: the named one, or one trained on the training documents."""
+    tokenizer = named
+    if tokenizer is None and folder.is_dir():  # of a run that was killed
+        tokenizer = load_tokenizer(str(folder))
+    elif tokenizer is None:
+        tokenizer = train_tokenizer(training_texts(documents, rule), config.train_tokenizer, config.block_size)
+    if not folder.is_dir():
+        build = workspace / f"tokenizer-{uuid.uuid4().hex}"
+        tokenizer.save_pretrained(build)
+        with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
+            move_folder(build, folder)
+    return tokenizer
+
+
+def read_template(path: str) -> str:
+    """Read the file of --chat_template."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GPT2ModernError(f"--chat_template {path}: cannot be read ({error})") from None
+
+
+# Loaded once in each process: it takes longer than the check of a shard.
+
+
+@functools.cache
+def _load_gigatoken(tokenizer_json: Path, sha256: str):
+    import awkward  # noqa: F401, takes a quarter of a second: before workers are forked, not in each
+    import gigatoken  # optional: `tokenizers` serves without it
+
+    return gigatoken.Tokenizer.from_json(tokenizer_json.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _load_tokenizers(tokenizer_json: Path, sha256: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(tokenizer_json))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@functools.cache
+def _bytes_of_tokens(tokenizer_json: Path, sha256: str) -> np.ndarray:
+    """Count the UTF-8 bytes that each id of a byte-level BPE stands for (int64)."""
+    tokenizer = _load_tokenizers(tokenizer_json, sha256)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
+        # In a byte-level vocabulary each character stands for one byte.
+        sizes[index] = len(token.encode()) if token in added else len(token)
+    return sizes

@@ -1,0 +1,75 @@
+"""Write several shards at a time, each by one process.
+
+Text never passes between processes: each follows the documents of its shard through `datasets` from the file to the
+blocks. What is handed out here is the numbers of shards, because `IterableDataset.map` works in one process.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+
+from tqdm import tqdm
+
+from gpt2modern.data.shards import Job, Stopped, is_finished, write_shard
+
+
+def write_shards(job: Job, indices: Sequence[int], num_proc: int | None) -> None:
+    """Write the training shards that are not there yet, `num_proc` at a time.
+
+    Raises what the first process that fails raises, OSError where one is ended from outside; the others leave their
+    shards then, and finished shards stay.
+    """
+    pending = [index for index in indices if not is_finished(job, index)]
+    if len(pending) < len(indices):
+        print(f"{len(indices) - len(pending)} of {len(indices)} shards are there already, verified")
+    num_proc = min(num_proc or available_cores(), len(pending))
+    bar = tqdm(total=len(pending), desc="Preparing shards", disable=not pending)
+    if num_proc <= 1:
+        with bar:
+            for index in pending:
+                write_shard(job, index)
+                bar.update()
+        return
+    # Workers are forked after `tokenizers` has used threads here: without this each warns of it, at length.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+    stop = context.Event()
+    with bar, ProcessPoolExecutor(num_proc, context, _start_worker, (job, stop)) as pool:
+        try:
+            for written in as_completed([pool.submit(_write_shard, index) for index in pending]):
+                written.result()
+                bar.update()
+        except BrokenProcessPool:
+            raise OSError("one of its processes was ended from outside, perhaps for want of memory") from None
+        finally:  # after an error, or Ctrl-C, nothing more is begun
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(job: Job, stop) -> None:
+    """Keep what this worker process writes, leave Ctrl-C to the main process, and end when that one does."""
+    global _job, _stop
+    _job, _stop = job, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _write_shard(index: int) -> None:
+    with contextlib.suppress(Stopped):
+        write_shard(_job, index, _stop.is_set)
