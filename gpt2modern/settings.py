@@ -6,7 +6,7 @@ Imports nothing heavy, so that a configuration can be made, checked and tested w
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 LARGEST_COUNT = 2**31 - 1  # of whole numbers without a limit of their own
 
@@ -32,12 +32,16 @@ def setting(
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ValueError naming the flag of the first field whose number lies outside of its `setting`'s range."""
+    """Raise ValueError naming the flag of the first field whose value is none of its Literal type's choices, or lies
+    outside of its `setting`'s range."""
+    hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        if field.metadata.get("least") is not None:
-            value = getattr(config, field.name)
-            if not isinstance(value, str):  # "auto"
-                check_range(f"--{field.name}", value, field.metadata["least"], field.metadata["most"])
+        value = getattr(config, field.name)
+        kinds = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if get_origin(kind) is Literal]
+        if kinds and value is not None and value not in get_args(kinds[0]):
+            raise ValueError(f"--{field.name} {value} is unknown; choose from {', '.join(get_args(kinds[0]))}")
+        if field.metadata.get("least") is not None and not isinstance(value, str):  # "auto"
+            check_range(f"--{field.name}", value, field.metadata["least"], field.metadata["most"])
 
 
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:

@@ -359,3 +359,11 @@ def test_processes_drop_out_different_units(data_dir, tmp_path, monkeypatch):
             first_losses[dropout, process_index] = loss
     assert first_losses[0.0, 0] == first_losses[0.0, 1]
     assert first_losses[0.1, 0] != first_losses[0.1, 1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("lr_scheduler_type", "wsd"), ("mixed_precision", "fp7"), ("save_failure", "")]
+)
+def test_a_choice_that_does_not_exist_is_refused_from_python_too(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag} {value} is unknown; choose from "):
+        TrainConfig(data_dir="data", output_dir="out", **{flag: value})
