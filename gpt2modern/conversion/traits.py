@@ -34,12 +34,8 @@ class Trait:
     the names that `stock_weights` returns.
     """
 
-    def settings_in_the_way(self, config: GPT2ModernConfig) -> list[str]:
-        """List the fields of our configuration whose values the architecture cannot have."""
-        return []
-
-    def weights_in_the_way(self, weights: Weights) -> list[str]:
-        """List our weights whose values the architecture cannot have."""
+    def in_the_way(self, config: GPT2ModernConfig, weights: Weights) -> list[str]:
+        """List our settings and weights whose values the architecture cannot have."""
         return []
 
     def stock_settings(self, config: GPT2ModernConfig) -> dict[str, Any]:
@@ -55,7 +51,7 @@ class Trait:
         return weights
 
     def our_weights(self, weights: Weights, config: GPT2ModernConfig) -> Weights:
-        """Return the weights as our model has them."""
+        """Return the weights as our model has them; biases that are absent from them will be zero."""
         return weights
 
 
@@ -65,7 +61,7 @@ class Ours(Trait):
     def __init__(self, **values: Any):
         self.values = values
 
-    def settings_in_the_way(self, config):
+    def in_the_way(self, config, weights):
         return [name for name, value in self.values.items() if getattr(config, name) != value]
 
     def our_settings(self, stock):
@@ -91,23 +87,19 @@ class Theirs(Trait):
 class Same(Trait):
     """Copy fields, given as one name for both sides or as our_name="stock_name".
 
-    convert: turns our value into one that the strictly typed stock field takes. optional: stock configurations may
-    lack the field, and ours then keeps its default.
+    optional: stock configurations may lack the field, and ours then keeps its default.
     """
 
-    def __init__(
-        self, *shared: str, convert: Callable[[Any], Any] = lambda value: value, optional: bool = False, **names: str
-    ):
+    def __init__(self, *shared: str, optional: bool = False, **names: str):
         self.names = dict(zip(shared, shared, strict=True)) | names
-        self.convert = convert
         self.optional = optional
 
     def stock_settings(self, config):
-        return {theirs: self.convert(getattr(config, ours)) for ours, theirs in self.names.items()}
+        return {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
 
     def our_settings(self, stock):
-        names = {ours: name for ours, name in self.names.items() if not self.optional or hasattr(stock, name)}
-        return {ours: getattr(stock, name) for ours, name in names.items()}
+        found = {ours: name for ours, name in self.names.items() if not self.optional or hasattr(stock, name)}
+        return {ours: getattr(stock, name) for ours, name in found.items()}
 
 
 class Needs(Trait):
@@ -116,7 +108,7 @@ class Needs(Trait):
     def __init__(self, **tests: Callable[[GPT2ModernConfig], bool]):
         self.tests = tests
 
-    def settings_in_the_way(self, config):
+    def in_the_way(self, config, weights):
         return [name for name, test in self.tests.items() if not test(config)]
 
 
@@ -127,7 +119,7 @@ class Rotary(Trait):
     partial: bool = False
     rope_types: tuple[str, ...] = ROPE_TYPES
 
-    def settings_in_the_way(self, config):
+    def in_the_way(self, config, weights):
         if config.position_embedding_type != "rope":
             return ["position_embedding_type"]
         rope_type = config.rope_parameters["rope_type"]
@@ -155,9 +147,8 @@ class WindowPerLayer(Trait):
     """Translate `layer_types`, beside which there is a switch `use_sliding_window`, as in Qwen."""
 
     def stock_settings(self, config):
-        window = config.sliding_window
-        types = list(config.layer_types)
-        return {"layer_types": types, "sliding_window": window, "use_sliding_window": window is not None}
+        window = {"sliding_window": config.sliding_window, "use_sliding_window": config.sliding_window is not None}
+        return {"layer_types": list(config.layer_types)} | window
 
     def our_settings(self, stock):
         slides = "sliding_attention" in stock.layer_types
@@ -174,10 +165,9 @@ class Mlp(Trait):
     gated: bool
     setting: str = "hidden_act"
 
-    def settings_in_the_way(self, config):
-        kind = MLPS.get(config.mlp_type)  # None: the configuration class is another version, loaded with its own code
-        fits = kind is not None and kind.gated == self.gated and kind.activation in ACT2CLS
-        return [] if fits else ["mlp_type"]
+    def in_the_way(self, config, weights):
+        kind = MLPS[config.mlp_type]
+        return [] if kind.gated == self.gated and kind.activation in ACT2CLS else ["mlp_type"]
 
     def stock_settings(self, config):
         return {self.setting: MLPS[config.mlp_type].activation}
@@ -232,19 +222,14 @@ class Fused(Trait):
 
     def our_weights(self, weights, config):
         split, groups = dict(weights), config.num_attention_heads if self.per_head else 1
-        rows = [self._rows(part, config) // groups for part in self.parts]
+        key_rows = config.num_key_value_heads * config.head_dim
+        sizes = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": key_rows, "v_proj": key_rows}
+        rows = [sizes.get(part.rpartition(".")[2], config.intermediate_size) // groups for part in self.parts]
         for name in of_layers(weights, [self.into]):
             tensors = split.pop(name).unflatten(0, (groups, -1)).split(rows, dim=1)
             for part, tensor in zip(self.parts, tensors, strict=True):
                 split[name.replace(self.into, part)] = tensor.flatten(0, 1)
         return split
-
-    @staticmethod
-    def _rows(part: str, config: GPT2ModernConfig) -> int:
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        heads["v_proj"] = heads["k_proj"]
-        name = part.rpartition(".")[2]
-        return heads[name] * config.head_dim if name in heads else config.intermediate_size
 
 
 @dataclass(frozen=True)
@@ -259,36 +244,12 @@ class Transposed(Trait):
     our_weights = stock_weights
 
 
-@dataclass(frozen=True)
-class WithoutBias(Trait):
-    """Drop the bias of modules that have none in the stock class, but one here with `attention_bias`: it must be 0."""
+class WithoutOutputBias(Trait):
+    """Drop the bias of o_proj, which the stock class has not, but one here with `attention_bias`: it must be 0."""
 
-    modules: tuple[str, ...]
-
-    def weights_in_the_way(self, weights):
-        return [name for name in of_layers(weights, self.modules, ["bias"]) if weights[name].any()][:1]
+    def in_the_way(self, config, weights):
+        return [name for name in of_layers(weights, ["self_attn.o_proj"], ["bias"]) if weights[name].any()][:1]
 
     def stock_weights(self, weights, config):
-        absent = of_layers(weights, self.modules, ["bias"])
+        absent = of_layers(weights, ["self_attn.o_proj"], ["bias"])
         return {name: weight for name, weight in weights.items() if name not in absent}
-
-    def our_weights(self, weights, config):
-        matrices = of_layers(weights, self.modules, ["weight"]) if config.attention_bias else []
-        biases = {
-            name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in matrices
-        }
-        return weights | biases
-
-
-class GainsMinusOne(Trait):
-    """Subtract 1 from the gains of norms, because the stock norms multiply by 1 + weight."""
-
-    def stock_weights(self, weights, config):
-        return self._shifted(weights, -1.0)
-
-    def our_weights(self, weights, config):
-        return self._shifted(weights, 1.0)
-
-    @staticmethod
-    def _shifted(weights: Weights, offset: float) -> Weights:
-        return {name: weight + offset if name.endswith("norm.weight") else weight for name, weight in weights.items()}

@@ -289,7 +289,7 @@ MODELS = [
     BadInput(PERPLEXITY, "--model learned --block_size 64", "use --block_size 32"),
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
-    BadInput(CONVERT, "--model lost_tensor", "1 of its weights are missing, among them model.norm.weight"),
+    BadInput(CONVERT, "--model lost_tensor", "tensor model.norm.weight is missing"),
     BadInput(
         CONVERT,
         "--model pickled",
