@@ -47,10 +47,10 @@ def add_neutral_weights(weights: Weights, config: GPT2ModernConfig) -> Weights:
 
 def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2ModernConfig]:
     """Return an equal model without what no stock architecture has, as far as that is possible."""
-    config, head_dim = copy.deepcopy(config), config.head_dim
+    config = copy.deepcopy(config)
     weights = weights | {name: weights[name][: config.unpadded_vocab_size] for name in (HEAD, EMBEDDING)}
     config.update({"vocab_size": len(weights[HEAD]), "unpadded_vocab_size": None})
-    config.update({"norm_affine": True, "qk_norm_affine": True})
+    config.update({"norm_affine": True, "qk_norm_affine": True, "initializer_range": float(config.initializer_range)})
     weights = add_neutral_weights(weights, config)
     if config.use_embedding_norm and config.position_embedding_type == "rope":  # which adds nothing in between
         norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps).to(weights[EMBEDDING])
@@ -59,7 +59,7 @@ def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2Mo
         config.update({"use_embedding_norm": False, "tie_word_embeddings": False})
     if config.attention_scale is not None:  # stock attention divides by sqrt(head_dim)
         queries = "self_attn.q_norm" if config.use_qk_norm else "self_attn.q_proj"
-        factor = config.attention_scale * math.sqrt(head_dim)
+        factor = config.attention_scale * math.sqrt(config.head_dim)
         weights |= {name: weights[name] * factor for name in of_layers(weights, [queries])}
         config.attention_scale = None
     return weights, config
