@@ -157,9 +157,11 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def linear_cross_entropy(*args, **kwargs) -> torch.Tensor:
-    """Compute the loss of `linear_cross_entropy_and_z_loss` without z-loss; the arguments are the same."""
-    return linear_cross_entropy_and_z_loss(*args, **kwargs)[0]
+def linear_cross_entropy(
+    hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options
+) -> torch.Tensor:
+    """Compute the first result of `linear_cross_entropy_and_z_loss`, which has the same arguments."""
+    return linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)[0]
 
 
 def linear_cross_entropy_and_z_loss(
@@ -197,7 +199,8 @@ def linear_cross_entropy_and_z_loss(
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     chunk_size = max(512, weight.shape[1]) if chunk_size is None else chunk_size
-    if hidden_states.dim() != 2 or labels.shape != hidden_states.shape[:1] or weight.shape[1:] != hidden_states.shape[1:]:
+    is_2d = hidden_states.dim() == weight.dim() == 2
+    if not is_2d or hidden_states.shape != (*labels.shape, weight.shape[1]):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden_states, weight, labels))
         raise ValueError(f"shapes must be (num_tokens, hidden_size), (rows, hidden_size), (num_tokens,); got {shapes}")
     if not 1 <= vocab_size <= weight.shape[0]:

@@ -28,7 +28,7 @@ from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder
 from gpt2modern.loading import load_model, load_tokenizer
 from gpt2modern.settings import setting
 from modeling_gpt2modern.configuration_gpt2modern import GPT2ModernConfig
-from modeling_gpt2modern.layers_gpt2modern import NORMS
+from modeling_gpt2modern.layers_gpt2modern import build_norm
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -53,7 +53,7 @@ def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2Mo
     config.update({"norm_affine": True, "qk_norm_affine": True, "initializer_range": float(config.initializer_range)})
     weights = add_neutral_weights(weights, config)
     if config.use_embedding_norm and config.position_embedding_type == "rope":  # which adds nothing in between
-        norm = NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps).to(weights[EMBEDDING])
+        norm = build_norm(config).to(weights[EMBEDDING])
         norm.load_state_dict({kind: weights.pop(f"model.embedding_norm.{kind}") for kind in norm.state_dict()})
         weights[EMBEDDING] = norm(weights[EMBEDDING]).detach()
         config.update({"use_embedding_norm": False, "tie_word_embeddings": False})
