@@ -347,14 +347,16 @@ class GPT2ModernConfig(PreTrainedConfig):
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from None
+        parameters = self.rope_parameters or {}
+        numbers = ("rope_theta", "factor", "attention_factor", "original_max_position_embeddings")
+        for key in (*numbers, "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+            value = parameters.get(key)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a number above 0")
         count = int(self.head_dim * self.partial_rotary_factor) // 2
-        for key, value in (self.rope_parameters or {}).items():
-            if key in ("short_factor", "long_factor"):
-                if value is not None and len(value) != count:
-                    raise ValueError(f"rope_parameters has {key}={value!r}; it must be a list of {count} numbers")
-            elif key != "rope_type" and value is not None:
-                if not (isinstance(value, int | float) and 0 < value < math.inf):
-                    raise ValueError(f"rope_parameters has {key}={value!r}; it must be a number above 0")
+        for key in ("short_factor", "long_factor"):
+            if parameters.get(key) is not None and len(parameters[key]) != count:
+                raise ValueError(f"rope_parameters has {key}={parameters[key]!r}; it must be a list of {count} numbers")
 
     def validate_architecture(self):
         """Raise ValueError for values out of range or in contradiction; `@strict` calls this after construction and
