@@ -172,7 +172,7 @@ class GPT2ModernConfig(PreTrainedConfig):
     use_qk_norm: bool = False
     qk_norm_affine: bool = True
     sliding_window: int | None = None
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    layer_types: list[str] | None = None
 
     use_unet_skips: bool = False
     use_value_residual: bool = False
@@ -389,6 +389,8 @@ class GPT2ModernConfig(PreTrainedConfig):
             raise ValueError(
                 f"layer_types has sliding_attention, but sliding_window={self.sliding_window}; give a number of tokens"
             )
+        if unknown := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types has unknown {sorted(unknown)}; choose full_attention or sliding_attention")
         for name in ("attention_scale", "final_logit_softcapping"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive, or None")

@@ -49,16 +49,14 @@ NO_BIASES = Ours(attention_bias=False, mlp_bias=False)
 ATTENTION_BIAS = (Same("attention_bias"), Ours(mlp_bias=False))
 FULL = Ours(sliding_window=None)
 UNIFORM_WINDOW = (Needs(layer_types=lambda config: len(set(config.layer_types)) == 1), Same("sliding_window"))
-GROUPED = Same("num_key_value_heads")
 UNGROUPED = Needs(num_key_value_heads=lambda config: config.num_key_value_heads == config.num_attention_heads)
-HEADS = (GROUPED, Same("head_dim", optional=True))
+HEADS = (Same("num_key_value_heads"), Same("head_dim", optional=True))
 # Configuration classes without a head_dim, and those that insist on hidden_size being a multiple of the heads.
 USUAL_HEAD_SIZE = Needs(head_dim=lambda config: config.head_dim * config.num_attention_heads == config.hidden_size)
 WHOLE_HEADS = (*HEADS, Needs(num_attention_heads=lambda config: config.hidden_size % config.num_attention_heads == 0))
 GATED, UNGATED = Mlp(gated=True), Mlp(gated=False)
 RMSNORM = (Ours(norm_type="rmsnorm"), Same(norm_eps="rms_norm_eps"))
-# Some classes rotate the fraction that the configuration names whatever the type, which the proportional one uses in
-# another way.
+# These classes rotate the fraction that their configuration names, whatever the type.
 PARTIAL_DEFAULT = Rotary(partial=True, rope_types=("default",))
 
 COMMON = (
@@ -115,9 +113,7 @@ ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
         Same(hidden_dropout="resid_pdrop"),
         Fused(QKV, "self_attn.qkv_proj"), Fused(("mlp.gate_proj", "mlp.up_proj"), "mlp.gate_up_proj"),
     ),
-    "Qwen3ForCausalLM": (
-        *USUAL, Rotary(), *RMSNORM, GATED, QK_NORM, *HEADS, *ATTENTION_BIAS, WindowPerLayer(),
-    ),
+    "Qwen3ForCausalLM": (*USUAL, Rotary(), *RMSNORM, GATED, QK_NORM, *HEADS, *ATTENTION_BIAS, WindowPerLayer()),
     "ArceeForCausalLM": (*USUAL, Rotary(), *RMSNORM, UNGATED, NO_QK_NORM, *WHOLE_HEADS, BIASES, FULL),
     "ApertusForCausalLM": (
         *USUAL, Rotary(), *RMSNORM, UNGATED, QK_NORM, *HEADS, *ATTENTION_BIAS, FULL,
@@ -141,8 +137,8 @@ ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
         Renamed({"mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}),
     ),
     "StableLmForCausalLM": (
-        *USUAL, PARTIAL_DEFAULT, GATED, *layernorm("layer_norm_eps"), GROUPED, USUAL_HEAD_SIZE, FULL, NO_QK_NORM,
-        Same(attention_bias="use_qkv_bias"), Ours(mlp_bias=False), WithoutOutputBias(),
+        *USUAL, PARTIAL_DEFAULT, GATED, *layernorm("layer_norm_eps"), USUAL_HEAD_SIZE, FULL, NO_QK_NORM,
+        Same("num_key_value_heads", attention_bias="use_qkv_bias"), Ours(mlp_bias=False), WithoutOutputBias(),
         Theirs(use_parallel_residual=False, qk_layernorm=False),
     ),
 }

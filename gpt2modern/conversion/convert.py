@@ -216,10 +216,7 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
 
 
 def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> None:
-    """Save the tokenizer if there is one, and check that it still splits text in the same way.
-
-    transformers chooses the class of a tokenizer by the model_type beside it too.
-    """
+    """Save the tokenizer if there is one, and check that it splits text as before: model_type may change its class."""
     if not any((model_dir / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")):
         return
     tokenizer = load_tokenizer(model_dir)
@@ -233,10 +230,7 @@ def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> Non
 
 
 def _compare(original: PreTrainedModel, converted: PreTrainedModel) -> dict[str, Any]:
-    """Measure in fp32, on random tokens, the largest difference between the logits of two models and the largest logit.
-
-    Returns them as texts, with the number of tokens.
-    """
+    """Measure on random tokens, in fp32, the largest difference between two models' logits and the largest logit."""
     config = original.config
     length = min(config.max_position_embeddings, 2 * (getattr(config, "sliding_window", None) or 64))
     vocab_size = getattr(config, "unpadded_vocab_size", None) or config.vocab_size

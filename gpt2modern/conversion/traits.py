@@ -98,8 +98,8 @@ class Same(Trait):
         return {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
 
     def our_settings(self, stock):
-        found = {ours: name for ours, name in self.names.items() if not self.optional or hasattr(stock, name)}
-        return {ours: getattr(stock, name) for ours, name in found.items()}
+        pairs = self.names.items()
+        return {ours: getattr(stock, name) for ours, name in pairs if hasattr(stock, name) or not self.optional}
 
 
 class Needs(Trait):
@@ -129,18 +129,15 @@ class Rotary(Trait):
         return [*names, "partial_rotary_factor"] if is_partial and not self.partial else names
 
     def stock_settings(self, config):
-        return {"rope_parameters": self._without_unread_fraction(config.rope_parameters)}
+        return {"rope_parameters": dict(config.rope_parameters)}
 
     def our_settings(self, stock):
-        if (rope_type := stock.rope_parameters["rope_type"]) not in self.rope_types:
+        parameters = dict(stock.rope_parameters)
+        if (rope_type := parameters["rope_type"]) not in self.rope_types:
             raise ValueError(f"rope_parameters with rope_type={rope_type!r} has no counterpart here")
-        parameters = self._without_unread_fraction(stock.rope_parameters)
+        if not self.partial and rope_type != "proportional":
+            parameters.pop("partial_rotary_factor", None)  # the stock class ignores it, ours would rotate less
         return {"position_embedding_type": "rope", "rope_parameters": parameters}
-
-    def _without_unread_fraction(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Drop partial_rotary_factor where the stock class ignores it, because ours would rotate only that fraction."""
-        is_read = self.partial or parameters["rope_type"] == "proportional"
-        return {key: value for key, value in parameters.items() if is_read or key != "partial_rotary_factor"}
 
 
 class WindowPerLayer(Trait):
@@ -188,25 +185,18 @@ class Renamed(Trait):
         self.names = names
 
     def stock_weights(self, weights, config):
-        return self._renamed(weights, self.names.items())
-
-    def our_weights(self, weights, config):
-        return self._renamed(weights, [(theirs, ours) for ours, theirs in self.names.items()])
-
-    @staticmethod
-    def _renamed(weights: Weights, pairs: Iterable[tuple[str, str]]) -> Weights:
-        for old, new in pairs:
+        for old, new in self.names.items():
             path = re.compile(rf"(?<![^.]){re.escape(old)}(?=\.)")
             weights = {path.sub(new, name): weight for name, weight in weights.items()}
         return weights
 
+    def our_weights(self, weights, config):
+        return Renamed({theirs: ours for ours, theirs in self.names.items()}).stock_weights(weights, config)
+
 
 @dataclass(frozen=True)
 class Fused(Trait):
-    """Concatenate the rows of several matrices of a layer to one, `into`.
-
-    per_head: the rows of all parts for head 0 come first, then those for head 1, and so on.
-    """
+    """Concatenate the rows of several matrices of a layer to one, `into`; per_head: all parts of head 0 come first."""
 
     parts: tuple[str, ...]
     into: str
@@ -245,11 +235,10 @@ class Transposed(Trait):
 
 
 class WithoutOutputBias(Trait):
-    """Drop the bias of o_proj, which the stock class has not, but one here with `attention_bias`: it must be 0."""
+    """Drop the bias of o_proj, which must be 0: the stock class has biases of q, k and v only."""
 
     def in_the_way(self, config, weights):
         return [name for name in of_layers(weights, ["self_attn.o_proj"], ["bias"]) if weights[name].any()][:1]
 
     def stock_weights(self, weights, config):
-        absent = of_layers(weights, ["self_attn.o_proj"], ["bias"])
-        return {name: weight for name, weight in weights.items() if name not in absent}
+        return {name: weight for name, weight in weights.items() if not name.endswith("o_proj.bias")}
