@@ -103,7 +103,7 @@ def from_native(model: PreTrainedModel | str | os.PathLike) -> GPT2ModernForCaus
     """Import a stock model, or a folder of one, with the same logits, in evaluation mode.
 
     Weights keep their dtype and the generation configuration comes along. Raises ValueError for an architecture that is
-    not in ARCHITECTURES, and for a setting of it that has no counterpart here, naming it.
+    not in ARCHITECTURES and for a setting without a counterpart here, GPT2ModernError for a folder that cannot be read.
     """
     if not isinstance(model, PreTrainedModel):
         model = load_model(str(model), dtype="auto")
