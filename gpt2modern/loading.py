@@ -25,7 +25,7 @@ def is_hub_name(name: str | Path | None) -> bool:
 
 
 def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrainedModel:
-    """Load the causal language model `name` in fp32 and eval mode, on the CPU.
+    """Load the causal language model `name` in eval mode, on the CPU, in fp32 unless `kwargs` name a dtype.
 
     name: folder or Hub repository; flag: the one that named it, for messages; kwargs: those of `from_pretrained`.
     Code from the folder is never run: the architecture is this package's or one of transformers'. Raises
@@ -38,11 +38,10 @@ def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrained
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **kwargs,
+            **({"dtype": torch.float32} | kwargs),
         )
     except Exception as error:  # OSError, KeyError, UnpicklingError, ... by what is wrong with the folder
         raise GPT2ModernError(f"{flag} {name} cannot be loaded: {loading_problem(error)}") from error

@@ -72,22 +72,6 @@ MLPS: dict[str, MLPKind] = {
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
 ROPE_KEYS = tuple(RopeParameters.__annotations__)
-# Minimum of each number among them; 0 means any number above 0. transformers 5.23 logs a warning for some of these
-# values and nothing for others, and the angles would then be NaN or turn backwards.
-ROPE_MINIMUM = {
-    "rope_theta": 0,
-    "factor": 1,
-    "attention_factor": 0,
-    "beta_fast": 0,
-    "beta_slow": 0,
-    "low_freq_factor": 0,
-    "high_freq_factor": 0,
-    "original_max_position_embeddings": 1,
-}
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_mlp_type(mlp_type: str) -> None:
@@ -115,8 +99,7 @@ class GPT2ModernConfig(PreTrainedConfig):
 
     vocab_size: rows of the embedding and of the head. `unpadded_vocab_size`: number of token ids (None: as many as
         rows); the rows beyond it are padding for the hardware and their tokens have probability 0.
-    intermediate_size: None means 4 x hidden_size, or for a gated MLP 8/3 x hidden_size rounded up to a multiple of 64,
-        which has the same number of parameters.
+    intermediate_size: None means `MLPKind.default_intermediate_size`.
     head_dim: None means hidden_size / num_attention_heads. `num_key_value_heads`: None means num_attention_heads.
     position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), configured by `rope_parameters` as for any
         model of transformers; `partial_rotary_factor` is the rotated fraction of each head.
@@ -311,9 +294,8 @@ class GPT2ModernConfig(PreTrainedConfig):
             if is_loaded and not nearest:
                 logger.warning(f"configuration key {key!r} is unknown to GPT2ModernConfig and has no effect")
                 continue
-            raise ValueError(
-                f"unknown configuration key {key!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
-            )
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown configuration key {key!r}{hint}")
 
     def _is_known(self, key: str) -> bool:
         fields = {field.name for field in dataclasses.fields(self)}
@@ -356,23 +338,25 @@ class GPT2ModernConfig(PreTrainedConfig):
         return kwargs
 
     def validate_rope(self):
-        """Check `rope_parameters` as transformers does, and raise ValueError also for values that give wrong angles."""
+        """Check `rope_parameters` as transformers does, and raise ValueError also for values that give wrong angles.
+
+        For some of them transformers 5.23 logs a warning and for others nothing; the angles would be NaN or turn
+        backwards, and a list of one factor would be taken for all dimensions.
+        """
         try:
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from None
         parameters = self.rope_parameters or {}
-        for key, least in ROPE_MINIMUM.items():
+        numbers = ("rope_theta", "factor", "attention_factor", "original_max_position_embeddings")
+        for key in (*numbers, "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             value = parameters.get(key)
-            if value is not None and not (_is_finite_number(value) and value >= least and value > 0):
-                limit = f"of at least {least}" if least else "above 0"
-                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a number {limit}")
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a number above 0")
+        count = int(self.head_dim * self.partial_rotary_factor) // 2
         for key in ("short_factor", "long_factor"):
-            factors = parameters.get(key)
-            count = int(self.head_dim * parameters.get("partial_rotary_factor", 1.0)) // 2
-            are_numbers = isinstance(factors, list) and all(map(_is_finite_number, factors))
-            if factors is not None and not (are_numbers and len(factors) == count):
-                raise ValueError(f"rope_parameters has {key}={factors!r}; it must be a list of {count} numbers")
+            if parameters.get(key) is not None and len(parameters[key]) != count:
+                raise ValueError(f"rope_parameters has {key}={parameters[key]!r}; it must be a list of {count} numbers")
 
     def validate_architecture(self):
         """Raise ValueError for values out of range or in contradiction; `@strict` calls this after construction and
@@ -405,17 +389,14 @@ class GPT2ModernConfig(PreTrainedConfig):
             raise ValueError(
                 f"layer_types has sliding_attention, but sliding_window={self.sliding_window}; give a number of tokens"
             )
-        if unsupported := set(self.layer_types) - {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"layer_types has unknown {sorted(unsupported)}; choose from full_attention and sliding_attention"
-            )
-        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
-            raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be positive, or None")
+        if unknown := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types has unknown {sorted(unknown)}; choose full_attention or sliding_attention")
+        for name in ("attention_scale", "final_logit_softcapping"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive, or None")
         for name in ("norm_eps", "initializer_range", "embedding_initializer_range"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.attention_scale is not None and self.attention_scale <= 0:
-            raise ValueError(f"attention_scale={self.attention_scale} must be positive, or None for 1 / sqrt(head_dim)")
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")

@@ -37,6 +37,11 @@ class GPT2ModernRMSNorm(nn.Module):
 NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": GPT2ModernRMSNorm}
 
 
+def build_norm(config: GPT2ModernConfig) -> nn.Module:
+    """Build a norm of the residual stream."""
+    return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+
+
 class GPT2ModernMLP(nn.Module):
     """Compute down(activation(up(x))), as in GPT-2."""
 
@@ -240,10 +245,8 @@ class PackedDocuments(NamedTuple):
         # Padding gets position and rank of the token before it, or at the start of a row of the first token after it.
         source = torch.where(is_token, index, -1).cummax(-1).values
         source = torch.where(source < 0, is_token.int().argmax(-1, keepdim=True), source)  # (batch, seq_len)
-        positions, ranks_of_tokens = (
-            position_ids.expand(batch_size, -1).gather(1, source),
-            query_ranks.gather(1, source),
-        )
+        positions = position_ids.expand(batch_size, -1).gather(1, source)
+        ranks_of_tokens = query_ranks.gather(1, source)
         # (batch, seq_len - 1): whether a new document begins at each token but the first.
         begins = (positions[:, 1:] <= positions[:, :-1]) & (source[:, 1:] != source[:, :-1])
         first_start = (ranks_of_tokens - positions)[:, :1].clamp(min=0)

@@ -123,20 +123,8 @@ _linear_cross_entropy_sum = torch.library.custom_op(
 
 
 @_linear_cross_entropy_sum.register_fake
-def _(
-    hidden_states,
-    weight,
-    labels,
-    softcap,
-    z_loss_coefficient,
-    vocab_size,
-    ignore_index,
-    chunk_size,
-    compute_dtype,
-    needs_hidden_gradient,
-    needs_weight_gradient,
-):
-    return _empty_outputs(hidden_states, weight, compute_dtype, needs_hidden_gradient, needs_weight_gradient)
+def _(hidden_states, weight, *settings):
+    return _empty_outputs(hidden_states, weight, *settings[-3:])
 
 
 def _keep_gradients(ctx, inputs, output) -> None:
@@ -170,45 +158,10 @@ _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_kee
 
 
 def linear_cross_entropy(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    vocab_size: int | None = None,
-    softcap: float | None = None,
-    num_items_in_batch: int | torch.Tensor | None = None,
-    ignore_index: int = -100,
-    chunk_size: int | None = None,
+    hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options
 ) -> torch.Tensor:
-    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) and never hold all logits.
-
-    hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
-    labels: (num_tokens,), int64, aligned with hidden_states (the caller shifts); `ignore_index` has no loss.
-    vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
-    softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
-    num_items_in_batch: divides the summed loss; None means the number of labels that are not ignored.
-    chunk_size: number of tokens whose logits exist at once; by default hidden_size, and at least 512. The sum of the
-    weight gradient is fp32, (vocab_size, hidden_size), and the logits of hidden_size tokens take no more memory than
-    it does; a smaller chunk only adds passes over that sum.
-
-    Returns the loss in nats per token, fp32 for every dtype of the inputs (float64 for float64). Matrix products run in
-    the dtype of autocast where it is on, otherwise in that of hidden_states; softmax, loss and the sum of the weight
-    gradient stay in fp32. As in `torch.nn.functional.cross_entropy`, the mean over no labels is NaN with zero
-    gradients. Gradients are computed in the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only
-    scales them; differentiating twice raises RuntimeError. Raises ValueError for shapes or sizes that do not fit.
-    """
-    loss, _ = linear_cross_entropy_and_z_loss(
-        hidden_states,
-        weight,
-        labels,
-        z_loss_coefficient=0.0,
-        vocab_size=vocab_size,
-        softcap=softcap,
-        num_items_in_batch=num_items_in_batch,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-    )
-    return loss
+    """Compute the first result of `linear_cross_entropy_and_z_loss`, which has the same arguments."""
+    return linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)[0]
 
 
 def linear_cross_entropy_and_z_loss(
@@ -216,21 +169,44 @@ def linear_cross_entropy_and_z_loss(
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    z_loss_coefficient: float,
+    z_loss_coefficient: float = 0.0,
     vocab_size: int | None = None,
     softcap: float | None = None,
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the loss of `linear_cross_entropy` plus z-loss; return the sum, and the z-loss alone without a gradient.
+    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) and never hold all logits.
 
-    z-loss is z_loss_coefficient times the square of log(sum(exp(logits))), averaged over tokens as the cross-entropy
-    is. It keeps all logits from growing together, which does not change a softmax (PaLM, arXiv:2204.02311, section 5,
-    has 1e-4).
+    hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
+    labels: (num_tokens,), int64, aligned with hidden_states (the caller shifts); `ignore_index` has no loss.
+    z_loss_coefficient: this times the square of log(sum(exp(logits))), averaged over tokens as the cross-entropy is, is
+    added. It keeps all logits from growing together, which does not change a softmax (PaLM, arXiv:2204.02311, section
+    5, has 1e-4).
+    vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
+    softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
+    num_items_in_batch: divides the summed loss; None means the number of labels that are not ignored.
+    chunk_size: number of tokens whose logits exist at once; by default hidden_size, and at least 512. The sum of the
+    weight gradient is fp32, (vocab_size, hidden_size), and the logits of hidden_size tokens take no more memory than
+    it does; a smaller chunk only adds passes over that sum.
+
+    Returns the loss in nats per token, and the z-loss in it without a gradient, fp32 for every dtype of the inputs
+    (float64 for float64). Matrix products run in the dtype of autocast where it is on, otherwise in that of
+    hidden_states; softmax, loss and the sum of the weight gradient stay in fp32. As in
+    `torch.nn.functional.cross_entropy`, the mean over no labels is NaN with zero gradients. Gradients are computed in
+    the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only scales them; differentiating twice
+    raises RuntimeError. Raises ValueError for shapes or sizes that do not fit.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    _check_arguments(hidden_states, weight, labels, vocab_size, softcap, chunk_size)
+    chunk_size = max(512, weight.shape[1]) if chunk_size is None else chunk_size
+    is_2d = hidden_states.dim() == weight.dim() == 2
+    if not is_2d or hidden_states.shape != (*labels.shape, weight.shape[1]):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden_states, weight, labels))
+        raise ValueError(f"shapes must be (num_tokens, hidden_size), (rows, hidden_size), (num_tokens,); got {shapes}")
+    if not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size must be between 1 and the {weight.shape[0]} rows of weight, got {vocab_size}")
+    if chunk_size < 1 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"chunk_size and softcap must be positive, got {chunk_size} and {softcap}")
     device_type = hidden_states.device.type
     compute_dtype = hidden_states.dtype
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -243,15 +219,13 @@ def linear_cross_entropy_and_z_loss(
         z_loss_coefficient,
         vocab_size,
         ignore_index,
-        max(512, weight.shape[1]) if chunk_size is None else chunk_size,
+        chunk_size,
         compute_dtype,
         torch.is_grad_enabled() and hidden_states.requires_grad,
         torch.is_grad_enabled() and weight.requires_grad,
     )
-    return (
-        _mean_over_labels(total, labels, num_items_in_batch, ignore_index),
-        _mean_over_labels(z_total, labels, num_items_in_batch, ignore_index),
-    )
+    loss, z_loss = (_mean_over_labels(each, labels, num_items_in_batch, ignore_index) for each in (total, z_total))
+    return loss, z_loss
 
 
 def logits_z_loss(
@@ -278,26 +252,3 @@ def _mean_over_labels(
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
-
-
-def _check_arguments(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    vocab_size: int,
-    softcap: float | None,
-    chunk_size: int | None,
-) -> None:
-    if hidden_states.dim() != 2 or weight.dim() != 2 or hidden_states.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "hidden_states and weight must be (num_tokens, hidden_size) and (rows, hidden_size), got "
-            f"{tuple(hidden_states.shape)} and {tuple(weight.shape)}"
-        )
-    if labels.shape != hidden_states.shape[:1]:
-        raise ValueError(f"labels must be (num_tokens,) = {tuple(hidden_states.shape[:1])}, got {tuple(labels.shape)}")
-    if not 1 <= vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size must be between 1 and the {weight.shape[0]} rows of weight, got {vocab_size}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")

@@ -46,6 +46,7 @@ from .layers_gpt2modern import (
     ValueResidual,
     apply_rotary,
     build_mlp,
+    build_norm,
     positions_from_lengths,
 )
 from .loss_gpt2modern import linear_cross_entropy_and_z_loss, logits_z_loss, soft_cap
@@ -179,12 +180,9 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         self.unet_skip = UNetSkip() if reads_skip else FirstArgument()
         self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else FirstArgument()
 
-        norm = NORMS[config.norm_type]
-        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+        self.input_layernorm = build_norm(config)
         self.self_attn = GPT2ModernAttention(config, layer_idx)
-        self.post_attention_layernorm = norm(
-            config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine
-        )
+        self.post_attention_layernorm = build_norm(config)
         self.mlp = build_mlp(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -234,18 +232,15 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         self.__module__ = type(self).__module__
 
     @classmethod
-    def maybe_distribute_model(
-        cls, model: "GPT2ModernPreTrainedModel", distributed_config, *args, **kwargs
-    ) -> nn.Module:
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args, **kwargs) -> nn.Module:
         """Distribute the model as transformers does, but raise ValueError for pipeline stages that give wrong logits.
 
         transformers cuts any model into stages, even one without a pipeline plan.
         """
         if getattr(distributed_config, "pp_size", None) not in (None, 1) and model.config.base_model_pp_plan is None:
             raise ValueError(
-                f"pp_size={distributed_config.pp_size}, but a stage of a pipeline gets only the output of the stage "
-                "before it, and this model has learned positions, an embedding norm, U-Net skips, value or x0 "
-                "residuals; leave out pp_size"
+                f"pp_size={distributed_config.pp_size}, but a stage gets only the output of the stage before it, and "
+                "this model has learned positions, an embedding norm or residuals across layers; leave out pp_size"
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
@@ -286,22 +281,14 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
 
     def __init__(self, config: GPT2ModernConfig):
         super().__init__(config)
-        norm = NORMS[config.norm_type]
+        uses_rope = config.position_embedding_type == "rope"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            if config.position_embedding_type == "learned"
-            else None
-        )
-        self.rotary_emb = GPT2ModernRotaryEmbedding(config) if config.position_embedding_type == "rope" else None
-        self.embedding_norm = (
-            norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
-            if config.use_embedding_norm
-            else nn.Identity()
-        )
+        self.embed_positions = None if uses_rope else nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.rotary_emb = GPT2ModernRotaryEmbedding(config) if uses_rope else None
+        self.embedding_norm = build_norm(config) if config.use_embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(GPT2ModernDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = norm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+        self.norm = build_norm(config)
         self.layer_types = tuple(config.layer_types)
         self.unet_depth = config.num_hidden_layers // 2 if config.use_unet_skips else 0
         self.gradient_checkpointing = False
@@ -346,10 +333,8 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             if seq_len > self.embed_positions.num_embeddings:
-                raise ValueError(
-                    f"{seq_len} tokens, but max_position_embeddings={self.embed_positions.num_embeddings}; "
-                    "shorten the input"
-                )
+                longest = self.embed_positions.num_embeddings
+                raise ValueError(f"{seq_len} tokens, but max_position_embeddings={longest}; shorten the input")
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)

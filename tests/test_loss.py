@@ -488,13 +488,13 @@ def test_ddp_averages_the_gradients_of_a_tied_weight(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": torch.zeros(NUM_TOKENS - 1, dtype=torch.long)}, "labels must be"),
-        ({"weight": torch.zeros(ROWS, HIDDEN_SIZE + 1)}, "hidden_states and weight"),
-        ({"hidden_states": torch.zeros(1, NUM_TOKENS, HIDDEN_SIZE)}, "hidden_states and weight"),
+        ({"labels": torch.zeros(NUM_TOKENS - 1, dtype=torch.long)}, "shapes must be"),
+        ({"weight": torch.zeros(ROWS, HIDDEN_SIZE + 1)}, "shapes must be"),
+        ({"hidden_states": torch.zeros(1, NUM_TOKENS, HIDDEN_SIZE)}, "shapes must be"),
         ({"vocab_size": ROWS + 1}, "vocab_size must be"),
         ({"vocab_size": 0}, "vocab_size must be"),
-        ({"softcap": 0.0}, "softcap must be"),
-        ({"chunk_size": 0}, "chunk_size must be"),
+        ({"softcap": 0.0}, "softcap must be positive"),
+        ({"chunk_size": 0}, "chunk_size and softcap must be positive"),
     ],
     ids=["labels", "hidden-size", "three-dimensions", "vocab-too-large", "vocab-empty", "softcap", "chunk"],
 )

@@ -34,12 +34,8 @@ class Trait:
     the names that `stock_weights` returns.
     """
 
-    def settings_in_the_way(self, config: GPT2ModernConfig) -> list[str]:
-        """List the fields of our configuration whose values the architecture cannot have."""
-        return []
-
-    def weights_in_the_way(self, weights: Weights) -> list[str]:
-        """List our weights whose values the architecture cannot have."""
+    def in_the_way(self, config: GPT2ModernConfig, weights: Weights) -> list[str]:
+        """List our settings and weights whose values the architecture cannot have."""
         return []
 
     def stock_settings(self, config: GPT2ModernConfig) -> dict[str, Any]:
@@ -55,7 +51,7 @@ class Trait:
         return weights
 
     def our_weights(self, weights: Weights, config: GPT2ModernConfig) -> Weights:
-        """Return the weights as our model has them."""
+        """Return the weights as our model has them; biases that are absent from them will be zero."""
         return weights
 
 
@@ -65,7 +61,7 @@ class Ours(Trait):
     def __init__(self, **values: Any):
         self.values = values
 
-    def settings_in_the_way(self, config):
+    def in_the_way(self, config, weights):
         return [name for name, value in self.values.items() if getattr(config, name) != value]
 
     def our_settings(self, stock):
@@ -91,23 +87,19 @@ class Theirs(Trait):
 class Same(Trait):
     """Copy fields, given as one name for both sides or as our_name="stock_name".
 
-    convert: turns our value into one that the strictly typed stock field takes. optional: stock configurations may
-    lack the field, and ours then keeps its default.
+    optional: stock configurations may lack the field, and ours then keeps its default.
     """
 
-    def __init__(
-        self, *shared: str, convert: Callable[[Any], Any] = lambda value: value, optional: bool = False, **names: str
-    ):
+    def __init__(self, *shared: str, optional: bool = False, **names: str):
         self.names = dict(zip(shared, shared, strict=True)) | names
-        self.convert = convert
         self.optional = optional
 
     def stock_settings(self, config):
-        return {theirs: self.convert(getattr(config, ours)) for ours, theirs in self.names.items()}
+        return {theirs: getattr(config, ours) for ours, theirs in self.names.items()}
 
     def our_settings(self, stock):
-        names = {ours: name for ours, name in self.names.items() if not self.optional or hasattr(stock, name)}
-        return {ours: getattr(stock, name) for ours, name in names.items()}
+        pairs = self.names.items()
+        return {ours: getattr(stock, name) for ours, name in pairs if hasattr(stock, name) or not self.optional}
 
 
 class Needs(Trait):
@@ -116,7 +108,7 @@ class Needs(Trait):
     def __init__(self, **tests: Callable[[GPT2ModernConfig], bool]):
         self.tests = tests
 
-    def settings_in_the_way(self, config):
+    def in_the_way(self, config, weights):
         return [name for name, test in self.tests.items() if not test(config)]
 
 
@@ -127,7 +119,7 @@ class Rotary(Trait):
     partial: bool = False
     rope_types: tuple[str, ...] = ROPE_TYPES
 
-    def settings_in_the_way(self, config):
+    def in_the_way(self, config, weights):
         if config.position_embedding_type != "rope":
             return ["position_embedding_type"]
         rope_type = config.rope_parameters["rope_type"]
@@ -137,27 +129,23 @@ class Rotary(Trait):
         return [*names, "partial_rotary_factor"] if is_partial and not self.partial else names
 
     def stock_settings(self, config):
-        return {"rope_parameters": self._without_unread_fraction(config.rope_parameters)}
+        return {"rope_parameters": dict(config.rope_parameters)}
 
     def our_settings(self, stock):
-        if (rope_type := stock.rope_parameters["rope_type"]) not in self.rope_types:
+        parameters = dict(stock.rope_parameters)
+        if (rope_type := parameters["rope_type"]) not in self.rope_types:
             raise ValueError(f"rope_parameters with rope_type={rope_type!r} has no counterpart here")
-        parameters = self._without_unread_fraction(stock.rope_parameters)
+        if not self.partial and rope_type != "proportional":
+            parameters.pop("partial_rotary_factor", None)  # the stock class ignores it, ours would rotate less
         return {"position_embedding_type": "rope", "rope_parameters": parameters}
-
-    def _without_unread_fraction(self, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Drop partial_rotary_factor where the stock class ignores it, because ours would rotate only that fraction."""
-        is_read = self.partial or parameters["rope_type"] == "proportional"
-        return {key: value for key, value in parameters.items() if is_read or key != "partial_rotary_factor"}
 
 
 class WindowPerLayer(Trait):
     """Translate `layer_types`, beside which there is a switch `use_sliding_window`, as in Qwen."""
 
     def stock_settings(self, config):
-        window = config.sliding_window
-        types = list(config.layer_types)
-        return {"layer_types": types, "sliding_window": window, "use_sliding_window": window is not None}
+        window = {"sliding_window": config.sliding_window, "use_sliding_window": config.sliding_window is not None}
+        return {"layer_types": list(config.layer_types)} | window
 
     def our_settings(self, stock):
         slides = "sliding_attention" in stock.layer_types
@@ -174,10 +162,9 @@ class Mlp(Trait):
     gated: bool
     setting: str = "hidden_act"
 
-    def settings_in_the_way(self, config):
-        kind = MLPS.get(config.mlp_type)  # None: the configuration class is another version, loaded with its own code
-        fits = kind is not None and kind.gated == self.gated and kind.activation in ACT2CLS
-        return [] if fits else ["mlp_type"]
+    def in_the_way(self, config, weights):
+        kind = MLPS[config.mlp_type]
+        return [] if kind.gated == self.gated and kind.activation in ACT2CLS else ["mlp_type"]
 
     def stock_settings(self, config):
         return {self.setting: MLPS[config.mlp_type].activation}
@@ -198,25 +185,18 @@ class Renamed(Trait):
         self.names = names
 
     def stock_weights(self, weights, config):
-        return self._renamed(weights, self.names.items())
-
-    def our_weights(self, weights, config):
-        return self._renamed(weights, [(theirs, ours) for ours, theirs in self.names.items()])
-
-    @staticmethod
-    def _renamed(weights: Weights, pairs: Iterable[tuple[str, str]]) -> Weights:
-        for old, new in pairs:
+        for old, new in self.names.items():
             path = re.compile(rf"(?<![^.]){re.escape(old)}(?=\.)")
             weights = {path.sub(new, name): weight for name, weight in weights.items()}
         return weights
 
+    def our_weights(self, weights, config):
+        return Renamed({theirs: ours for ours, theirs in self.names.items()}).stock_weights(weights, config)
+
 
 @dataclass(frozen=True)
 class Fused(Trait):
-    """Concatenate the rows of several matrices of a layer to one, `into`.
-
-    per_head: the rows of all parts for head 0 come first, then those for head 1, and so on.
-    """
+    """Concatenate the rows of several matrices of a layer to one, `into`; per_head: all parts of head 0 come first."""
 
     parts: tuple[str, ...]
     into: str
@@ -232,19 +212,14 @@ class Fused(Trait):
 
     def our_weights(self, weights, config):
         split, groups = dict(weights), config.num_attention_heads if self.per_head else 1
-        rows = [self._rows(part, config) // groups for part in self.parts]
+        key_rows = config.num_key_value_heads * config.head_dim
+        sizes = {"q_proj": config.num_attention_heads * config.head_dim, "k_proj": key_rows, "v_proj": key_rows}
+        rows = [sizes.get(part.rpartition(".")[2], config.intermediate_size) // groups for part in self.parts]
         for name in of_layers(weights, [self.into]):
             tensors = split.pop(name).unflatten(0, (groups, -1)).split(rows, dim=1)
             for part, tensor in zip(self.parts, tensors, strict=True):
                 split[name.replace(self.into, part)] = tensor.flatten(0, 1)
         return split
-
-    @staticmethod
-    def _rows(part: str, config: GPT2ModernConfig) -> int:
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        heads["v_proj"] = heads["k_proj"]
-        name = part.rpartition(".")[2]
-        return heads[name] * config.head_dim if name in heads else config.intermediate_size
 
 
 @dataclass(frozen=True)
@@ -259,36 +234,11 @@ class Transposed(Trait):
     our_weights = stock_weights
 
 
-@dataclass(frozen=True)
-class WithoutBias(Trait):
-    """Drop the bias of modules that have none in the stock class, but one here with `attention_bias`: it must be 0."""
+class WithoutOutputBias(Trait):
+    """Drop the bias of o_proj, which must be 0: the stock class has biases of q, k and v only."""
 
-    modules: tuple[str, ...]
-
-    def weights_in_the_way(self, weights):
-        return [name for name in of_layers(weights, self.modules, ["bias"]) if weights[name].any()][:1]
+    def in_the_way(self, config, weights):
+        return [name for name in of_layers(weights, ["self_attn.o_proj"], ["bias"]) if weights[name].any()][:1]
 
     def stock_weights(self, weights, config):
-        absent = of_layers(weights, self.modules, ["bias"])
-        return {name: weight for name, weight in weights.items() if name not in absent}
-
-    def our_weights(self, weights, config):
-        matrices = of_layers(weights, self.modules, ["weight"]) if config.attention_bias else []
-        biases = {
-            name.removesuffix("weight") + "bias": weights[name].new_zeros(len(weights[name])) for name in matrices
-        }
-        return weights | biases
-
-
-class GainsMinusOne(Trait):
-    """Subtract 1 from the gains of norms, because the stock norms multiply by 1 + weight."""
-
-    def stock_weights(self, weights, config):
-        return self._shifted(weights, -1.0)
-
-    def our_weights(self, weights, config):
-        return self._shifted(weights, 1.0)
-
-    @staticmethod
-    def _shifted(weights: Weights, offset: float) -> Weights:
-        return {name: weight + offset if name.endswith("norm.weight") else weight for name, weight in weights.items()}
+        return {name: weight for name, weight in weights.items() if not name.endswith("o_proj.bias")}

@@ -147,7 +147,7 @@ SETTINGS_OF_THE_MODEL = [
     overrides("layer_types=[full_attention]", "(2) must be equal to the number of"),
     overrides("rope_theta=-5", "rope_parameters has rope_theta=-5; it must be a number above 0"),
     overrides("rope_theta=nan", "rope_parameters has rope_theta='nan'; it must be a number above 0"),
-    overrides("rope_parameters='{rope_type: linear, factor: -3}'", "factor=-3; it must be a number of at least 1"),
+    overrides("rope_parameters='{rope_type: linear, factor: -3}'", "factor=-3; it must be a number above 0"),
     overrides(
         "rope_parameters='{rope_type: longrope, factor: 2, short_factor: [1], long_factor: [1]}'",
         "short_factor=[1]; it must be a list of 8 numbers",
@@ -289,7 +289,7 @@ MODELS = [
     BadInput(PERPLEXITY, "--model learned --block_size 64", "use --block_size 32"),
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
-    BadInput(CONVERT, "--model lost_tensor", "1 of its weights are missing, among them model.norm.weight"),
+    BadInput(CONVERT, "--model lost_tensor", "tensor model.norm.weight is missing"),
     BadInput(
         CONVERT,
         "--model pickled",
