@@ -6,11 +6,8 @@ Time: the two variants alternate in one process after one step each to warm up. 
 inputs, each figure in a fresh process, because an allocator that has once been full hides what comes after.
 """
 
-import multiprocessing
-import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
@@ -20,7 +17,9 @@ from tqdm import tqdm
 
 from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
+from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, setting
+from gpt2modern.training.speed import peak_memory_gib
 from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 
 VARIANTS = ("logits", "chunked")
@@ -60,6 +59,7 @@ class LossBenchmarkConfig:
 
     def __post_init__(self):
         check_ranges(self)
+        check_writable_folder("--output", self.output)
 
 
 @dataclass(frozen=True)
@@ -98,34 +98,30 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
 
 
 def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> float:
-    """Measure what one step needs on top of its inputs; for a process that has done nothing else."""
+    """Measure what one step needs on top of its inputs; for a process that does nothing else."""
     device = torch.device(config.device)
     step = make_step(case, variant, config)
     if case.compiled:
         step()  # what the compiler needs is not the loss's
-    before = measuring.memory_gib(device)
     measuring.reset_peak_memory(device)
+    before = peak_memory_gib(device)
     step()
-    return measuring.peak_memory_gib(device) - before
+    return peak_memory_gib(device) - before
 
 
-def measure(case: Case, config: LossBenchmarkConfig) -> dict[str, Measurement]:
+def measure(case: Case, config: LossBenchmarkConfig) -> list[Measurement]:
     """Measure both variants, their steps in turn, so that a busy machine slows both."""
-    memory, context = {}, multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measuring", "gpt2modern.cli", "modeling_gpt2modern"])  # imported once
-    for variant in VARIANTS:
-        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh_process:
-            memory[variant] = fresh_process.submit(added_memory_gib, case, variant, config).result()
-    steps = {variant: make_step(case, variant, config) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
+    steps = [make_step(case, variant, config) for variant in VARIANTS]
+    seconds: list[list[float]] = [[] for _ in VARIANTS]
     for _ in range(config.repetitions + 1):
-        for variant, step in steps.items():
+        for step, times in zip(steps, seconds, strict=True):
             measuring.synchronize(torch.device(config.device))
             start = time.perf_counter()
             step()
             measuring.synchronize(torch.device(config.device))
-            seconds[variant].append(time.perf_counter() - start)
-    return {variant: Measurement(memory[variant], seconds[variant][1:]) for variant in VARIANTS}  # the first warms up
+            times.append(time.perf_counter() - start)
+    return [Measurement(gib, times[1:]) for gib, times in zip(memory, seconds, strict=True)]  # the first warms up
 
 
 HEADER = ("case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio")
@@ -146,24 +142,16 @@ def table_row(name: str, logits: Measurement, chunked: Measurement) -> list[str]
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(LossBenchmarkConfig, argv, __doc__)
-        device = measuring.choose_device(config.device)
-        path = measuring.report_path(config.output, "loss", device)
-        source = measuring.provenance("benchmarks.loss", sys.argv[1:] if argv is None else argv, device)
-        rows = [table_row(name, **measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
-        text = f"""\
-# Loss without logits: {measuring.device_name(device)}
-
-Question: what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
-forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?
-
-{source}
-
-n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}. \
-Seconds are the median
-(fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1). Ratios: chunked / logits.
-
-{measuring.markdown_table(HEADER, rows)}"""
-        measuring.publish(path, text)
+        report = measuring.Report("loss", config.output, measuring.choose_device(config.device), argv)
+        rows = [table_row(name, *measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
+        question = f"""\
+what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
+forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?"""
+        method = f"""
+n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}.
+Seconds are the median (fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1).
+Ratios: chunked / logits."""
+        report.write("Loss without logits", question, method, HEADER, rows)
 
 
 if __name__ == "__main__":
