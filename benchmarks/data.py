@@ -28,7 +28,7 @@ import datasets
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
@@ -195,7 +195,7 @@ def measure_reading(data_dir: Path) -> list[float]:
     return rates
 
 
-HEADER = ("program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS))
+HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
 
 
 def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[str]]:
@@ -216,13 +216,11 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
     return rows
 
 
-def benchmark(config: DataBenchmarkConfig, report: measuring.Report, folder: Path) -> None:
+def benchmark(
+    config: DataBenchmarkConfig, report: measuring.Report, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Write the text into `folder`, run everything, write the report."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
-        tokenizer.save_pretrained(folder / "tokenizer")
-    except (OSError, ValueError) as error:
-        raise GPT2ModernError(f"--tokenizer_name {config.tokenizer_name}: not a tokenizer ({error})") from error
+    tokenizer.save_pretrained(folder / "tokenizer")
     documents = read_documents(config.text_dir, config.megabytes * MEGABYTE, tokenizer.all_special_tokens)
     texts = repeated(documents, config.repeat)
     write_text(texts, folder)
@@ -248,16 +246,20 @@ Reading: {reading} Mtok/s in one process, batches of {BATCH_SIZE} random blocks 
 Caveats: input comes from the page cache. run_clm writes no EOS; one a document is added to its count. Text that is
 repeated is easier than new text for an encoder that remembers words."""
     title = "Data preparation: from files of text to packed tokens"
-    report.write(title, question, method, HEADER, table_rows(runs, megabytes), remarks)
+    report.write(title, question, method, [HEADER, *table_rows(runs, megabytes)], remarks)
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
         report = measuring.Report("data", config.output, torch.device("cpu"), argv, PACKAGES)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
+        except (OSError, ValueError) as error:
+            raise GPT2ModernError(f"--tokenizer_name {config.tokenizer_name}: not a tokenizer ({error})") from None
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=config.work_dir) as folder:
-            benchmark(config, report, Path(folder).resolve())
+            benchmark(config, report, tokenizer, Path(folder).resolve())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ inputs, each figure in a fresh process, because an allocator that has once been 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -27,10 +27,9 @@ VARIANTS = ("logits", "chunked")
 
 @dataclass(frozen=True)
 class Case:
-    """What both variants compute: dtypes by name, soft-cap of the logits, torch.compile around the whole loss."""
+    """What both variants compute: the inputs' dtype, soft-cap of the logits, torch.compile around the whole loss."""
 
-    hidden_dtype: str = "float32"
-    weight_dtype: str = "float32"
+    dtype: torch.dtype = torch.float32
     autocast: bool = False
     softcap: float | None = None
     compiled: bool = False
@@ -38,11 +37,11 @@ class Case:
 
 CASES = {
     "fp32": Case(),
-    "bf16": Case("bfloat16", "bfloat16"),
+    "bf16": Case(torch.bfloat16),
     "autocast": Case(autocast=True),
     "fp32_softcap": Case(softcap=30.0),
-    "bf16_softcap": Case("bfloat16", "bfloat16", softcap=30.0),
-    "bf16_compiled": Case("bfloat16", "bfloat16", compiled=True),
+    "bf16_softcap": Case(torch.bfloat16, softcap=30.0),
+    "bf16_compiled": Case(torch.bfloat16, compiled=True),
 }
 
 
@@ -62,22 +61,14 @@ class LossBenchmarkConfig:
         check_writable_folder("--output", self.output)
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of one variant in one case; memory in GiB over the inputs, seconds of each repetition."""
-
-    peak_memory_gib: float
-    seconds: list[float]
-
-
 def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple[torch.Tensor, ...]]:
     """Draw inputs and return a function that computes (loss, gradient of the hidden states, gradient of the head)."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
     labels = torch.randint(config.vocab_size, (config.num_tokens,), generator=generator).to(config.device)
-    hidden_states = hidden_states.to(config.device, getattr(torch, case.hidden_dtype)).requires_grad_()
-    weight = weight.to(config.device, getattr(torch, case.weight_dtype)).requires_grad_()
+    hidden_states = hidden_states.to(config.device, case.dtype).requires_grad_()
+    weight = weight.to(config.device, case.dtype).requires_grad_()
 
     def logits_loss(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(soft_cap(F.linear(hidden_states, weight).float(), case.softcap), labels)
@@ -109,33 +100,32 @@ def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> f
     return peak_memory_gib(device) - before
 
 
-def measure(case: Case, config: LossBenchmarkConfig) -> list[Measurement]:
-    """Measure both variants, their steps in turn, so that a busy machine slows both."""
+def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[list[float]]]:
+    """Return the memory in GiB and the seconds of each repetition of both variants, whose steps are made in turn."""
     memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
     steps = [make_step(case, variant, config) for variant in VARIANTS]
     seconds: list[list[float]] = [[] for _ in VARIANTS]
     for _ in range(config.repetitions + 1):
         for step, times in zip(steps, seconds, strict=True):
-            measuring.synchronize(torch.device(config.device))
             start = time.perf_counter()
             step()
             measuring.synchronize(torch.device(config.device))
             times.append(time.perf_counter() - start)
-    return [Measurement(gib, times[1:]) for gib, times in zip(memory, seconds, strict=True)]  # the first warms up
+    return memory, [times[1:] for times in seconds]  # the first warms up
 
 
-HEADER = ("case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio")
+HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
 
 
-def table_row(name: str, logits: Measurement, chunked: Measurement) -> list[str]:
+def table_row(name: str, memory: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[str]:
     """Fill a line of the table: medians with (fastest to slowest), ratios chunked / logits of medians and of peaks."""
+    logits, chunked = map(median, seconds)
     return [
         name,
-        *(measuring.median_and_spread(each.seconds, ".2f", low=0, high=1) for each in (logits, chunked)),
-        f"{median(chunked.seconds) / median(logits.seconds):.2f}",
-        f"{logits.peak_memory_gib:.2f}",
-        f"{chunked.peak_memory_gib:.2f}",
-        f"{chunked.peak_memory_gib / logits.peak_memory_gib:.3f}",
+        *(measuring.median_and_spread(times, ".2f", low=0, high=1) for times in seconds),
+        f"{chunked / logits:.2f}",
+        *(f"{gib:.2f}" for gib in memory),
+        f"{memory[1] / memory[0]:.3f}",
     ]
 
 
@@ -151,7 +141,7 @@ forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows an
 n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}.
 Seconds are the median (fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1).
 Ratios: chunked / logits."""
-        report.write("Loss without logits", question, method, HEADER, rows)
+        report.write("Loss without logits", question, method, [HEADER, *rows])
 
 
 if __name__ == "__main__":

@@ -69,8 +69,7 @@ def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.
 class Report:
     """What a benchmark found, as Markdown in folder/YYYY-MM-DD_HHMMSS_topic_device.md.
 
-    Made before anything is measured, to record the machine at the start. Raises GPT2ModernError for a package that is
-    not installed.
+    Made before anything is measured, to record the machine at the start; raises GPT2ModernError if a package is missing.
     """
 
     def __init__(
@@ -99,17 +98,9 @@ class Report:
             "start."
         )
 
-    def write(
-        self,
-        title: str,
-        question: str,
-        method: str,
-        header: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        remarks: str = "",
-    ) -> None:
-        """Print the report and write it. method: how, and with which n; remarks: what to bear in mind."""
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    def write(self, title: str, question: str, method: str, rows: Sequence[Sequence[str]], remarks: str = "") -> None:
+        """Print the report and write it. method: how, and with which n; rows: of its table, the header first."""
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
         parts = [f"# {title}: {self.device_name}", f"Question: {question}", self.provenance, method, table, remarks]
         text = "\n\n".join(part.strip() for part in parts).strip() + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,12 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from benchmarks import measuring
-from benchmarks.throughput import PRECISIONS, Row, StepConfig, rows_of, training_step
+from benchmarks.throughput import LEARNING_RATE_WARM_UP, PRECISIONS, Row, StepConfig, rows_of, training_step
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.settings import setting
 
-WARMUP_STEPS = 10
 LAST_STEPS = 10
 NO_DROPOUT = "embedding_dropout=0.0,attention_dropout=0.0,hidden_dropout=0.0"
 
@@ -42,13 +41,13 @@ def train(row: Row, config: PrecisionCheckConfig, blocks: PackedBlocks) -> list[
     """Return the loss of each step (nats/token) before its update, on the same blocks for every row, none twice."""
     chosen = np.random.default_rng(0).permutation(len(blocks))[: config.steps * config.per_device_train_batch_size]
     chosen = chosen.reshape(config.steps, -1).tolist()
-    with training_step(row, config, blocks, WARMUP_STEPS) as step:
+    with training_step(row, config, blocks) as step:
         progress = tqdm(chosen, desc=f"{row} on {config.device}", unit="step", leave=False)
         return [step(blocks.__getitems__(indices)).loss.item() for indices in progress]
 
 
-HEADER = ("model", "optimizer", "precision", "device", "first loss", f"mean of the last {LAST_STEPS}", "off by")
-HEADER += ("largest difference of a step",)
+HEADER = ["model", "optimizer", "precision", "device", "first loss", f"mean of the last {LAST_STEPS}", "off by"]
+HEADER += ["largest difference of a step"]
 
 
 def compare(
@@ -58,21 +57,17 @@ def compare(
     on_cpu = replace(config, device="cpu", precision=["fp32"], attn_implementation="sdpa")
     expected: dict[Row, list[float]] = {}
     lines, failures = [], []
-
-    def add(row: Row, device: str, losses: list[float], reference: list[float]) -> None:
-        differences = np.subtract(losses, reference)
-        off_by = differences[-LAST_STEPS:].mean()
-        numbers = [f"{losses[0]:.4f}", f"{np.mean(losses[-LAST_STEPS:]):.4f}", f"{off_by:+.4f}"]
-        lines.append([*row.cells, device, *numbers, f"{np.abs(differences).max():.4f}"])
-        if not abs(off_by) <= config.tolerance:  # NaN is off too
-            failures.append(str(row))
-
     for row in rows:
         reference = Row(row.model_preset, row.optimizer)
-        if reference not in expected:
-            expected[reference] = train(reference, on_cpu, blocks)
-            add(reference, "cpu", expected[reference], expected[reference])
-        add(row, config.device, train(row, config, blocks), expected[reference])
+        runs = [(row, config)] if reference in expected else [(reference, on_cpu), (row, config)]
+        for each, settings in runs:
+            losses = train(each, settings, blocks)
+            differences = np.subtract(losses, expected.setdefault(reference, losses))
+            off_by = differences[-LAST_STEPS:].mean()
+            numbers = [f"{losses[0]:.4f}", f"{np.mean(losses[-LAST_STEPS:]):.4f}", f"{off_by:+.4f}"]
+            lines.append([*each.cells, settings.device, *numbers, f"{np.abs(differences).max():.4f}"])
+            if not abs(off_by) <= config.tolerance:  # NaN is off too
+                failures.append(str(each))
     return lines, failures
 
 
@@ -93,18 +88,13 @@ def main(argv: list[str] | None = None) -> None:
         method = f"""
 Data: {blocks.data_dir.name}, {config.steps} batches of {config.per_device_train_batch_size} x {config.block_size} \
 tokens, the same for every row, as are the first weights.
-A step: `train_accelerate.train_step`. Learning rate: linear over {WARMUP_STEPS} steps, then constant (AdamW 6e-4, Muon
+A step: `train_accelerate.train_step`. Learning rate: linear over {LEARNING_RATE_WARM_UP} steps, then constant (AdamW 6e-4, Muon
 0.02); gradient norm clipped at 1; no dropout; one seed. Losses in nats/token, before the update; differences are to the
 fp32 row above."""
         verdict = f"off: {'; '.join(failures)}" if failures else "every row ends where fp32 ends"
-        report.write(
-            "Training in other precisions against fp32 on a CPU",
-            f"do {config.steps} steps of real training on real text end where fp32 on a CPU ends?",
-            method,
-            HEADER,
-            lines,
-            f"Verdict: {verdict} (within {config.tolerance} nats/token in the mean of the last {LAST_STEPS} losses).",
-        )
+        verdict += f" (within {config.tolerance} nats/token in the mean of the last {LAST_STEPS} losses)."
+        question = f"do {config.steps} steps of real training on real text end where fp32 on a CPU ends?"
+        report.write("Training in other precisions", question, method, [HEADER, *lines], f"Verdict: {verdict}")
     if failures:
         raise SystemExit(1)
 

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -42,6 +41,7 @@ from train_accelerate import StepResult, train_step
 PRECISIONS = ["fp32", "tf32", "bf16"]
 PEER = "transformers GPT2LMHeadModel"
 GPT2_VOCAB_SIZE = 50257
+LEARNING_RATE_WARM_UP = 10  # steps
 WARM_UP_STEPS = 3  # compilation, the allocator's first blocks, the optimizer's state
 
 
@@ -98,23 +98,23 @@ class Row:
 
 
 def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
-    """List the rows of every preset and optimizer; peer: those of a gpt2 preset with adamw once more for the peer.
-
-    Not where --config_overrides make it a model that the peer is not: one with other parameters.
-    """
+    """List the rows of every preset and optimizer; peer: those with adamw once more for the peer, where it has one."""
     rows = []
     for preset, optimizer in itertools.product(dict.fromkeys(config.model_preset), dict.fromkeys(config.optimizer)):
         ours = [Row(preset, optimizer, precision) for precision in dict.fromkeys(config.precision)]
         ours += [replace(ours[-1], compiled=True)] if config.torch_compile else []
         theirs = [replace(row, is_peer=True) for row in ours]
-        has_peer = peer and preset.startswith("gpt2") and optimizer == "adamw"
-        if has_peer and num_parameters(ours[0], config) != num_parameters(theirs[0], config):
-            has_peer = False
-        rows += ours + theirs * has_peer
+        rows += ours + theirs * (peer and optimizer == "adamw" and has_peer(preset, config))
     return rows
 
 
-def settings_of(row: Row, config: StepConfig, **more: int) -> TrainConfig:
+def has_peer(preset: str, config: StepConfig) -> bool:
+    """Say whether --config_overrides leave a gpt2 preset the shape of the peer: as many parameters."""
+    rows = (Row(preset), Row(preset, is_peer=True))
+    return preset.startswith("gpt2") and len({weightless_model(row, config).num_parameters() for row in rows}) == 1
+
+
+def settings_of(row: Row, config: StepConfig) -> TrainConfig:
     """Return what a trainer of the row would be started with; after its warm-up the learning rate stays."""
     return TrainConfig(
         dry_run=True,  # which needs no folders
@@ -125,7 +125,7 @@ def settings_of(row: Row, config: StepConfig, **more: int) -> TrainConfig:
         mixed_precision="bf16" if row.precision == "bf16" else "no",
         torch_compile=row.compiled,
         lr_scheduler_type="constant",
-        **more,
+        warmup_steps=LEARNING_RATE_WARM_UP,
     )
 
 
@@ -157,10 +157,6 @@ def weightless_model(row: Row, config: StepConfig) -> PreTrainedModel:
         return build_model(row, config)
 
 
-def num_parameters(row: Row, config: StepConfig) -> int:
-    return weightless_model(row, config).num_parameters()
-
-
 def peer_loss(model: torch.nn.Module, batch: torch.Tensor, *, num_items: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Compute the peer's own mean loss, from labels that it shifts itself: block_size - 1 targets per sequence."""
     loss = model(input_ids=batch[:, :-1], labels=batch[:, :-1], use_cache=False).loss
@@ -168,15 +164,13 @@ def peer_loss(model: torch.nn.Module, batch: torch.Tensor, *, num_items: torch.T
 
 
 @contextlib.contextmanager
-def training_step(
-    row: Row, config: StepConfig, data: PackedBlocks | None = None, warmup_steps: int = 0
-) -> Iterator[Callable[[torch.Tensor], StepResult]]:
+def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> Iterator[Callable]:
     """Build a row as train_accelerate.build does, and give a function of a batch that makes the next update.
 
-    A batch is (sequences, block_size + 1) token ids on the CPU. Weights are drawn on the CPU: the same for every
-    device, precision and optimizer.
+    A batch is (sequences, block_size + 1) token ids on the CPU; the function returns what `train_step` does. Weights
+    are drawn on the CPU: the same for every device, precision and optimizer.
     """
-    settings = settings_of(row, config, warmup_steps=warmup_steps)
+    settings = settings_of(row, config)
     with (
         patch_environment(ACCELERATE_TORCH_DEVICE=config.device),  # also for a CPU beside a GPU
         joined_processes(settings.mixed_precision, settings.ddp_timeout) as (accelerator, processes),
@@ -199,50 +193,42 @@ def training_step(
         yield step
 
 
-def time_steps(row: Row, config: ThroughputConfig) -> tuple[float, float] | str:
-    """Build the row, warm it up and time its steps: (seconds, peak memory in GiB during them); else its error message.
+def time_steps(row: Row, config: ThroughputConfig) -> tuple[float, float]:
+    """Build the row, warm it up and time its steps; return (seconds, peak memory in GiB during them).
 
     For a process that does nothing else.
     """
     logging.set_verbosity_error()
     device = torch.device(config.device)
-    try:
-        vocab_size = min(weightless_model(row, config).config.vocab_size, GPT2_VOCAB_SIZE)
-        sizes = (WARM_UP_STEPS + config.steps, config.per_device_train_batch_size, config.block_size + 1)
-        batches = torch.randint(vocab_size, sizes, generator=torch.Generator().manual_seed(0))
-        batches = batches.pin_memory() if device.type == "cuda" else batches
-        with training_step(row, config) as step:
-            for part in batches.split([WARM_UP_STEPS, config.steps]):
-                measuring.synchronize(device)
-                measuring.reset_peak_memory(device)
-                start = time.perf_counter()
-                for batch in part:
-                    step(batch)
-                measuring.synchronize(device)
-                seconds = time.perf_counter() - start
-        return seconds, peak_memory_gib(device)
-    except torch.OutOfMemoryError:
-        return "out of memory"
-    except (GPT2ModernError, RuntimeError, ValueError) as error:
-        return first_line(error)
+    vocab_size = min(weightless_model(row, config).config.vocab_size, GPT2_VOCAB_SIZE)
+    sizes = (WARM_UP_STEPS + config.steps, config.per_device_train_batch_size, config.block_size + 1)
+    batches = torch.randint(vocab_size, sizes, generator=torch.Generator().manual_seed(0))
+    batches = batches.pin_memory() if device.type == "cuda" else batches
+    with training_step(row, config) as step:
+        for part in batches.split([WARM_UP_STEPS, config.steps]):
+            measuring.reset_peak_memory(device)
+            start = time.perf_counter()
+            for batch in part:
+                step(batch)
+            measuring.synchronize(device)
+            seconds = time.perf_counter() - start
+    return seconds, peak_memory_gib(device)
 
 
-Answers = list[tuple[float, float]]  # seconds and peak memory in GiB of each repetition
+# Seconds and peak memory in GiB of each repetition of a row, or the error message of one that failed.
+Results = dict[Row, list[tuple[float, float]] | str]
 
 
-def measure(rows: Sequence[Row], config: ThroughputConfig) -> list[Answers | str]:
-    """Measure every row; a row that fails is replaced by its error message."""
-    answers: list[Answers | str] = [[] for _ in rows]
-    for _ in range(config.repetitions):
-        for index, row in enumerate(tqdm(rows, unit="row")):
-            if isinstance(answers[index], str):
-                continue
+def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
+    """Time every row in turn, `config.repetitions` times over; one that fails is not tried again."""
+    results: Results = {row: [] for row in rows}
+    for row in tqdm([*rows] * config.repetitions, unit="row"):
+        if not isinstance(results[row], str):
             try:
-                answer = measuring.in_fresh_process(time_steps, row, config)
-            except BrokenProcessPool:
-                answer = "its process ended"
-            answers[index] = answer if isinstance(answer, str) else [*answers[index], answer]
-    return answers
+                results[row].append(measuring.in_fresh_process(time_steps, row, config))
+            except (GPT2ModernError, RuntimeError, ValueError) as error:  # out of memory, too, and a process that dies
+                results[row] = first_line(error)
+    return results
 
 
 def flops_per_token(row: Row, config: StepConfig) -> int:
@@ -250,32 +236,28 @@ def flops_per_token(row: Row, config: StepConfig) -> int:
     return model_flops_per_token(weightless_model(replace(row, is_peer=False), config), config.block_size)
 
 
-HEADER = ("model", "optimizer", "precision", "tokens/s: median (p20 to p80)", "over the peer", "MFU", "step, ms")
-HEADER += ("peak memory, GiB",)
+HEADER = ["model", "optimizer", "precision", "tokens/s: median (p20 to p80)", "over the peer", "MFU", "step, ms"]
+HEADER += ["peak memory, GiB"]
 
 
-def table(
-    rows: Sequence[Row], answers: Sequence[Answers | str], config: ThroughputConfig, peak: float | None
-) -> list[list[str]]:
+def table(results: Results, config: ThroughputConfig, peak: float | None) -> list[list[str]]:
     """Return the cells of the rows under HEADER. peak: of the device in FLOP/s; None: there is no MFU."""
     tokens = config.steps * config.per_device_train_batch_size * config.block_size
-    results = dict(zip(rows, answers, strict=True))
     speeds = {row: [tokens / s for s, _ in each] for row, each in results.items() if not isinstance(each, str)}
     medians = {row: median(speed) for row, speed in speeds.items()}
     lines = []
-    for row, answer in results.items():
-        if row not in medians:
-            lines.append([*row.cells, answer, "-", "-", "-", "-"])
-            continue
-        peers = [other for other in medians if other.is_peer and other.cells[-1] == row.cells[-1]]
-        peers.sort(key=lambda other: other.model_preset != row.model_preset)  # its own, else the first
-        cells = [
-            measuring.median_and_spread(speeds[row], ",.0f"),
-            f"{medians[row] / medians[peers[0]]:.2f}" if peers else "-",
-            "-" if peak is None else f"{medians[row] * flops_per_token(row, config) / peak:.1%}",
-            f"{tokens / config.steps / medians[row] * 1000:,.1f}",
-            f"{max(gib for _, gib in answer):.2f}",
-        ]
+    for row, result in results.items():
+        cells = [result, "-", "-", "-", "-"]
+        if row in medians:
+            peers = [other for other in medians if other.is_peer and other.cells[-1] == row.cells[-1]]
+            peers.sort(key=lambda other: other.model_preset != row.model_preset)  # its own, else the first
+            cells = [
+                measuring.median_and_spread(speeds[row], ",.0f"),
+                f"{medians[row] / medians[peers[0]]:.2f}" if peers else "-",
+                "-" if peak is None else f"{medians[row] * flops_per_token(row, config) / peak:.1%}",
+                f"{tokens / config.steps / medians[row] * 1000:,.1f}",
+                f"{max(gib for _, gib in result):.2f}",
+            ]
         lines.append([*row.cells, *cells])
     return lines
 
@@ -286,28 +268,27 @@ def main(argv: list[str] | None = None) -> None:
         logging.set_verbosity_error()  # the special tokens of a preset mean nothing here
         device = torch.device(config.device)
         rows = rows_of(config, peer=True)
-        parameters = {row.model_preset: f"{num_parameters(row, config):,}" for row in rows}
+        parameters = {row.model_preset: weightless_model(row, config).num_parameters() for row in rows}
         report = measuring.Report("throughput", config.output, device, argv)
-        answers = measure(rows, config)
+        results = measure(rows, config)
         peak = peak_flops(device)
-        peak_words = "of this device not known" if peak is None else f"{peak / 1e12:.0f} TFLOP/s, dense bf16"
-        held = "allocated on the device" if device.type == "cuda" else "resident, libraries included"
+        peak_words = f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known"
         method = f"""
 A step: `train_accelerate.train_step` on {config.per_device_train_batch_size} x {config.block_size} random tokens: to
 the device, forward, backward, clipping, a look for NaN, update. Attention: {config.attn_implementation}.
-Parameters: {", ".join(f"{name} {number}" for name, number in parameters.items())}.
+Parameters: {", ".join(f"{name} {number:,}" for name, number in parameters.items())}.
 n = {config.repetitions} repetitions of {config.steps} steps per row, in turn over the rows, each in a process of its
 own after {WARM_UP_STEPS} steps to warm up."""
         remarks = f"""
-MFU: 6 N + 12 L D T over the peak ({peak_words}) in every row. Memory: the most {held}, during the timed steps.
+MFU: 6 N + 12 L D T over the device's dense bf16 peak in every row ({peak_words}).
+Memory: the most during the timed steps, allocated on a GPU, or resident in the process on a CPU.
 
-Caveats: speed only, nothing is learned from random tokens. The peer makes the same step, wrapped by the same
-Accelerate, with the loss that it computes from `labels` and all logits; it has AdamW and the shape of a gpt2 preset,
-other presets have other numbers of parameters. `over the peer` divides medians by that of the peer in the same
-precision. Where p20 to p80 of two rows overlap, their order is not settled."""
+Caveats: nothing is learned from random tokens. The peer makes the same step, wrapped by the same Accelerate, with the
+loss that it computes from `labels` and all logits; it has AdamW and the shape of a gpt2 preset, other presets have
+other numbers of parameters. `over the peer` divides medians by that of the peer in the same precision. Where p20 to p80
+of two rows overlap, their order is not settled."""
         question = f"how many tokens per second does one device train on, and how does that compare with {PEER}?"
-        lines = table(rows, answers, config, peak)
-        report.write("Speed of a training step", question, method, HEADER, lines, remarks)
+        report.write("Speed of a training step", question, method, [HEADER, *table(results, config, peak)], remarks)
 
 
 if __name__ == "__main__":
