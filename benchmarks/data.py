@@ -25,10 +25,11 @@ from pathlib import Path
 from statistics import median
 
 import datasets
+import numpy as np
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
@@ -170,14 +171,9 @@ def time_programs(names: Sequence[str], repetitions: int, folder: Path, num_proc
     runs: dict[str, list[TimedRun]] = {name: [] for name in names}
     for name in tqdm(list(runs) * repetitions, unit="run"):
         runs[name].append(measure(name, folder, num_proc))
-        refuse_different_tokens(runs)
+        if (tokens := runs[name][-1].tokens) != (expected := runs[names[0]][0].tokens):
+            raise GPT2ModernError(f"{name} finds {tokens} tokens, {names[0]} {expected}: times cannot be compared")
     return runs
-
-
-def refuse_different_tokens(runs: dict[str, list[TimedRun]]) -> None:
-    tokens = {name: [run.tokens for run in each] for name, each in runs.items()}
-    if len(set().union(*tokens.values())) > 1:
-        raise GPT2ModernError(f"numbers of tokens differ, so that times cannot be compared: {tokens}")
 
 
 def measure_reading(data_dir: Path) -> list[float]:
@@ -186,12 +182,11 @@ def measure_reading(data_dir: Path) -> list[float]:
     blocks.verify_checksums()  # of what was written, and the pages are in memory afterwards
     rates = []
     for seed in range(READINGS):
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-        batches = [batch.tolist() for batch in order[: BATCH_SIZE * BATCHES_PER_READING].split(BATCH_SIZE)]
+        order = np.random.default_rng(seed).permutation(len(blocks))[: BATCH_SIZE * BATCHES_PER_READING].tolist()
         started = time.perf_counter()
-        for batch in batches:
-            blocks.__getitems__(batch)
-        rates.append(sum(map(len, batches)) * blocks.block_size / (time.perf_counter() - started) / 1e6)
+        for first in range(0, len(order), BATCH_SIZE):
+            blocks.__getitems__(order[first : first + BATCH_SIZE])
+        rates.append(len(order) * blocks.block_size / (time.perf_counter() - started) / 1e6)
     return rates
 
 
@@ -216,12 +211,9 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
     return rows
 
 
-def benchmark(
-    config: DataBenchmarkConfig, report: measuring.Report, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """Write the text into `folder`, run everything, write the report."""
-    tokenizer.save_pretrained(folder / "tokenizer")
-    documents = read_documents(config.text_dir, config.megabytes * MEGABYTE, tokenizer.all_special_tokens)
+def benchmark(config: DataBenchmarkConfig, report: measuring.Report, special_tokens: list[str], folder: Path) -> None:
+    """Write the text into `folder`, which has the tokenizer, run everything, write the report."""
+    documents = read_documents(config.text_dir, config.megabytes * MEGABYTE, special_tokens)
     texts = repeated(documents, config.repeat)
     write_text(texts, folder)
     megabytes = sum(len(text.encode()) for text in texts) / MEGABYTE
@@ -259,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
             raise GPT2ModernError(f"--tokenizer_name {config.tokenizer_name}: not a tokenizer ({error})") from None
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=config.work_dir) as folder:
-            benchmark(config, report, tokenizer, Path(folder).resolve())
+            tokenizer.save_pretrained(Path(folder, "tokenizer"))
+            benchmark(config, report, tokenizer.all_special_tokens, Path(folder).resolve())
 
 
 if __name__ == "__main__":

@@ -24,9 +24,6 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     started = time.perf_counter()
 
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        return tokenizer(batch["text"])
-
     def group(batch: dict[str, list]) -> dict[str, list]:
         joined = {name: list(itertools.chain.from_iterable(lists)) for name, lists in batch.items()}
         starts = range(0, len(joined["input_ids"]) // BLOCK_SIZE * BLOCK_SIZE, BLOCK_SIZE)
@@ -34,8 +31,9 @@ def main() -> None:
         return rows | {"labels": rows["input_ids"].copy()}
 
     texts = load_dataset("json", data_files=files, split="train", cache_dir=f"{output_dir}/cache")
-    tokenized = texts.map(tokenize, batched=True, num_proc=int(num_proc), remove_columns=texts.column_names)
-    grouped = tokenized.map(group, batched=True, num_proc=int(num_proc))
+    workers = {"batched": True, "num_proc": int(num_proc)}
+    tokenized = texts.map(lambda batch: tokenizer(batch["text"]), remove_columns=texts.column_names, **workers)
+    grouped = tokenized.map(group, **workers)
     grouped.save_to_disk(f"{output_dir}/blocks")
     work_s = time.perf_counter() - started
     tokens = pc.sum(pc.list_value_length(tokenized.data.column("input_ids"))).as_py()

@@ -70,13 +70,11 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
     hidden_states = hidden_states.to(config.device, case.dtype).requires_grad_()
     weight = weight.to(config.device, case.dtype).requires_grad_()
 
-    def logits_loss(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(soft_cap(F.linear(hidden_states, weight).float(), case.softcap), labels)
-
-    def chunked_loss(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def loss_function(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if variant == "logits":
+            return F.cross_entropy(soft_cap(F.linear(hidden_states, weight).float(), case.softcap), labels)
         return linear_cross_entropy(hidden_states, weight, labels, softcap=case.softcap, chunk_size=config.chunk_size)
 
-    loss_function = {"logits": logits_loss, "chunked": chunked_loss}[variant]
     if case.compiled:
         loss_function = torch.compile(loss_function, fullgraph=True)
 

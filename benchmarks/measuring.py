@@ -25,10 +25,8 @@ REPOSITORY = Path(__file__).parents[1]
 
 def choose_device(name: str | None) -> torch.device:
     """Return the device called `name`, or the best there is; raises GPT2ModernError if it is not there."""
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise GPT2ModernError(f"--device {name}: {first_line(error)}") from None
@@ -69,7 +67,7 @@ def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.
 class Report:
     """What a benchmark found, as Markdown in folder/YYYY-MM-DD_HHMMSS_topic_device.md.
 
-    Made before anything is measured, to record the machine at the start; raises GPT2ModernError if a package is missing.
+    Made before anything is measured, to record the machine at the start. Raises GPT2ModernError for a missing package.
     """
 
     def __init__(
@@ -89,13 +87,13 @@ class Report:
             raise GPT2ModernError(f"{error.name} is not installed: python -m pip install -e '.[bench]'") from None
         # An absolute path is cut to its last part: where things lie on a disk is not part of a report.
         words = (Path(word).name if os.path.isabs(word) else word for word in (sys.argv[1:] if argv is None else argv))
-        hardware = "" if device.type == "cpu" else f"{self.device_name}; "
+        info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        processor = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
         self.provenance = (
             f"Command: `{shlex.join(['python', '-m', f'benchmarks.{topic}', *words])}`, {commit()}.\n"
             f"Versions: {versions}, Python {platform.python_version()}, {platform.system()}.\n"
-            f"Hardware: {hardware}{os.cpu_count()} cores of {processor_name()}, "
-            f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory; load average {os.getloadavg()[0]:.1f} at the "
-            "start."
+            f"Hardware: {self.device_name}; {os.cpu_count()} cores of {processor[1] if processor else platform.machine()}, "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory; load average at the start {os.getloadavg()[0]:.1f}."
         )
 
     def write(self, title: str, question: str, method: str, rows: Sequence[Sequence[str]], remarks: str = "") -> None:
@@ -107,13 +105,6 @@ class Report:
         self.path.write_text(text, encoding="utf-8")
         print(text)
         print(f"written to {self.path}", file=sys.stderr)
-
-
-def processor_name() -> str:
-    """Return what Linux calls the processor, elsewhere its architecture."""
-    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    named = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
-    return named[1] if named else platform.machine()
 
 
 def commit() -> str:

@@ -50,9 +50,7 @@ HEADER = ["model", "optimizer", "precision", "device", "first loss", f"mean of t
 HEADER += ["largest difference of a step"]
 
 
-def compare(
-    rows: Sequence[Row], config: PrecisionCheckConfig, blocks: PackedBlocks
-) -> tuple[list[list[str]], list[str]]:
+def compare(rows: Sequence[Row], config: PrecisionCheckConfig, blocks: PackedBlocks) -> tuple[list, list[str]]:
     """Train every row and its fp32 row on the CPU; return the lines of the table, and the rows that ended off."""
     on_cpu = replace(config, device="cpu", precision=["fp32"], attn_implementation="sdpa")
     expected: dict[Row, list[float]] = {}
@@ -92,9 +90,9 @@ A step: `train_accelerate.train_step`. Learning rate: linear over {LEARNING_RATE
 0.02); gradient norm clipped at 1; no dropout; one seed. Losses in nats/token, before the update; differences are to the
 fp32 row above."""
         verdict = f"off: {'; '.join(failures)}" if failures else "every row ends where fp32 ends"
-        verdict += f" (within {config.tolerance} nats/token in the mean of the last {LAST_STEPS} losses)."
+        remarks = f"Verdict: {verdict} (the mean of the last {LAST_STEPS} losses, by {config.tolerance} nats/token)."
         question = f"do {config.steps} steps of real training on real text end where fp32 on a CPU ends?"
-        report.write("Training in other precisions", question, method, [HEADER, *lines], f"Verdict: {verdict}")
+        report.write("Training in other precisions", question, method, [HEADER, *lines], remarks)
     if failures:
         raise SystemExit(1)
 

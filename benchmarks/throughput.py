@@ -231,11 +231,6 @@ def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
     return results
 
 
-def flops_per_token(row: Row, config: StepConfig) -> int:
-    """Count training FLOPs as gpt2modern.training.speed does; the peer's are those of our model of the same shape."""
-    return model_flops_per_token(weightless_model(replace(row, is_peer=False), config), config.block_size)
-
-
 HEADER = ["model", "optimizer", "precision", "tokens/s: median (p20 to p80)", "over the peer", "MFU", "step, ms"]
 HEADER += ["peak memory, GiB"]
 
@@ -251,10 +246,11 @@ def table(results: Results, config: ThroughputConfig, peak: float | None) -> lis
         if row in medians:
             peers = [other for other in medians if other.is_peer and other.cells[-1] == row.cells[-1]]
             peers.sort(key=lambda other: other.model_preset != row.model_preset)  # its own, else the first
+            ours = weightless_model(replace(row, is_peer=False), config)  # has as many FLOPs as the peer of its shape
             cells = [
                 measuring.median_and_spread(speeds[row], ",.0f"),
                 f"{medians[row] / medians[peers[0]]:.2f}" if peers else "-",
-                "-" if peak is None else f"{medians[row] * flops_per_token(row, config) / peak:.1%}",
+                "-" if peak is None else f"{medians[row] * model_flops_per_token(ours, config.block_size) / peak:.1%}",
                 f"{tokens / config.steps / medians[row] * 1000:,.1f}",
                 f"{max(gib for _, gib in result):.2f}",
             ]
