@@ -4,9 +4,8 @@
     python -m benchmarks.data --tokenizer_name DIR --repeat 7 --peers tiktoken   # a gigabyte
 
 The text is there anyway: sources and documentation of --text_dir, then of the installed packages and the standard
-library, no two documents equal. The programs alternate, one run of each in turn; input is read from the page cache;
-1 MB is 10^6 bytes of UTF-8 text. The peers, data_run_clm and data_tiktoken, read the JSON lines; their token counts
-have to equal ours.
+library, no two documents equal. The programs alternate, one run of each in turn; input is read from the page cache.
+The peers, data_run_clm and data_tiktoken, read the JSON lines; their token counts have to equal ours.
 """
 
 import contextlib
@@ -34,13 +33,14 @@ from transformers import AutoTokenizer
 from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.data.manifest import read_manifest
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, setting
 
 OURS = ("prepare_data jsonl", "prepare_data parquet")
 PEERS = ("tiktoken", "run_clm")
-PACKAGES = ("gigatoken", "tokenizers", "tiktoken", "transformers", "datasets", "pyarrow")
+PACKAGES = ("gigatoken", "tokenizers", "tiktoken", "datasets", "pyarrow")
 SUFFIXES = {".py", ".md", ".rst", ".txt"}
 MEGABYTE = 10**6
 NUM_FILES = 8  # per format
@@ -108,8 +108,7 @@ def write_text(documents: list[str], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """What one run took with its children; peak_gib: the most that all of them held resident at once, shared pages in
-    each; work_s: a peer's seconds after its start."""
+    """What one run took with its children; peak_gib: see `resident_gib`; work_s: a peer's seconds after its start."""
 
     seconds: float
     cpu_seconds: float
@@ -119,30 +118,24 @@ class TimedRun:
 
 
 def resident_gib(pid: int) -> float:
-    """Add up what a process and all below it hold resident now."""
+    """Add up what a process and all below it hold resident now; pages that they share count in each."""
     resident = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                resident += process.memory_info().rss
+            resident += process.memory_info().rss
     return resident / 2**30
 
 
 def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
-    """Run a program once on the text in `folder`, and leave what it writes there in `name`.
-
-    Raises GPT2ModernError with the last line that a failed one has written.
-    """
+    """Run a program once on the text in `folder`; raises GPT2ModernError with the last line that a failed one wrote."""
     output_dir, tokenizer = folder / name, folder / "tokenizer"
     shutil.rmtree(output_dir, ignore_errors=True)
+    files = sorted(folder.glob("text-*.parquet" if name.endswith("parquet") else "text-*.jsonl"))
+    arguments = ["-m", f"benchmarks.data_{name}", tokenizer, output_dir, num_proc, *files]
     if name in OURS:
-        files = sorted(folder.glob(f"text-*.{name.split()[1]}"))
         arguments = ["prepare_data.py", "--tokenizer_name", tokenizer, "--output_dir", output_dir]
         arguments += ["--num_proc", num_proc, "--train_file", *files]
-    else:
-        files = sorted(folder.glob("text-*.jsonl"))
-        arguments = ["-m", f"benchmarks.data_{name}", tokenizer, output_dir, num_proc, *files]
     command = [sys.executable, *map(str, arguments)]
     os.sync()  # what the one before has left to be written is not this one's time
     peak_gib, before, started = 0.0, os.times(), time.perf_counter()
@@ -155,13 +148,12 @@ def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
                 peak_gib = max(peak_gib, resident_gib(process.pid))
     seconds, after = time.perf_counter() - started, os.times()
     if process.returncode:
-        last = (errors.strip().splitlines() or [""])[-1]
+        last = errors.strip().rpartition("\n")[-1]
         raise GPT2ModernError(f"{name} ended with exit code {process.returncode}: {last}")
-    if name in OURS:
-        manifest = json.loads((output_dir / "manifest.json").read_text(encoding="utf-8"))
-        counts = {"tokens": sum(split["tokens"] for split in manifest["splits"].values())}
-    else:
+    if name in PEERS:
         counts = json.loads(output.splitlines()[-1])
+    else:
+        counts = {"tokens": sum(split["tokens"] for split in read_manifest(output_dir)["splits"].values())}
     cpu_seconds = after.children_user + after.children_system - before.children_user - before.children_system
     return TimedRun(seconds, cpu_seconds, peak_gib, **counts)
 
@@ -194,10 +186,7 @@ HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB
 
 
 def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[str]]:
-    """Return a line for each program: medians, seconds with (fastest to slowest), the largest memory of all runs.
-
-    Ratios: MB/s of our whole process over those of a peer without its start.
-    """
+    """Return a line for each program: medians, seconds with (fastest to slowest), the largest memory of all runs."""
     rates = {name: megabytes / median(run.seconds for run in each) for name, each in runs.items()}
     peers = [name for name in runs if name in PEERS]
     work_rates = {name: megabytes / median(run.work_s for run in runs[name]) for name in peers}
@@ -244,7 +233,7 @@ repeated is easier than new text for an encoder that remembers words."""
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
-        report = measuring.Report("data", config.output, torch.device("cpu"), argv, PACKAGES)
+        report = measuring.Report("data", config.output, torch.device("cpu"), argv, *PACKAGES)
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
         except (OSError, ValueError) as error:

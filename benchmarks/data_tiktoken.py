@@ -46,12 +46,15 @@ def main() -> None:
     global encoding
     tokenizer_dir, output_dir, num_proc, *files = sys.argv[1:]
     encoding = tiktoken_encoding(Path(tokenizer_dir, "tokenizer.json"))
-    multiprocessing.set_start_method("fork")
     Path(output_dir).mkdir(parents=True)
     started = time.perf_counter()
     tokens = 0
-    with open(Path(output_dir, "tokens.bin"), "wb") as output, multiprocessing.Pool(int(num_proc)) as pool:
-        for ids in pool.imap(encode, fileinput.input(files, mode="rb"), chunksize=DOCUMENTS_PER_TASK):
+    with (
+        fileinput.input(files, mode="rb") as lines,
+        open(Path(output_dir, "tokens.bin"), "wb") as output,
+        multiprocessing.get_context("fork").Pool(int(num_proc)) as pool,
+    ):
+        for ids in pool.imap(encode, lines, chunksize=DOCUMENTS_PER_TASK):
             output.write(ids)
             tokens += len(ids)
     print(json.dumps({"tokens": tokens, "work_s": time.perf_counter() - started}))

@@ -48,10 +48,7 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `gpt2modern.training.speed.peak_memory_gib` begin anew at what a fresh process holds now.
-
-    Not for a CPU outside of Linux, whose peak is that of the whole process.
-    """
+    """Let `peak_memory_gib` begin anew at what a fresh process holds now; not for a CPU outside of Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -70,30 +67,27 @@ class Report:
     Made before anything is measured, to record the machine at the start. Raises GPT2ModernError for a missing package.
     """
 
-    def __init__(
-        self,
-        topic: str,
-        folder: str,
-        device: torch.device,
-        argv: Sequence[str] | None,
-        packages: Sequence[str] = ("torch", "transformers"),
-    ):
+    def __init__(self, topic: str, folder: str, device: torch.device, argv: list[str] | None, *packages: str):
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
         device_slug = re.sub(r"[^a-z0-9]+", "-", self.device_name.lower()).strip("-")
         self.path = Path(folder, f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{topic}_{device_slug}.md")
         try:
-            versions = ", ".join(f"{name} {version(name)}" for name in packages)
+            versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
         except PackageNotFoundError as error:
             raise GPT2ModernError(f"{error.name} is not installed: python -m pip install -e '.[bench]'") from None
         # An absolute path is cut to its last part: where things lie on a disk is not part of a report.
         words = (Path(word).name if os.path.isabs(word) else word for word in (sys.argv[1:] if argv is None else argv))
-        info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        processor = re.search(r"^model name\s*: (.+)", info, re.MULTILINE)
+        command = shlex.join(["python", "-m", f"benchmarks.{topic}", *words])
+        git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+        failed, commit = subprocess.getstatusoutput(shlex.join(git))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        cpu_info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        processor = re.search(r"^model name\s*: (.+)", cpu_info, re.MULTILINE)
         self.provenance = (
-            f"Command: `{shlex.join(['python', '-m', f'benchmarks.{topic}', *words])}`, {commit()}.\n"
+            f"Command: `{command}`, {'not a git checkout' if failed else f'at commit {commit}'}.\n"
             f"Versions: {versions}, Python {platform.python_version()}, {platform.system()}.\n"
-            f"Hardware: {self.device_name}; {os.cpu_count()} cores of {processor[1] if processor else platform.machine()}, "
-            f"{psutil.virtual_memory().total / 2**30:.0f} GiB of memory; load average at the start {os.getloadavg()[0]:.1f}."
+            f"Hardware: {self.device_name}; {cores} cores of {processor[1] if processor else platform.machine()}, "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GiB; load average at the start {os.getloadavg()[0]:.1f}."
         )
 
     def write(self, title: str, question: str, method: str, rows: Sequence[Sequence[str]], remarks: str = "") -> None:
@@ -103,14 +97,4 @@ class Report:
         text = "\n\n".join(part.strip() for part in parts).strip() + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(text, encoding="utf-8")
-        print(text)
-        print(f"written to {self.path}", file=sys.stderr)
-
-
-def commit() -> str:
-    """Return 'at commit abc1234', with -dirty where files differ from it; 'not a git checkout' where there is none."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return f"at commit {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()}"
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
+        print(f"{text}\nwritten to {self.path}")

@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         method = f"""
 Data: {blocks.data_dir.name}, {config.steps} batches of {config.per_device_train_batch_size} x {config.block_size} \
 tokens, the same for every row, as are the first weights.
-A step: `train_accelerate.train_step`. Learning rate: linear over {LEARNING_RATE_WARM_UP} steps, then constant (AdamW 6e-4, Muon
-0.02); gradient norm clipped at 1; no dropout; one seed. Losses in nats/token, before the update; differences are to the
-fp32 row above."""
+A step: `train_accelerate.train_step`, with a learning rate linear over {LEARNING_RATE_WARM_UP} steps, then constant
+(AdamW 6e-4, Muon 0.02), clipping at 1, no dropout, one seed. Losses in nats/token, before the update; differences are
+to the fp32 row above."""
         verdict = f"off: {'; '.join(failures)}" if failures else "every row ends where fp32 ends"
         remarks = f"Verdict: {verdict} (the mean of the last {LAST_STEPS} losses, by {config.tolerance} nats/token)."
         question = f"do {config.steps} steps of real training on real text end where fp32 on a CPU ends?"

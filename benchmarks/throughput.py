@@ -35,7 +35,6 @@ from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
 from gpt2modern.training.optimizers import OPTIMIZERS, OptimizerChain, build_optimizers
 from gpt2modern.training.speed import model_flops_per_token, peak_flops, peak_memory_gib
-from modeling_gpt2modern.configuration_gpt2modern import PRESETS
 from train_accelerate import StepResult, train_step
 
 PRECISIONS = ["fp32", "tf32", "bf16"]
@@ -49,9 +48,7 @@ WARM_UP_STEPS = 3  # compilation, the allocator's first blocks, the optimizer's 
 class StepConfig:
     """What benchmarks of the training step measure; throughput and precision add to it."""
 
-    model_preset: list[str] = setting(
-        default_factory=lambda: ["gpt2", "modern"], help="models to measure", choices=list(PRESETS)
-    )
+    model_preset: list[str] = setting(default_factory=lambda: ["gpt2", "modern"], help="models to measure")
     config_overrides: str | None = setting(None, "model settings over each preset's: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(8, "sequences per step", least=1)
@@ -109,7 +106,7 @@ def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
 
 
 def has_peer(preset: str, config: StepConfig) -> bool:
-    """Say whether --config_overrides leave a gpt2 preset the shape of the peer: as many parameters."""
+    """Say whether the preset is a GPT-2 and --config_overrides leave it so: the peer has as many parameters."""
     rows = (Row(preset), Row(preset, is_peer=True))
     return preset.startswith("gpt2") and len({weightless_model(row, config).num_parameters() for row in rows}) == 1
 
@@ -130,10 +127,7 @@ def settings_of(row: Row, config: StepConfig) -> TrainConfig:
 
 
 def build_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> PreTrainedModel:
-    """Make the row's model with random weights on the default device, fitted to `data`, else to GPT-2's vocabulary.
-
-    Raises GPT2ModernError if it cannot be.
-    """
+    """Make the row's model with random weights on the default device, fitted to `data`, else to GPT-2's vocabulary."""
     shape = data or models.DataShape(GPT2_VOCAB_SIZE, eos_token_id=0, block_size=config.block_size)
     if not row.is_peer:
         return models.build_model(settings_of(row, config), shape)
@@ -194,10 +188,7 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
 
 
 def time_steps(row: Row, config: ThroughputConfig) -> tuple[float, float]:
-    """Build the row, warm it up and time its steps; return (seconds, peak memory in GiB during them).
-
-    For a process that does nothing else.
-    """
+    """Return (seconds, peak memory in GiB) of the row's steps after some to warm up; for a process of its own."""
     logging.set_verbosity_error()
     device = torch.device(config.device)
     vocab_size = min(weightless_model(row, config).config.vocab_size, GPT2_VOCAB_SIZE)
@@ -279,10 +270,9 @@ own after {WARM_UP_STEPS} steps to warm up."""
 MFU: 6 N + 12 L D T over the device's dense bf16 peak in every row ({peak_words}).
 Memory: the most during the timed steps, allocated on a GPU, or resident in the process on a CPU.
 
-Caveats: nothing is learned from random tokens. The peer makes the same step, wrapped by the same Accelerate, with the
-loss that it computes from `labels` and all logits; it has AdamW and the shape of a gpt2 preset, other presets have
-other numbers of parameters. `over the peer` divides medians by that of the peer in the same precision. Where p20 to p80
-of two rows overlap, their order is not settled."""
+The peer makes the same step with the loss that it computes from `labels` and all logits; it has the shape of a gpt2
+preset, other presets have other numbers of parameters. `over the peer` divides medians by that of the peer in the same
+precision. Where p20 to p80 of two rows overlap, their order is not settled."""
         question = f"how many tokens per second does one device train on, and how does that compare with {PEER}?"
         report.write("Speed of a training step", question, method, [HEADER, *table(results, config, peak)], remarks)
 
