@@ -48,15 +48,13 @@ def main() -> None:
     encoding = tiktoken_encoding(Path(tokenizer_dir, "tokenizer.json"))
     Path(output_dir).mkdir(parents=True)
     started = time.perf_counter()
-    tokens = 0
     with (
         fileinput.input(files, mode="rb") as lines,
         open(Path(output_dir, "tokens.bin"), "wb") as output,
         multiprocessing.get_context("fork").Pool(int(num_proc)) as pool,
     ):
-        for ids in pool.imap(encode, lines, chunksize=DOCUMENTS_PER_TASK):
-            output.write(ids)
-            tokens += len(ids)
+        output.writelines(pool.imap(encode, lines, chunksize=DOCUMENTS_PER_TASK))
+        tokens = output.tell() // 2
     print(json.dumps({"tokens": tokens, "work_s": time.perf_counter() - started}))
 
 

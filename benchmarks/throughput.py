@@ -222,8 +222,7 @@ def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
     return results
 
 
-HEADER = ["model", "optimizer", "precision", "tokens/s: median (p20 to p80)", "over the peer", "MFU", "step, ms"]
-HEADER += ["peak memory, GiB"]
+HEADER = ["model", "optimizer", "precision", "tokens/s (p20 to p80)", "over the peer", "MFU", "step, ms", "peak GiB"]
 
 
 def table(results: Results, config: ThroughputConfig, peak: float | None) -> list[list[str]]:
