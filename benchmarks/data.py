@@ -226,8 +226,7 @@ Reading: {reading} Mtok/s in one process, batches of {BATCH_SIZE} random blocks 
 
 Caveats: input comes from the page cache. run_clm writes no EOS; one a document is added to its count. Text that is
 repeated is easier than new text for an encoder that remembers words."""
-    title = "Data preparation: from files of text to packed tokens"
-    report.write(title, question, method, [HEADER, *table_rows(runs, megabytes)], remarks)
+    report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks)
 
 
 def main(argv: list[str] | None = None) -> None:
