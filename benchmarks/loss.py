@@ -6,11 +6,8 @@ Time: the two variants alternate in one process after one step each to warm up. 
 inputs, each figure in a fresh process, because an allocator that has once been full hides what comes after.
 """
 
-import multiprocessing
-import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -20,7 +17,9 @@ from tqdm import tqdm
 
 from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
+from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, setting
+from gpt2modern.training.speed import peak_memory_gib
 from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 
 VARIANTS = ("logits", "chunked")
@@ -28,10 +27,9 @@ VARIANTS = ("logits", "chunked")
 
 @dataclass(frozen=True)
 class Case:
-    """What both variants compute: dtypes by name, soft-cap of the logits, torch.compile around the whole loss."""
+    """What both variants compute: the inputs' dtype, soft-cap of the logits, torch.compile around the whole loss."""
 
-    hidden_dtype: str = "float32"
-    weight_dtype: str = "float32"
+    dtype: torch.dtype = torch.float32
     autocast: bool = False
     softcap: float | None = None
     compiled: bool = False
@@ -39,11 +37,11 @@ class Case:
 
 CASES = {
     "fp32": Case(),
-    "bf16": Case("bfloat16", "bfloat16"),
+    "bf16": Case(torch.bfloat16),
     "autocast": Case(autocast=True),
     "fp32_softcap": Case(softcap=30.0),
-    "bf16_softcap": Case("bfloat16", "bfloat16", softcap=30.0),
-    "bf16_compiled": Case("bfloat16", "bfloat16", compiled=True),
+    "bf16_softcap": Case(torch.bfloat16, softcap=30.0),
+    "bf16_compiled": Case(torch.bfloat16, compiled=True),
 }
 
 
@@ -60,14 +58,7 @@ class LossBenchmarkConfig:
 
     def __post_init__(self):
         check_ranges(self)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was measured of one variant in one case; memory in GiB over the inputs, seconds of each repetition."""
-
-    peak_memory_gib: float
-    seconds: list[float]
+        check_writable_folder("--output", self.output)
 
 
 def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -76,16 +67,14 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
     labels = torch.randint(config.vocab_size, (config.num_tokens,), generator=generator).to(config.device)
-    hidden_states = hidden_states.to(config.device, getattr(torch, case.hidden_dtype)).requires_grad_()
-    weight = weight.to(config.device, getattr(torch, case.weight_dtype)).requires_grad_()
+    hidden_states = hidden_states.to(config.device, case.dtype).requires_grad_()
+    weight = weight.to(config.device, case.dtype).requires_grad_()
 
-    def logits_loss(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(soft_cap(F.linear(hidden_states, weight).float(), case.softcap), labels)
-
-    def chunked_loss(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def loss_function(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if variant == "logits":
+            return F.cross_entropy(soft_cap(F.linear(hidden_states, weight).float(), case.softcap), labels)
         return linear_cross_entropy(hidden_states, weight, labels, softcap=case.softcap, chunk_size=config.chunk_size)
 
-    loss_function = {"logits": logits_loss, "chunked": chunked_loss}[variant]
     if case.compiled:
         loss_function = torch.compile(loss_function, fullgraph=True)
 
@@ -98,72 +87,59 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
 
 
 def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> float:
-    """Measure what one step needs on top of its inputs; for a process that has done nothing else."""
+    """Measure what one step needs on top of its inputs; for a process that does nothing else."""
     device = torch.device(config.device)
     step = make_step(case, variant, config)
     if case.compiled:
         step()  # what the compiler needs is not the loss's
-    before = measuring.memory_gib(device)
     measuring.reset_peak_memory(device)
+    before = peak_memory_gib(device)
     step()
-    return measuring.peak_memory_gib(device) - before
+    return peak_memory_gib(device) - before
 
 
-def measure(case: Case, config: LossBenchmarkConfig) -> dict[str, Measurement]:
-    """Measure both variants, their steps in turn, so that a busy machine slows both."""
-    memory, context = {}, multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.measuring", "gpt2modern.cli", "modeling_gpt2modern"])  # imported once
-    for variant in VARIANTS:
-        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh_process:
-            memory[variant] = fresh_process.submit(added_memory_gib, case, variant, config).result()
-    steps = {variant: make_step(case, variant, config) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[list[float]]]:
+    """Return the memory in GiB and the seconds of each repetition of both variants, whose steps are made in turn."""
+    memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
+    steps = [make_step(case, variant, config) for variant in VARIANTS]
+    seconds: list[list[float]] = [[] for _ in VARIANTS]
     for _ in range(config.repetitions + 1):
-        for variant, step in steps.items():
-            measuring.synchronize(torch.device(config.device))
+        for step, times in zip(steps, seconds, strict=True):
             start = time.perf_counter()
             step()
             measuring.synchronize(torch.device(config.device))
-            seconds[variant].append(time.perf_counter() - start)
-    return {variant: Measurement(memory[variant], seconds[variant][1:]) for variant in VARIANTS}  # the first warms up
+            times.append(time.perf_counter() - start)
+    return memory, [times[1:] for times in seconds]  # the first warms up
 
 
-HEADER = ("case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio")
+HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
 
 
-def table_row(name: str, logits: Measurement, chunked: Measurement) -> list[str]:
+def table_row(name: str, memory: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[str]:
     """Fill a line of the table: medians with (fastest to slowest), ratios chunked / logits of medians and of peaks."""
+    logits, chunked = map(median, seconds)
     return [
         name,
-        *(measuring.median_and_spread(each.seconds, ".2f", low=0, high=1) for each in (logits, chunked)),
-        f"{median(chunked.seconds) / median(logits.seconds):.2f}",
-        f"{logits.peak_memory_gib:.2f}",
-        f"{chunked.peak_memory_gib:.2f}",
-        f"{chunked.peak_memory_gib / logits.peak_memory_gib:.3f}",
+        *(measuring.median_and_spread(times, ".2f", low=0, high=1) for times in seconds),
+        f"{chunked / logits:.2f}",
+        *(f"{gib:.2f}" for gib in memory),
+        f"{memory[1] / memory[0]:.3f}",
     ]
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(LossBenchmarkConfig, argv, __doc__)
-        device = measuring.choose_device(config.device)
-        path = measuring.report_path(config.output, "loss", device)
-        source = measuring.provenance("benchmarks.loss", sys.argv[1:] if argv is None else argv, device)
-        rows = [table_row(name, **measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
-        text = f"""\
-# Loss without logits: {measuring.device_name(device)}
-
-Question: what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
-forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?
-
-{source}
-
-n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}. \
-Seconds are the median
-(fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1). Ratios: chunked / logits.
-
-{measuring.markdown_table(HEADER, rows)}"""
-        measuring.publish(path, text)
+        report = measuring.Report("loss", config.output, measuring.choose_device(config.device), argv)
+        rows = [table_row(name, *measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
+        question = f"""\
+what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
+forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?"""
+        method = f"""
+n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}.
+Seconds are the median (fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1).
+Ratios: chunked / logits."""
+        report.write("Loss without logits", question, method, [HEADER, *rows])
 
 
 if __name__ == "__main__":

@@ -352,16 +352,15 @@ BENCHMARKS = [
     BadInput(THROUGHPUT, "--device cpu --precision tf32", "--precision tf32"),
     BadInput(THROUGHPUT, "--device tpu", "--device tpu"),
     BadInput(THROUGHPUT, "--attn_implementation fast", "fast"),
-    BadInput(THROUGHPUT, "--config_overrides num_key_value_heads=2", "add --peer false"),
-    BadInput(THROUGHPUT, "--output text.txt", "--output text.txt: cannot be created"),
-    BadInput(PRECISION, "--data nowhere", "--data nowhere: No such file"),
-    BadInput(PRECISION, "--data text.txt", "has 0 blocks"),
+    BadInput(THROUGHPUT, "--output text.txt", "text.txt is a file, not a folder; name another place"),
+    BadInput(PRECISION, "--data nowhere", "nowhere"),
+    BadInput(PRECISION, "--data data", "but --steps x --per_device_train_batch_size are 400; lower one of them"),
     BadInput(PRECISION, "--steps 3", "--steps 3 must be at least 10"),
     BadInput(PRECISION, "--tolerance nan", "--tolerance nan must be a finite number"),
     BadInput(DATA_BENCHMARK, "--text_dir nowhere", "--text_dir nowhere: no such folder"),
     BadInput(DATA_BENCHMARK, "--repetitions 0", "--repetitions 0 must be at least 1"),
     BadInput(DATA_BENCHMARK, "--tokenizer_name nowhere", "--tokenizer_name nowhere: not a tokenizer"),
-    BadInput(DATA_BENCHMARK, "--output text.txt", "--output text.txt: cannot be created"),
+    BadInput(DATA_BENCHMARK, "--output text.txt", "text.txt is a file, not a folder; name another place"),
 ]
 
 TABLE = {
