@@ -36,9 +36,8 @@ import transformers
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation
+from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, settings_of
 from gpt2modern.data.formats import ReadOptions
-from gpt2modern.data.identity import settings_of
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import print_summary, push_to_hub, report_page
 from gpt2modern.data.shards import Job, print_missing_shards, read_receipt, write_validation

@@ -342,7 +342,7 @@ PREPARATION = [
     prepare("--output_dir data", "--output_dir data: holds other data"),
     BadInput(VERIFY, "", "usage: python prepare_data.py verify FOLDER"),
     BadInput(VERIFY, "model", "model/manifest.json: no such file"),
-    BadInput(VERIFY, "escaping_data", "'../data/validation' of split validation is not inside of the folder"),
+    BadInput(VERIFY, "escaping_data", ".arrow' of split validation is not inside of the folder"),
     BadInput(VERIFY, "cut_data", "the manifest says"),
 ]
 
