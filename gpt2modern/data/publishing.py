@@ -22,7 +22,9 @@ def print_summary(output_dir: Path, manifest: dict, seconds: float) -> None:
     for row in table:
         print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     text_bytes = sum(counts["bytes"] for counts in manifest["splits"].values())
-    print(f"{seconds:.1f} s in all, {text_bytes / 1e6 / seconds:,.0f} MB/s; {output_dir / 'report.html'} shows the rest")
+    print(
+        f"{seconds:.1f} s in all, {text_bytes / 1e6 / seconds:,.0f} MB/s; {output_dir / 'report.html'} shows the rest"
+    )
     print(f"next: python train_accelerate.py --config recipes/NAME.yaml --data_dir {output_dir} --output_dir out/NAME")
 
 

@@ -272,8 +272,7 @@ def _as_documents(stream: datasets.IterableDataset, options: ReadOptions, name: 
     """Reduce a stream to the column `document`: text, or rendered conversations."""
 
     def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
-        kind = table.schema.field(options.column).type if options.column in table.column_names else None
-        require_column(table.column_names, kind, options, name)
+        require_column(table.schema, options, name)
         return pa.table({COLUMN: text_of_column(table.column(options.column), options, name, indices[0])})
 
     return stream.with_format("arrow").map(take_text, batched=True, batch_size=STREAM_ROWS, with_indices=True)
