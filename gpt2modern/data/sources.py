@@ -5,6 +5,7 @@ than its share; `Source.documents` gives them as a `datasets.IterableDataset`. A
 --max_documents) is read once, up to exactly its bound, into a table on disk: its documents are needed several times.
 """
 
+import contextlib
 import functools
 import glob
 import math
@@ -98,7 +99,6 @@ def open_source(
 
     tokenizer: counts the tokens of a stream. Raises GPT2ModernError if there is no text at all.
     """
-    cache_dir = str(workspace / "datasets")
     if dataset is not None:
         split = _split_of(dataset, config.dataset_split)
         source = open_dataset("dataset", split, config, options, tokenizer, workspace)
@@ -109,7 +109,7 @@ def open_source(
     else:
         name = f"--dataset_name {config.dataset_name}"
         source = open_dataset(name, _load_hub_dataset(config), config, options, tokenizer, workspace)
-    source.cache_dir = cache_dir
+    source.cache_dir = str(workspace / "datasets")
     if config.max_documents is not None and source.stream is None:
         source.pieces = first_documents(source.pieces, source.options, config.max_documents)
     if not any(is_not_empty(array).any() for array in source.arrays()):
@@ -121,7 +121,6 @@ def open_validation(
     config: PrepareConfig, dataset: AnyDataset | None, options: ReadOptions, workspace: Path
 ) -> Source | None:
     """Open --validation_file, or the split `validation` of a dataset given from Python; None where there is neither."""
-    source = None
     if config.validation_file is not None:
         trained_on = {os.path.realpath(path) for path in expand(config.train_file or [])}
         for path in expand(config.validation_file):
@@ -131,8 +130,9 @@ def open_validation(
     elif isinstance(dataset, dict) and "validation" in dataset:
         unbounded = replace(config, max_documents=None, max_tokens=None, streaming=False, num_shards=None)
         source = open_dataset("validation", dataset["validation"], unbounded, options, None, workspace)
-    if source is not None:
-        source.name, source.cache_dir = "the validation split", str(workspace / "datasets")
+    else:
+        return None
+    source.name, source.cache_dir = "the validation split", str(workspace / "datasets")
     return source
 
 
@@ -146,9 +146,9 @@ def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | Non
     """
     paths = expand(names)
     formats = [format_of(path, options.file_format) for path in paths]
-    tokens = [path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens]
-    if tokens and len(tokens) < len(paths):
-        raise GPT2ModernError(f"{tokens[0]}: tokens cannot be mixed with text; prepare them separately")
+    if len({FORMATS[name].holds_tokens for name in formats}) > 1:
+        first = next(path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens)
+        raise GPT2ModernError(f"{first}: tokens cannot be mixed with text; prepare them separately")
     source = Source(options, size=sum(path.stat().st_size for path in paths if path.is_file()))
     for path, name in zip(paths, formats, strict=True):
         if path.is_file() and not path.stat().st_size:
@@ -176,19 +176,16 @@ def expand(names: Sequence[str]) -> list[Path]:
     """Replace globs by their sorted matches, folders by their known files; GPT2ModernError where nothing is left."""
     paths: list[Path] = []
     for name in names:
+        found, problem = [Path(name)], "no such file"
         if glob.has_magic(name) and not Path(name).exists():
-            found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
-            if not found:
-                raise GPT2ModernError(f"{name}: no file matches")
+            found, problem = [Path(match) for match in sorted(glob.glob(name, recursive=True))], "no file matches"
+            found = [path for path in found if path.is_file()]
         elif Path(name).is_dir() and not arrow.is_saved_dataset(Path(name)):
             known = extensions()
             found = sorted(path for path in Path(name).rglob("*") if path.is_file() and suffix(path) in known)
-            if not found:
-                raise GPT2ModernError(f"{name}: holds no file with a known extension ({', '.join(known)})")
-        elif Path(name).exists():
-            found = [Path(name)]
-        else:
-            raise GPT2ModernError(f"{name}: no such file")
+            problem = f"holds no file with a known extension ({', '.join(known)})"
+        if not found or not found[0].exists():
+            raise GPT2ModernError(f"{name}: {problem}")
         paths += found
     return paths
 
@@ -206,13 +203,10 @@ def open_standard_library(options: ReadOptions) -> Source:
     source = Source(replace(options, sample_by="document", separator=None))
     for path in standard_library_files():
         data = path.read_bytes()
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if data:
-            source.pieces.append(Piece("text", path, str(path), 0, len(data)))
-            source.size += len(data)
+        with contextlib.suppress(UnicodeDecodeError):
+            if data.decode("utf-8"):
+                source.pieces.append(Piece("text", path, str(path), 0, len(data)))
+                source.size += len(data)
     return source
 
 
@@ -246,9 +240,7 @@ def _split_of(dataset: AnyDataset, split: str) -> datasets.Dataset | datasets.It
     if not isinstance(dataset, dict):
         raise GPT2ModernError(f"dataset is {type(dataset).__name__}; give a Dataset, IterableDataset or DatasetDict")
     if split not in dataset:
-        raise GPT2ModernError(
-            f"dataset has no split {split!r}; there is {', '.join(dataset)}; name one in dataset_split"
-        )
+        raise GPT2ModernError(f"dataset has no split {split!r}; there is {', '.join(dataset)}; give dataset_split")
     return dataset[split]
 
 
@@ -298,11 +290,10 @@ def spool(
         if max_tokens is not None:
             tokenizer.save_pretrained(workspace / "counting")
             counter = Encoder.of(tokenizer, workspace / "counting", config.tokenizer_engine)
-        schema = pa.schema({COLUMN: pa.large_string()})
         seen = tokens = 0
         with tqdm(total=max_tokens or max_documents, desc="Streaming", unit_scale=True) as bar:
             try:
-                with pa.ipc.new_stream(str(unfinished), schema) as writer:
+                with pa.ipc.new_stream(str(unfinished), pa.schema({COLUMN: pa.large_string()})) as writer:
                     for table in documents.with_format("arrow").iter(STREAM_ROWS):
                         if max_documents is not None:
                             table = table.slice(0, max_documents - seen)
