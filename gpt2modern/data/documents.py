@@ -41,14 +41,12 @@ class Documents(datasets.ArrowBasedBuilder):
 
 def read_piece(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the documents of one piece up to its limit, as arrays; raises GPT2ModernError that names file and place."""
-    remaining = piece.limit
+    seen = 0
     for documents in FORMATS[piece.format].read(piece, options):
-        if remaining is not None:
-            documents = documents.slice(0, remaining)
-            remaining -= len(documents)
-        if len(documents):
+        if documents := documents.slice(0, None if piece.limit is None else piece.limit - seen):
             yield documents
-        if remaining == 0:
+        seen += len(documents)
+        if seen == piece.limit:
             return
 
 

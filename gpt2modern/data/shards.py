@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.documents import COLUMN, array_of
 from gpt2modern.data.packing import PACKERS, Rows
 from gpt2modern.data.sources import Source
@@ -44,10 +45,8 @@ class Job:
     source: Source
     rule: ValidationRule
     encoder: Encoder
-    packing: str
-    block_size: int
+    config: PrepareConfig
     num_shards: int
-    shuffle_seed: int
     output_dir: Path
     workspace: Path  # for what is not finished; in output_dir, so that a rename moves it
 
@@ -177,7 +176,7 @@ def encode_documents(
 ) -> Iterator[Encoded]:
     """Encode the documents of a source in their order, or of the training shard `index` shuffled WINDOW_BYTES at a
     time; those that the rule holds out go to `held_out`."""
-    documents, step = source.documents(None if index is None else job.shuffle_seed), (1, 0)
+    documents, step = source.documents(None if index is None else job.config.shuffle_seed), (1, 0)
     if index is not None and documents.num_shards >= job.num_shards:
         documents = documents.shard(job.num_shards, index)
     elif index is not None:
@@ -196,7 +195,7 @@ def encode_documents(
                 hashes = hashes.slice(len(lists))
             texts = texts.filter(pc.invert(is_held_out))
         if index is not None:
-            order = np.random.default_rng([job.shuffle_seed, index, number]).permutation(len(texts))
+            order = np.random.default_rng([job.config.shuffle_seed, index, number]).permutation(len(texts))
             texts = texts.take(pa.array(order))
         yield from _encode(texts, job.encoder, source.name)
 
@@ -278,10 +277,10 @@ def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Cou
 
     Adds to `counts` what is written.
     """
-    dtype, row_size = job.encoder.dtype, job.block_size + 1
+    dtype, row_size = job.encoder.dtype, job.config.block_size + 1
     kinds = {"input_ids": datasets.List(datasets.Value(dtype), length=row_size), "num_tokens": datasets.Value("int32")}
     features = datasets.Features(kinds)
-    packer = PACKERS[job.packing](job.block_size, job.encoder.eos_token_id, dtype)
+    packer = PACKERS[job.config.packing](job.config.block_size, job.encoder.eos_token_id, dtype)
     unnamed = folder / ".data.tmp"
     with pa.ipc.new_stream(str(unnamed), features.arrow_schema) as writer:
 
