@@ -51,7 +51,6 @@ class Job:
     workspace: Path  # for what is not finished; in output_dir, so that a rename moves it
 
     def shard_path(self, index: int) -> Path:
-        """Return the folder of a training shard."""
         return self.output_dir / "train" / f"shard-{index:05d}-of-{self.num_shards:05d}"
 
     def receipt_dir(self, index: int) -> Path:

@@ -100,15 +100,17 @@ def open_source(
     tokenizer: counts the tokens of a stream. Raises GPT2ModernError if there is no text at all.
     """
     if dataset is not None:
-        split = _split_of(dataset, config.dataset_split)
-        source = open_dataset("dataset", split, config, options, tokenizer, workspace)
+        source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)
     elif config.dataset_name is None:
         source = open_files(config.train_file, options, config.num_shards)
     elif config.dataset_name == "stdlib":
         source = open_standard_library(replace(options, chat_column=None))
     else:
         name = f"--dataset_name {config.dataset_name}"
-        source = open_dataset(name, _load_hub_dataset(config), config, options, tokenizer, workspace)
+        source = open_dataset(name, _load_hub_dataset(config), options, config.num_shards)
+    if source.stream is not None and (config.max_documents is not None or config.max_tokens is not None):
+        table = spool(source.stream, source.name, config, tokenizer, workspace)
+        source = open_dataset(source.name, table, source.options, config.num_shards)
     source.cache_dir = str(workspace / "datasets")
     if config.max_documents is not None and source.stream is None:
         source.pieces = first_documents(source.pieces, source.options, config.max_documents)
@@ -128,8 +130,7 @@ def open_validation(
                 warn(f"--validation_file {path}: is trained on too; its loss says nothing of other text")
         source = open_files(config.validation_file, options, None)
     elif isinstance(dataset, dict) and "validation" in dataset:
-        unbounded = replace(config, max_documents=None, max_tokens=None, streaming=False, num_shards=None)
-        source = open_dataset("validation", dataset["validation"], unbounded, options, None, workspace)
+        source = open_dataset("validation", dataset["validation"], options, None)
     else:
         return None
     source.name, source.cache_dir = "the validation split", str(workspace / "datasets")
@@ -214,23 +215,21 @@ def open_standard_library(options: ReadOptions) -> Source:
 
 
 def open_dataset(
-    name: str,
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    config: PrepareConfig,
-    options: ReadOptions,
-    tokenizer: PreTrainedTokenizerFast | None,
-    workspace: Path,
+    name: str, dataset: datasets.Dataset | datasets.IterableDataset, options: ReadOptions, num_shards: int | None
 ) -> Source:
-    """Open a dataset; a stream is bounded by --max_documents and --max_tokens, where they are given."""
+    """Open a table, or a stream, which is reduced to the column `document`: text, or rendered conversations."""
+
+    def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
+        require_column(table.schema, options, name)
+        return pa.table({COLUMN: text_of_column(table.column(options.column), options, name, indices[0])})
+
     if isinstance(dataset, datasets.IterableDataset):
-        stream = _as_documents(dataset, options, name)
-        options = replace(options, text_column=COLUMN, chat_column=None)
-        if config.max_documents is None and config.max_tokens is None:
-            return Source(options, name, stream=stream)
-        dataset = spool(stream, name, config, tokenizer, workspace)
+        stream = dataset.with_format("arrow")
+        stream = stream.map(take_text, batched=True, batch_size=STREAM_ROWS, with_indices=True)
+        return Source(replace(options, text_column=COLUMN, chat_column=None), name, stream=stream)
     table = arrow.text_column_of(dataset, options, name)
     source = Source(options, name, size=table.data.nbytes * len(table) // max(1, len(table.data)))
-    source.pieces = _pieces_of(name, table, "arrow", source, config.num_shards)
+    source.pieces = _pieces_of(name, table, "arrow", source, num_shards)
     return source
 
 
@@ -245,29 +244,16 @@ def _split_of(dataset: AnyDataset, split: str) -> datasets.Dataset | datasets.It
 
 
 def _load_hub_dataset(config: PrepareConfig) -> datasets.Dataset | datasets.IterableDataset:
+    name, split, revision = config.dataset_config_name, config.dataset_split, config.dataset_revision
     try:
         return datasets.load_dataset(
-            config.dataset_name,
-            config.dataset_config_name,
-            split=config.dataset_split,
-            revision=config.dataset_revision,
-            streaming=config.streaming,
+            config.dataset_name, name, split=split, revision=revision, streaming=config.streaming
         )
     except Exception as error:  # the network, the Hub, the dataset's own files: none of it is a defect of ours
         raise GPT2ModernError(
             f"--dataset_name {config.dataset_name}: cannot be loaded ({cause_of(error)}); "
             "check the name and the network, or use --dataset_name stdlib or --train_file"
         ) from error
-
-
-def _as_documents(stream: datasets.IterableDataset, options: ReadOptions, name: str) -> datasets.IterableDataset:
-    """Reduce a stream to the column `document`: text, or rendered conversations."""
-
-    def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
-        require_column(table.schema, options, name)
-        return pa.table({COLUMN: text_of_column(table.column(options.column), options, name, indices[0])})
-
-    return stream.with_format("arrow").map(take_text, batched=True, batch_size=STREAM_ROWS, with_indices=True)
 
 
 def spool(
