@@ -60,9 +60,8 @@ def first_documents(pieces: Sequence[Piece], options: ReadOptions, count: int) -
     """Return the pieces of the first `count` documents, the last one limited to what is left."""
     kept: list[Piece] = []
     for piece in pieces:
-        if count <= 0:
-            break
-        found = sum(len(array) for array in read_piece(replace(piece, limit=count), options))
-        kept.append(replace(piece, limit=found))
-        count -= found
+        if count > 0:
+            found = sum(len(array) for array in read_piece(replace(piece, limit=count), options))
+            kept.append(replace(piece, limit=found))
+            count -= found
     return kept

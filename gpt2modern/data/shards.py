@@ -100,29 +100,21 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         with atomic_folder(receipt_dir) as receipt_build, atomic_folder(path, job.workspace) as build:
             with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
                 documents = encode_documents(job, job.source, job.rule, counts, index, held_out, is_stopped)
-                files = write_rows(documents, build, job, counts)
-            if not counts.documents:
-                raise GPT2ModernError(
-                    f"--num_shards {job.num_shards}: shard {index} gets no training documents; use fewer shards"
-                )
-            receipt = _receipt(job, path, counts, files)
+                nothing = f"--num_shards {job.num_shards}: shard {index} gets no training documents; use fewer shards"
+                receipt = write_rows(documents, build, path, job, counts, nothing)
             receipt["held_out_tokens_sha256"] = sha256_of(receipt_build / HELD_OUT_FILE)
             write_json(receipt_build / RECEIPT_FILE, receipt)
 
 
 def write_validation(job: Job, source: Source | None) -> dict:
-    """Write the one validation shard, of `source` or of what the training shards held out; returns its counts."""
+    """Write the one validation shard, of `source` or of what the training shards held out; returns its receipt."""
     path, counts = job.output_dir / "validation" / "shard-00000-of-00001", Counts()
     shutil.rmtree(path, ignore_errors=True)
     rule = ValidationRule("file")
     documents = held_out_documents(job) if source is None else encode_documents(job, source, rule, counts)
+    nothing = "no document is left for validation; give --validation_file or another --validation_split_percentage"
     with atomic_folder(path, job.workspace) as build:
-        files = write_rows(documents, build, job, counts)
-        if not counts.documents:
-            raise GPT2ModernError(
-                "no document is left for validation; give --validation_file or another --validation_split_percentage"
-            )
-    return _receipt(job, path, counts, files)
+        return write_rows(documents, build, path, job, counts, nothing)
 
 
 def print_missing_shards(job: Job, index: int) -> None:
@@ -146,14 +138,6 @@ def is_finished(job: Job, index: int) -> bool:
         return all(sha256_of(path) == checksum for path, checksum in checksums.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _receipt(job: Job, path: Path, counts: Counts, files: dict[str, dict]) -> dict:
-    relative = path.relative_to(job.output_dir).as_posix()
-    return asdict(counts) | {"shard": {"path": relative, "rows": counts.rows, "tokens": counts.tokens, "files": files}}
-
-
-# Documents to token ids
 
 
 class Encoded(NamedTuple):
@@ -268,14 +252,9 @@ def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encode
             yield Encoded(*encoder.encode(texts), num_bytes)
 
 
-# Token ids to files
-
-
-def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Counts) -> dict[str, dict]:
-    """Pack encoded documents into the `datasets` folder `folder`; returns its files with size and sha256.
-
-    Adds to `counts` what is written.
-    """
+def write_rows(documents: Iterator[Encoded], folder: Path, path: Path, job: Job, counts: Counts, nothing: str) -> dict:
+    """Pack encoded documents into the `datasets` folder `folder`, which becomes `path`; returns its receipt: `counts`,
+    to which is added what is written, and its files with size and sha256. nothing: the error without documents."""
     dtype, row_size = job.encoder.dtype, job.config.block_size + 1
     kinds = {"input_ids": datasets.List(datasets.Value(dtype), length=row_size), "num_tokens": datasets.Value("int32")}
     features = datasets.Features(kinds)
@@ -292,6 +271,8 @@ def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Cou
             counts.add(encoded)
             write(packer.add(encoded.ids, encoded.lengths))
         write(packer.finish())
+    if not counts.documents:
+        raise GPT2ModernError(nothing)
     counts.cut_documents += packer.cut_documents
     digest = sha256_of(unnamed)
     # What surrounds the data file is written by `datasets` itself, for an empty table of the same features.
@@ -302,6 +283,7 @@ def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Cou
     if shown:
         datasets.enable_progress_bars()
     unnamed.replace(folder / DATA_FILE)
-    files = {path.name: path for path in sorted(folder.iterdir())}
-    digests = {name: digest if name == DATA_FILE else sha256_of(path) for name, path in files.items()}
-    return {name: {"size": path.stat().st_size, "sha256": digests[name]} for name, path in files.items()}
+    digests = {file: digest if file.name == DATA_FILE else sha256_of(file) for file in sorted(folder.iterdir())}
+    files = {file.name: {"size": file.stat().st_size, "sha256": sha256} for file, sha256 in digests.items()}
+    shard = {"path": path.relative_to(job.output_dir).as_posix(), "rows": counts.rows, "tokens": counts.tokens}
+    return asdict(counts) | {"shard": shard | {"files": files}}

@@ -45,7 +45,7 @@ AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict 
 class Source:
     """Documents: pieces of files and tables, or a stream of `datasets` whose shards are its pieces.
 
-    size: bytes on disk, 0 where unknown. name: for messages.
+    size: bytes on disk, 0 where unknown. name: for messages. cache_dir: where `datasets` keeps its locks.
     """
 
     options: ReadOptions
@@ -137,9 +137,6 @@ def open_validation(
     return source
 
 
-# Files
-
-
 def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | None) -> Source:
     """Open files, globs, and folders of files or of `save_to_disk`, in the order given.
 
@@ -209,9 +206,6 @@ def open_standard_library(options: ReadOptions) -> Source:
                 source.pieces.append(Piece("text", path, str(path), 0, len(data)))
                 source.size += len(data)
     return source
-
-
-# Datasets of the Hub and of Python
 
 
 def open_dataset(

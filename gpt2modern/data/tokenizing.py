@@ -45,13 +45,8 @@ def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_lengt
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() < vocab_size:
         print(f"note: the corpus gives {bpe.get_vocab_size()} tokenizer entries, not --train_tokenizer {vocab_size}")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=model_max_length, **ends)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -196,16 +191,15 @@ def get_tokenizer(
     workspace: Path,
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a run, saved to `folder`: the named one, or one trained on the training documents."""
+    if folder.is_dir():  # of a run that was killed
+        return named or load_tokenizer(str(folder))
     tokenizer = named
-    if tokenizer is None and folder.is_dir():  # of a run that was killed
-        tokenizer = load_tokenizer(str(folder))
-    elif tokenizer is None:
+    if tokenizer is None:
         tokenizer = train_tokenizer(training_texts(documents, rule), config.train_tokenizer, config.block_size)
-    if not folder.is_dir():
-        build = workspace / f"tokenizer-{uuid.uuid4().hex}"
-        tokenizer.save_pretrained(build)
-        with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
-            move_folder(build, folder)
+    build = workspace / f"tokenizer-{uuid.uuid4().hex}"
+    tokenizer.save_pretrained(build)
+    with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
+        move_folder(build, folder)
     return tokenizer
 
 
@@ -217,10 +211,7 @@ def read_template(path: str) -> str:
         raise GPT2ModernError(f"--chat_template {path}: cannot be read ({error})") from None
 
 
-# Loaded once in each process: it takes longer than the check of a shard.
-
-
-@functools.cache
+@functools.cache  # once in each process: it takes longer than the check of a shard
 def _load_gigatoken(tokenizer_json: Path, sha256: str):
     import awkward  # noqa: F401, takes a quarter of a second: before workers are forked, not in each
     import gigatoken  # optional: `tokenizers` serves without it
