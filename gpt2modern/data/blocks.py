@@ -53,7 +53,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         self.tokens: int = counts["tokens"]
         self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
 
-        self._check_files(checksums=["tokenizer.json"])
+        self._check_files(checksum=False)
         self.tokenizer_files = read_tokenizer_files(self.data_dir)
         shards = [self._map_shard(shard) for shard in counts["shards"]]
         self._chunks = [chunk for chunks, _ in shards for chunk in chunks]
@@ -105,12 +105,12 @@ class PackedBlocks(torch.utils.data.Dataset):
 
     def verify_checksums(self) -> None:
         """Read every file of the split, and tokenizer.json; GPT2ModernError for the first whose sha256 differs."""
-        self._check_files()
+        self._check_files(checksum=True)
 
-    def _check_files(self, checksums: Sequence[str] | None = None) -> None:
-        """Raise GPT2ModernError for a file of another size or checksum; checksums: of which files, None: of all."""
+    def _check_files(self, *, checksum: bool) -> None:
+        """Raise GPT2ModernError for a file of another size; checksum: or sha256, which of tokenizer.json always counts."""
         for path, recorded in recorded_files(self.data_dir, self.manifest, [self.split]):
-            problem = file_problem(path, recorded, checksum=checksums is None or path.name in checksums)
+            problem = file_problem(path, recorded, checksum=checksum or path.name == "tokenizer.json")
             _require(problem is None, problem)
 
     def _checked(self, indices: Sequence[int]) -> np.ndarray:
@@ -155,12 +155,13 @@ class PackedBlocks(torch.utils.data.Dataset):
         """
         path = self.data_dir / shard["path"]
         files = [path / name for name in sorted(shard["files"]) if name.endswith(".arrow")]
-        expected = f"input_ids fixed_size_list<item: {self.manifest['dtype']}>[{self.row_size + 1}], num_tokens int32"
+        tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
+        expected = pa.schema({"input_ids": tokens, "num_tokens": pa.int32()})
         try:
             table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
-            columns = ", ".join(f"{field.name} {field.type}" for field in table.schema)
-            found = f"mixed formats: has the columns {columns}, the manifest says {expected}; prepare the data again"
-            _require(columns == expected, f"{path}: {found}")
+            found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (table.schema, expected))
+            problem = f"mixed formats: has the columns {found}, the manifest says {wanted}; prepare the data again"
+            _require(table.schema.equals(expected), f"{path}: {problem}")
             chunks = table["input_ids"].chunks
             rows = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in chunks]
         except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors

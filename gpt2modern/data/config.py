@@ -95,7 +95,14 @@ class PrepareConfig:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: must be in (0, 100)")
         if self.separator is not None and self.sample_by != "document":
             raise ValueError(f"give one of --separator and --sample_by {self.sample_by}")
-        self._check_streaming()
+        if self.max_tokens is not None and not self.streaming and (self.dataset_name or self.train_file):
+            raise ValueError(f"--max_tokens {self.max_tokens}: is for --streaming; otherwise use --max_documents")
+        if self.streaming and self.dataset_name in (None, "stdlib"):
+            raise ValueError("--streaming: is for a dataset of the Hub, named with --dataset_name")
+        if self.streaming and self.max_tokens is None and self.max_documents is None:
+            raise ValueError("--streaming: give --max_tokens (or --max_documents), or it would never end")
+        if self.max_tokens is not None and self.tokenizer_name is None:
+            raise ValueError("--max_tokens: tokens are counted with --tokenizer_name; a new tokenizer comes too late")
         if self.shard_index is not None:
             if self.num_shards is None or not 0 <= self.shard_index < self.num_shards:
                 raise ValueError(f"--shard_index {self.shard_index}: must be in [0, --num_shards {self.num_shards})")
@@ -107,15 +114,3 @@ class PrepareConfig:
             raise ValueError("--chat_column: needs --tokenizer_name; a new tokenizer has no chat template")
         if self.push_to_hub and self.hub_dataset_id is None:
             raise ValueError("--push_to_hub: needs --hub_dataset_id user/name")
-
-    def _check_streaming(self) -> None:
-        of_the_hub = self.dataset_name not in (None, "stdlib")
-        from_python = self.dataset_name is None and self.train_file is None
-        if self.max_tokens is not None and not self.streaming and not from_python:
-            raise ValueError(f"--max_tokens {self.max_tokens}: is for --streaming; otherwise use --max_documents")
-        if self.streaming and not of_the_hub:
-            raise ValueError("--streaming: is for a dataset of the Hub, named with --dataset_name")
-        if self.streaming and self.max_tokens is None and self.max_documents is None:
-            raise ValueError("--streaming: give --max_tokens (or --max_documents), or it would never end")
-        if self.max_tokens is not None and self.tokenizer_name is None:
-            raise ValueError("--max_tokens: tokens are counted with --tokenizer_name; a new tokenizer comes too late")

@@ -30,9 +30,6 @@ class Documents(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator("train", gen_kwargs={"pieces": self.pieces})]
 
-    def _generate_shards(self, pieces: list[Piece]) -> Iterator[str]:
-        yield from (piece.name for piece in pieces)
-
     def _generate_tables(self, pieces: list[Piece]) -> Iterator[tuple[Key, pa.Table]]:
         for number, piece in enumerate(pieces):
             for part, documents in enumerate(read_piece(piece, self.options)):

@@ -95,9 +95,9 @@ def open_source(
     tokenizer: PreTrainedTokenizerFast | None,
     workspace: Path,
 ) -> Source:
-    """Open what the flags name, or `dataset`, cut to --max_documents and --max_tokens.
+    """Open what the flags name, or `dataset`, cut to --max_documents and --max_tokens, which `tokenizer` counts.
 
-    tokenizer: counts the tokens of a stream. Raises GPT2ModernError if there is no text at all.
+    Raises GPT2ModernError if there is no text at all.
     """
     if dataset is not None:
         source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)

@@ -1,8 +1,8 @@
 """Which documents, or parts of them, are held out for validation.
 
 By hash: a document belongs to the validation split when the 64-bit hash of its text falls below the asked share of the
-range. The choice does not depend on the other documents, on their order or on the seed, so it stays the same when data
-is added, and equal texts never stand on both sides. Where this would hold out fewer than 10 documents on average, the
+range, whatever the other documents and the seed are: the choice stays when data is added, and equal texts never stand
+on both sides. Where this would hold out fewer than 10 documents on average, the
 last part of each document is held out instead, cut at a line break.
 """
 

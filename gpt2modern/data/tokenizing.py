@@ -192,7 +192,7 @@ def get_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a run, saved to `folder`: the named one, or one trained on the training documents."""
     if folder.is_dir():  # of a run that was killed
-        return named or load_tokenizer(str(folder))
+        return load_tokenizer(str(folder)) if named is None else named
     tokenizer = named
     if tokenizer is None:
         tokenizer = train_tokenizer(training_texts(documents, rule), config.train_tokenizer, config.block_size)
