@@ -39,7 +39,7 @@ from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, set
 from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import print_summary, push_to_hub, report_page
-from gpt2modern.data.shards import Job, print_missing_shards, read_receipt, write_validation
+from gpt2modern.data.shards import Job, read_receipt, write_validation
 from gpt2modern.data.sources import AnyDataset, open_source, open_validation
 from gpt2modern.data.splits import choose_rule
 from gpt2modern.data.tokenizing import Encoder, get_tokenizer, named_tokenizer, vocabulary_size
@@ -109,7 +109,9 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     job = Job(source, rule, encoder, config, num_shards, output_dir, workspace)
     if config.shard_index is not None:
         write_shards(job, [config.shard_index], config.num_proc)
-        print_missing_shards(job, config.shard_index)
+        missing = sum(not job.receipt_dir(index).exists() for index in range(num_shards))
+        left = f"; {missing} of {num_shards} shards are still missing" if missing else ""
+        print(f"{job.shard_path(config.shard_index)} is written{left}; the same call without --shard_index finishes")
         return None
     if validation is not None:  # first, so that its mistakes are seen at once
         held_out = write_validation(job, validation)

@@ -117,13 +117,6 @@ def write_validation(job: Job, source: Source | None) -> dict:
         return write_rows(documents, build, path, job, counts, nothing)
 
 
-def print_missing_shards(job: Job, index: int) -> None:
-    """Say that a shard is written, and how many others are missing."""
-    missing = sum(not job.receipt_dir(other).exists() for other in range(job.num_shards))
-    left = f"; {missing} of {job.num_shards} shards are still missing" if missing else ""
-    print(f"{job.shard_path(index)} is written{left}; the same call without --shard_index finishes")
-
-
 def read_receipt(job: Job, index: int) -> dict:
     """Return what was written about a finished shard."""
     return json.loads((job.receipt_dir(index) / RECEIPT_FILE).read_text(encoding="utf-8"))

@@ -41,20 +41,14 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 
 
 def _read_rows(path: Path, options: ReadOptions, block_bytes: int, first_row: int) -> Iterator[pa.Array]:
+    column, rows = options.text_column, 0
+    reading_by = pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False)
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path))
+    converting = pyarrow.csv.ConvertOptions(
+        include_columns=[column], column_types={column: pa.large_binary()}, strings_can_be_null=False, check_utf8=False
+    )
     with reading.open_stream(path) as stream:
-        reader = pyarrow.csv.open_csv(
-            stream,
-            read_options=pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path)),
-            convert_options=pyarrow.csv.ConvertOptions(
-                include_columns=[options.text_column],
-                column_types={options.text_column: pa.large_binary()},
-                strings_can_be_null=False,
-                check_utf8=False,
-            ),
-        )
-        rows = 0
-        for batch in reader:
+        for batch in pyarrow.csv.open_csv(stream, reading_by, parsing, converting):
             documents = batch.column(0).slice(max(0, first_row - rows))
             yield reading.text_of_column(documents, options, str(path), max(rows, first_row))
             rows += len(batch)

@@ -49,13 +49,10 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 def _read_by_arrow(lines: bytes, options: ReadOptions) -> pa.Array | None:
     """Parse lines; None where Arrow stumbles, and they are to be parsed one by one to name the place."""
     schema = pa.schema([(options.text_column, pa.large_string())])
+    one_block = pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1)
+    parsing = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        table = pyarrow.json.read_json(
-            pa.BufferReader(lines),
-            read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
-            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
-        documents = table.column(0).combine_chunks()
+        documents = pyarrow.json.read_json(pa.BufferReader(lines), one_block, parsing).column(0).combine_chunks()
         documents.validate(full=True)  # the parser passes bytes on as they are
         return documents.fill_null("") if documents.null_count else documents
     except pa.ArrowInvalid:
