@@ -18,13 +18,12 @@ What is written, and what training reads (`gpt2modern.data.blocks.PackedBlocks`)
     validation/shard-00000-of-00001/
 
 Order. The pieces of the source are shuffled with `--shuffle_seed` and dealt to the shards; in a shard, documents are
-shuffled again, 32 MB at a time. Shards depend on the settings alone: any number of processes, or of machines with
-`--shard_index`, writes the same bytes, and a run that was killed resumes where it was.
+shuffled again, 32 MB at a time. Any number of processes, or of machines with `--shard_index`, writes the same bytes,
+and a run that was killed resumes where it was.
 
 Tokens. Each document ends with EOS, and each shard begins with one more, as if a document came before. `concat` cuts a
-stream into rows of block_size + 1 tokens whose last token is the next row's first: every token of every document is a
-target exactly once, and the stream can be cut again to any other block size. `best_fit` keeps every document whole that
-fits into a block.
+stream into rows of block_size + 1 tokens whose last token is the next row's first: every token is a target exactly
+once, and the stream can be cut again to any other block size. `best_fit` keeps documents whole that fit into a block.
 """
 
 import sys
@@ -36,12 +35,11 @@ import transformers
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation
+from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, settings_of
 from gpt2modern.data.formats import ReadOptions
-from gpt2modern.data.identity import settings_of
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import print_summary, push_to_hub, report_page
-from gpt2modern.data.shards import Job, print_missing_shards, read_receipt, write_validation
+from gpt2modern.data.shards import Job, read_receipt, write_validation
 from gpt2modern.data.sources import AnyDataset, open_source, open_validation
 from gpt2modern.data.splits import choose_rule
 from gpt2modern.data.tokenizing import Encoder, get_tokenizer, named_tokenizer, vocabulary_size
@@ -108,25 +106,21 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     tokenizer = get_tokenizer(config, tokenizer, source.arrays(), rule, output_dir / "tokenizer", workspace)
     encoder = Encoder.of(tokenizer, output_dir / "tokenizer", config.tokenizer_engine)
     num_shards = config.num_shards or source.default_num_shards
-    job = Job(
-        source, rule, encoder, config.packing, config.block_size, num_shards, config.shuffle_seed, output_dir, workspace
-    )
+    job = Job(source, rule, encoder, config, num_shards, output_dir, workspace)
     if config.shard_index is not None:
         write_shards(job, [config.shard_index], config.num_proc)
-        print_missing_shards(job, config.shard_index)
+        missing = sum(not job.receipt_dir(index).exists() for index in range(num_shards))
+        left = f"; {missing} of {num_shards} shards are still missing" if missing else ""
+        print(f"{job.shard_path(config.shard_index)} is written{left}; the same call without --shard_index finishes")
         return None
     if validation is not None:  # first, so that its mistakes are seen at once
         held_out = write_validation(job, validation)
     write_shards(job, range(num_shards), config.num_proc)
     if validation is None:
         held_out = write_validation(job, None)
-    vocabulary = {
-        "dtype": encoder.dtype,
-        "vocab_size": vocabulary_size(tokenizer),
-        "eos_token_id": encoder.eos_token_id,
-    }
+    sizes = {"dtype": encoder.dtype, "vocab_size": vocabulary_size(tokenizer), "eos_token_id": encoder.eos_token_id}
     shards = [read_receipt(job, index) for index in range(num_shards)]
-    manifest = build_manifest(config, settings, vocabulary, str(rule), shards, held_out)
+    manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
     finish(output_dir, manifest, report_page(manifest))
     print_summary(output_dir, manifest, time.perf_counter() - started)
     return manifest

@@ -1,10 +1,11 @@
-"""Files and folders that are either complete or not there, their checksums, and checks of where one may write."""
+"""Files and folders that are either complete or not there, their checksums and names, checks of where one may write."""
 
 import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import time
@@ -17,6 +18,11 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
+
+
+def is_hub_name(name: str | Path | None) -> bool:
+    """Whether `name` reads owner/name, as repositories of the Hub are called, and is not a folder or file here."""
+    return bool(name) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,5 @@
-"""Load a checked model or tokenizer from a folder or the Hub; tell a Hub name from a folder."""
+"""Load a checked model or tokenizer from a folder or the Hub."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 import modeling_gpt2modern  # noqa: F401  registers the architecture with the Auto classes
 from gpt2modern.errors import GPT2ModernError, first_line
-
-
-def is_hub_name(name: str | Path | None) -> bool:
-    """Whether `name` reads owner/name, as repositories of the Hub are called, and is not a folder or file here."""
-    return bool(name) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
+from gpt2modern.files import is_hub_name
 
 
 def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrainedModel:

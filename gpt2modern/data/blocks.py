@@ -1,7 +1,6 @@
 """Read what prepare_data.py wrote: memory-mapped blocks of tokens, in O(1) and at any block size."""
 
 import bisect
-import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from gpt2modern.data.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.files import sha256_of
 
 IGNORE_INDEX = -100  # transformers' label for "no target"
 
@@ -33,42 +33,32 @@ class PackedBlocks(torch.utils.data.Dataset):
     """
 
     def __init__(self, data_dir: str | Path, split: str, block_size: int | None = None):
-        self.data_dir = local_folder(data_dir)
-        self.split = split
+        self.data_dir, self.split = local_folder(data_dir), split
         self.manifest = read_manifest(self.data_dir)
-        if split not in self.manifest["splits"]:
-            raise GPT2ModernError(f"{self.data_dir}: no split {split!r}; there is {', '.join(self.manifest['splits'])}")
-        counts = self.manifest["splits"][split]
+        splits = self.manifest["splits"]
+        _require(split in splits, f"{self.data_dir}: no split {split!r}; there is {', '.join(splits)}")
+        counts = splits[split]
         self.row_size: int = self.manifest["block_size"]
         self.block_size: int = self.row_size if block_size is None else block_size
         self.packing: str = self.manifest["packing"]
-        if self.block_size < 1:
-            raise GPT2ModernError(f"--block_size {block_size}: must be at least 1")
-        if self.packing != "concat" and self.block_size != self.row_size:
-            raise GPT2ModernError(
-                f"--block_size {block_size}: {self.data_dir} was packed {self.packing} for {self.row_size}; leave the "
-                f"flag out, or prepare the data with --block_size {block_size} or --packing concat"
-            )
-        if not counts["tokens"]:
-            raise GPT2ModernError(f"{self.data_dir}: split {split!r} has no tokens; prepare it from more text")
+        _require(self.block_size >= 1, f"--block_size {block_size}: must be at least 1")
+        _require(
+            self.packing == "concat" or self.block_size == self.row_size,
+            f"--block_size {block_size}: {self.data_dir} was packed {self.packing} for {self.row_size}; leave the flag "
+            f"out, or prepare the data with --block_size {block_size} or --packing concat",
+        )
+        _require(counts["tokens"] > 0, f"{self.data_dir}: split {split!r} has no tokens; prepare it from more text")
         self.vocab_size: int = self.manifest["vocab_size"]
         self.eos_token_id: int = self.manifest["eos_token_id"]
         self.tokens: int = counts["tokens"]
         self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
 
-        self._refuse_damage(checksum=False)
+        self._check_files(checksum=False)
         self.tokenizer_files = read_tokenizer_files(self.data_dir)
-        if hashlib.sha256(self.tokenizer_files["tokenizer.json"]).hexdigest() != self.manifest["tokenizer"]["sha256"]:
-            raise GPT2ModernError(
-                f"{self.tokenizer_path / 'tokenizer.json'}: altered since it was written; prepare the data again"
-            )
-        tables = [self._map_shard(shard) for shard in counts["shards"]]
-        chunks = (chunk for table in tables for chunk in table.column("input_ids").chunks)
-        # One view of the files per Arrow record batch: (rows, row_size + 1)
-        self._chunks = [self._view(chunk).reshape(len(chunk), self.row_size + 1) for chunk in chunks]
+        shards = [self._map_shard(shard) for shard in counts["shards"]]
+        self._chunks = [chunk for chunks, _ in shards for chunk in chunks]
         # Concat has full rows and blocks up to each shard's last one; only best_fit needs its 4 bytes a row: (rows,)
-        row_tokens = [table.column("num_tokens").to_numpy() for table in tables if self.packing == "best_fit"]
-        self._row_tokens = np.concatenate(row_tokens) if row_tokens else None
+        self._row_tokens = np.concatenate([tokens for _, tokens in shards]) if self.packing == "best_fit" else None
         # Entry i: where chunk i begins among all rows, shard i among all rows and among all blocks; the end comes last.
         self._chunk_starts = [0, *itertools.accumulate(map(len, self._chunks))]
         shard_rows = np.array([shard["rows"] for shard in counts["shards"]])
@@ -93,10 +83,10 @@ class PackedBlocks(torch.utils.data.Dataset):
         num_targets = self._num_targets(blocks, shard, start)
         for padded in (num_targets < self.block_size).nonzero()[0]:
             tokens[padded, 1 + num_targets[padded] :] = IGNORE_INDEX
-        if tokens.size and tokens.max() >= self.vocab_size:  # an embedding would read beyond its table
+        if (largest := tokens.max(initial=0)) >= self.vocab_size:  # an embedding would read beyond its table
+            where = f"{self.data_dir / self.split}: has token id {largest}"
             raise GPT2ModernError(
-                f"{self.data_dir / self.split}: has token id {tokens.max()}, but the manifest says vocab_size "
-                f"{self.vocab_size}; prepare the data again"
+                f"{where}, but the manifest says vocab_size {self.vocab_size}; prepare the data again"
             )
         return torch.from_numpy(tokens)
 
@@ -115,12 +105,13 @@ class PackedBlocks(torch.utils.data.Dataset):
 
     def verify_checksums(self) -> None:
         """Read every file of the split, and tokenizer.json; GPT2ModernError for the first whose sha256 differs."""
-        self._refuse_damage(checksum=True)
+        self._check_files(checksum=True)
 
-    def _refuse_damage(self, *, checksum: bool) -> None:
+    def _check_files(self, *, checksum: bool) -> None:
+        """Raise GPT2ModernError for a file of another size; checksum: or sha256, which of tokenizer.json always counts."""
         for path, recorded in recorded_files(self.data_dir, self.manifest, [self.split]):
-            if problem := file_problem(path, recorded, checksum=checksum):
-                raise GPT2ModernError(problem)
+            problem = file_problem(path, recorded, checksum=checksum or path.name == "tokenizer.json")
+            _require(problem is None, problem)
 
     def _checked(self, indices: Sequence[int]) -> np.ndarray:
         """(n,) block numbers in [0, len); IndexError for others than those and their negative names."""
@@ -157,58 +148,55 @@ class PackedBlocks(torch.utils.data.Dataset):
                 row, offset = row + 1, 1  # the first token of the next row is the last one of this
         return out
 
-    def _map_shard(self, shard: dict) -> pa.Table:
-        """Map a shard's files; GPT2ModernError where its columns or counts are not those of the manifest."""
-        path = self.data_dir / shard["path"]
-        try:
-            names = [name for name in sorted(shard["files"]) if name.endswith(".arrow")]
-            table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(path / name))).read_all() for name in names)
-            num_tokens = table.column("num_tokens").to_numpy() if "num_tokens" in table.column_names else np.empty(0)
-        except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
-            raise GPT2ModernError(f"{path / names[0]}: cannot be read ({error}); prepare the data again") from error
-        tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
-        expected = {"input_ids": tokens, "num_tokens": pa.int32()}
-        found = dict(zip(table.schema.names, table.schema.types, strict=True))
-        full = num_tokens[:-1] if self.packing == "concat" else num_tokens[:0]
-        problem = None
-        if found != expected:
-            columns = [", ".join(f"{name} {kind}" for name, kind in each.items()) for each in (found, expected)]
-            problem = f"mixed formats: has the columns {columns[0]}, the manifest says {columns[1]}"
-        elif len(table) != shard["rows"]:
-            problem = f"has {len(table)} rows, the manifest says {shard['rows']}"
-        elif num_tokens.sum(dtype=np.int64) != shard["tokens"]:
-            problem = f"has {num_tokens.sum(dtype=np.int64)} tokens, the manifest says {shard['tokens']}"
-        elif (full != self.row_size).any() or not ((num_tokens >= 1) & (num_tokens <= self.row_size)).all():
-            problem = (
-                f"mixed formats: its rows have {num_tokens.min()} to {num_tokens.max()} tokens, which packing "
-                f"{self.packing} for {self.row_size} does not give"
-            )
-        if problem:
-            raise GPT2ModernError(f"{path}: {problem}; prepare the data again")
-        return table
+    def _map_shard(self, shard: dict) -> tuple[list[np.ndarray], np.ndarray]:
+        """Map a shard's files: its record batches, each (rows, row_size + 1), and (rows,) real targets of each row.
 
-    def _view(self, chunk: pa.Array) -> np.ndarray:
-        """Give the tokens of a record batch without a copy."""
+        Raises GPT2ModernError where its columns or counts are not those of the manifest.
+        """
+        path = self.data_dir / shard["path"]
+        files = [path / name for name in sorted(shard["files"]) if name.endswith(".arrow")]
+        tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
+        expected = pa.schema({"input_ids": tokens, "num_tokens": pa.int32()})
         try:
-            return chunk.flatten().to_numpy(zero_copy_only=True)
-        except ValueError as error:  # nulls
-            raise GPT2ModernError(f"{self.data_dir}: cannot be read ({error}); prepare the data again") from error
+            table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
+            found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (table.schema, expected))
+            problem = f"mixed formats: has the columns {found}, the manifest says {wanted}; prepare the data again"
+            _require(table.schema.equals(expected), f"{path}: {problem}")
+            chunks = table["input_ids"].chunks
+            rows = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in chunks]
+        except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+            raise GPT2ModernError(f"{[*files, path][0]}: cannot be read ({error}); prepare the data again") from error
+        num_tokens = table["num_tokens"].to_numpy()
+        for name, count in {"rows": len(table), "tokens": num_tokens.sum(dtype=np.int64)}.items():
+            known = shard[name]
+            _require(count == known, f"{path}: has {count} {name}, the manifest says {known}; prepare the data again")
+        full = num_tokens[:-1] if self.packing == "concat" else num_tokens[:0]
+        _require(
+            (full == self.row_size).all() and ((num_tokens >= 1) & (num_tokens <= self.row_size)).all(),
+            f"{path}: mixed formats: its rows have {num_tokens.min()} to {num_tokens.max()} tokens, "
+            f"which packing {self.packing} for {self.row_size} does not give; prepare the data again",
+        )
+        return rows, num_tokens
+
+
+def _require(condition: bool, problem: str | None) -> None:
+    if not condition:
+        raise GPT2ModernError(problem)
 
 
 def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
     """Raise GPT2ModernError if the model folder has another tokenizer.json than the data was encoded with."""
-    path = Path(model) / "tokenizer.json"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != blocks.manifest["tokenizer"]["sha256"]:
-        raise GPT2ModernError(
-            f"{blocks.data_dir} was prepared with another tokenizer than {path}; "
-            f"prepare it with --tokenizer_name {model}"
-        )
+    path, expected = Path(model) / "tokenizer.json", blocks.manifest["tokenizer"]["sha256"]
+    _require(
+        not path.is_file() or sha256_of(path) == expected,
+        f"{blocks.data_dir} was prepared with another tokenizer than {path}; prepare it with --tokenizer_name {model}",
+    )
 
 
 def refuse_larger_vocabulary(model: str, vocab_size: int, blocks: PackedBlocks) -> None:
     """Raise GPT2ModernError if the data has token ids beyond a model's `vocab_size`; model: its name in the message."""
-    if blocks.vocab_size > vocab_size:
-        raise GPT2ModernError(
-            f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, {model}'s vocab_size is "
-            f"only {vocab_size}; prepare the data with the model's tokenizer"
-        )
+    _require(
+        blocks.vocab_size <= vocab_size,
+        f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, {model}'s vocab_size is only "
+        f"{vocab_size}; prepare the data with the model's tokenizer",
+    )

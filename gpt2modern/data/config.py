@@ -61,8 +61,8 @@ class PrepareConfig:
     encoding_errors: Literal["strict", "replace"] = setting(
         "strict", "Text that is not UTF-8: stop, or put U+FFFD in its place.", group=READING, identity=ALWAYS)
     train_tokenizer: int | None = setting(
-        None, "Train a byte-level BPE of this many entries on the training split.",
-        group=TOKENS, identity=ALWAYS, least=1, most=MOST_TOKENS)
+        None, "Train a byte-level BPE of this many entries on the training split; bytes and <|endoftext|> take 257.",
+        group=TOKENS, identity=ALWAYS, least=257, most=MOST_TOKENS)
     tokenizer_name: str | None = setting(None, "Or use this tokenizer: folder or Hub name.", group=TOKENS)
     tokenizer_engine: Literal["auto", "gigatoken", "tokenizers"] = setting(
         "auto", "What encodes; auto is gigatoken where it serves. The ids are the same.", group=TOKENS)
@@ -87,48 +87,30 @@ class PrepareConfig:
     # fmt: on
 
     def __post_init__(self):
-        if self.dataset_name is not None and self.train_file is not None:
-            raise ValueError("give exactly one of --dataset_name (such as stdlib) and --train_file")
         if (self.train_tokenizer is None) == (self.tokenizer_name is None):
             raise ValueError("give exactly one of --train_tokenizer (such as 8192) and --tokenizer_name")
         check_ranges(self)
-        if self.train_tokenizer is not None and self.train_tokenizer < 257:
-            raise ValueError(
-                f"--train_tokenizer {self.train_tokenizer}: a byte-level BPE has at least 257 entries, "
-                "256 bytes and <|endoftext|>"
-            )
         check_writable_folder("--output_dir", self.output_dir)
         if not 0 < self.validation_split_percentage < 100:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage}: must be in (0, 100)")
-        if self.separator == "":
-            raise ValueError("--separator '': must not be empty")
         if self.separator is not None and self.sample_by != "document":
             raise ValueError(f"give one of --separator and --sample_by {self.sample_by}")
-        self._check_streaming()
-        self._check_shard_index()
+        if self.max_tokens is not None and not self.streaming and (self.dataset_name or self.train_file):
+            raise ValueError(f"--max_tokens {self.max_tokens}: is for --streaming; otherwise use --max_documents")
+        if self.streaming and self.dataset_name in (None, "stdlib"):
+            raise ValueError("--streaming: is for a dataset of the Hub, named with --dataset_name")
+        if self.streaming and self.max_tokens is None and self.max_documents is None:
+            raise ValueError("--streaming: give --max_tokens (or --max_documents), or it would never end")
+        if self.max_tokens is not None and self.tokenizer_name is None:
+            raise ValueError("--max_tokens: tokens are counted with --tokenizer_name; a new tokenizer comes too late")
+        if self.shard_index is not None:
+            if self.num_shards is None or not 0 <= self.shard_index < self.num_shards:
+                raise ValueError(f"--shard_index {self.shard_index}: must be in [0, --num_shards {self.num_shards})")
+            if self.tokenizer_name is None:
+                raise ValueError("--shard_index: needs --tokenizer_name, or each machine would train its own tokenizer")
         if self.chat_template is not None and self.chat_column is None:
             raise ValueError(f"--chat_template {self.chat_template}: is for --chat_column, which is not given")
         if self.chat_column is not None and self.train_tokenizer is not None:
             raise ValueError("--chat_column: needs --tokenizer_name; a new tokenizer has no chat template")
         if self.push_to_hub and self.hub_dataset_id is None:
             raise ValueError("--push_to_hub: needs --hub_dataset_id user/name")
-
-    def _check_streaming(self) -> None:
-        of_the_hub = self.dataset_name not in (None, "stdlib")
-        from_python = self.dataset_name is None and self.train_file is None
-        if self.max_tokens is not None and not self.streaming and not from_python:
-            raise ValueError(f"--max_tokens {self.max_tokens}: is for --streaming; otherwise use --max_documents")
-        if self.streaming and not of_the_hub:
-            raise ValueError("--streaming: is for a dataset of the Hub, named with --dataset_name")
-        if self.streaming and self.max_tokens is None and self.max_documents is None:
-            raise ValueError("--streaming: give --max_tokens (or --max_documents), or it would never end")
-        if self.max_tokens is not None and self.tokenizer_name is None:
-            raise ValueError("--max_tokens: tokens are counted with --tokenizer_name; a new tokenizer comes too late")
-
-    def _check_shard_index(self) -> None:
-        if self.shard_index is None:
-            return
-        if self.num_shards is None or not 0 <= self.shard_index < self.num_shards:
-            raise ValueError(f"--shard_index {self.shard_index}: must be in [0, --num_shards {self.num_shards})")
-        if self.tokenizer_name is None:
-            raise ValueError("--shard_index: needs --tokenizer_name, or each machine would train its own tokenizer")

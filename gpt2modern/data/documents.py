@@ -30,9 +30,6 @@ class Documents(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         return [datasets.SplitGenerator("train", gen_kwargs={"pieces": self.pieces})]
 
-    def _generate_shards(self, pieces: list[Piece]) -> Iterator[str]:
-        yield from (piece.name for piece in pieces)
-
     def _generate_tables(self, pieces: list[Piece]) -> Iterator[tuple[Key, pa.Table]]:
         for number, piece in enumerate(pieces):
             for part, documents in enumerate(read_piece(piece, self.options)):
@@ -41,14 +38,12 @@ class Documents(datasets.ArrowBasedBuilder):
 
 def read_piece(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the documents of one piece up to its limit, as arrays; raises GPT2ModernError that names file and place."""
-    remaining = piece.limit
+    seen = 0
     for documents in FORMATS[piece.format].read(piece, options):
-        if remaining is not None:
-            documents = documents.slice(0, remaining)
-            remaining -= len(documents)
-        if len(documents):
+        if documents := documents.slice(0, None if piece.limit is None else piece.limit - seen):
             yield documents
-        if remaining == 0:
+        seen += len(documents)
+        if seen == piece.limit:
             return
 
 
@@ -62,9 +57,8 @@ def first_documents(pieces: Sequence[Piece], options: ReadOptions, count: int) -
     """Return the pieces of the first `count` documents, the last one limited to what is left."""
     kept: list[Piece] = []
     for piece in pieces:
-        if count <= 0:
-            break
-        found = sum(len(array) for array in read_piece(replace(piece, limit=count), options))
-        kept.append(replace(piece, limit=found))
-        count -= found
+        if count > 0:
+            found = sum(len(array) for array in read_piece(replace(piece, limit=count), options))
+            kept.append(replace(piece, limit=found))
+            count -= found
     return kept

@@ -3,22 +3,20 @@
 It is what the writer and the readers share, so it imports neither `datasets` nor torch.
 """
 
+import functools
 import hashlib
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import huggingface_hub
 
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.files import sha256_of
+from gpt2modern.files import is_hub_name, sha256_of
 
 FORMAT_VERSION = 2
-DTYPES = ("uint16", "uint32")
-PACKINGS = ("concat", "best_fit")
+CHOICES = {"dtype": ("uint16", "uint32"), "packing": ("concat", "best_fit")}
 # What of `tokenizer/` goes into a model's folder: nothing else there could be taken for weights or code of the model.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -32,28 +30,21 @@ def local_folder(data_dir: str | Path) -> Path:
     Of the repository only what its manifest names is fetched, and nothing if it has no manifest of this format.
     Raises GPT2ModernError where the Hub does not give it.
     """
-    folder = Path(data_dir)
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(data_dir)):
-        return folder
-
-    def fetch(patterns: list[str], revision: str | None = None) -> Path:
-        try:
-            return Path(
-                huggingface_hub.snapshot_download(
-                    str(data_dir), repo_type="dataset", revision=revision, allow_patterns=patterns
-                )
-            )
-        except Exception as error:  # the network, the Hub, the disk: none of it is a defect of ours
-            raise GPT2ModernError(
-                f"{data_dir}: no such folder, and no dataset that the Hub gives ({first_line(error)}); prepare the "
-                "data, or check the name and the network"
-            ) from None
-
-    folder = fetch(["manifest.json"])
-    files = recorded_files(folder, read_manifest(folder))
-    names = [path.relative_to(folder).as_posix() for path, _ in files]
-    # The folder of a snapshot is named after its commit: both calls have to take the same one.
-    return fetch(["manifest.json", "tokenizer/*", *names], revision=folder.name)
+    if not is_hub_name(data_dir):
+        return Path(data_dir)
+    fetch = functools.partial(huggingface_hub.snapshot_download, str(data_dir), repo_type="dataset")
+    try:
+        folder = Path(fetch(revision=None, allow_patterns=["manifest.json"]))
+        names = [path.relative_to(folder).as_posix() for path, _ in recorded_files(folder, read_manifest(folder))]
+        # The folder of a snapshot is named after its commit: both calls have to take the same one.
+        return Path(fetch(revision=folder.name, allow_patterns=["manifest.json", "tokenizer/*", *names]))
+    except GPT2ModernError:
+        raise
+    except Exception as error:  # the network, the Hub, the disk: none of it is a defect of ours
+        raise GPT2ModernError(
+            f"{data_dir}: no such folder, and no dataset that the Hub gives ({first_line(error)}); prepare the data, or "
+            "check the name and the network"
+        ) from None
 
 
 def build_manifest(
@@ -69,7 +60,6 @@ def build_manifest(
         lengths = [sum(each) for each in zip(*(each["document_lengths"] for each in written), strict=True)]
         counts["document_lengths"] = {str(2**i): count for i, count in enumerate(lengths) if count}
         splits[split] = counts | {"shards": [each["shard"] for each in written]}
-    names = [Path(name).name for name in config.train_file or []]
     folder = Path(config.output_dir) / "tokenizer"
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir())}
     manifest = {
@@ -85,7 +75,7 @@ def build_manifest(
             "files": files,
         },
         "source": {
-            "name": config.dataset_name or names or "dataset",
+            "name": config.dataset_name or [Path(name).name for name in config.train_file or []] or "dataset",
             "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
             "documents": sum(each["read_documents"] for each in shards),
             "empty_documents": sum(each["empty_documents"] for each in [*shards, validation]),
@@ -102,61 +92,22 @@ def read_manifest(data_dir: str | Path) -> dict:
     path = Path(data_dir) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"] if isinstance(manifest, dict) else None
+        problem = _contradiction(manifest) if version == FORMAT_VERSION else None
     except OSError:
         raise GPT2ModernError(f"{path}: no such file; prepare_data.py makes folders that have one") from None
-    except (ValueError, RecursionError) as error:
-        raise GPT2ModernError(f"{path}: not JSON ({error}); prepare the data again") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise GPT2ModernError(
-            f"{path}: format_version {version!r}, this code reads {FORMAT_VERSION}; prepare the data again"
-        )
-    try:
-        contradiction = _contradiction(manifest)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        problem = f"not JSON ({error})"
     except KeyError as error:
-        raise GPT2ModernError(f"{path}: has no {error.args[0]}; prepare the data again") from None
+        problem = f"has no {error.args[0]}"
     except (TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise GPT2ModernError(f"{path}: a value is not of its type ({error}); prepare the data again") from None
-    if contradiction:
-        raise GPT2ModernError(f"{path}: {contradiction}; prepare the data again")
+        problem = f"a value is not of its type ({error})"
+    else:
+        if version != FORMAT_VERSION:
+            problem = f"format_version {version!r}, this code reads {FORMAT_VERSION}"
+    if problem:
+        raise GPT2ModernError(f"{path}: {problem}; prepare the data again")
     return manifest
-
-
-def finished_manifest(output_dir: Path, settings: dict, begun: Path) -> dict | None:
-    """Return the manifest that is there if it was made with the same settings, None if the folder is empty, missing or
-    unfinished; else raise GPT2ModernError. begun: file with the settings of an unfinished folder, inside a folder of
-    its own."""
-    path = output_dir / "manifest.json"
-    if not path.is_file():
-        path = begun
-        if not path.is_file():
-            if output_dir.exists() and not set(os.listdir(output_dir)) <= {begun.parent.name}:
-                raise GPT2ModernError(
-                    f"--output_dir {output_dir}: exists and is not a prepared dataset; choose another folder"
-                )
-            return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = FORMAT_VERSION if path == begun else content["format_version"]
-        found = content if path == begun else content["settings"]
-        names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
-    except (ValueError, KeyError, TypeError):
-        raise GPT2ModernError(f"{path}: not a record of a prepared dataset; choose another --output_dir") from None
-    if version != FORMAT_VERSION:
-        raise GPT2ModernError(
-            f"{path}: format_version {version}, this code writes {FORMAT_VERSION}; remove {output_dir} and prepare the "
-            "data again"
-        )
-    if names:
-        differences = ", ".join(f"{name} is {found.get(name)} there, {settings.get(name)} here" for name in names)
-        raise GPT2ModernError(
-            f"--output_dir {output_dir}: holds other data ({differences}); choose another folder or remove it"
-        )
-    if path == begun:
-        return None
-    if problems := find_problems(output_dir):
-        raise GPT2ModernError(f"{problems[0]}; remove {output_dir} and run the same command again")
-    return content
 
 
 def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
@@ -178,14 +129,14 @@ def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
     try:
         size = path.stat().st_size
         if size != recorded.get("size", size):
-            return f"{path}: has {size} bytes, the manifest says {recorded['size']}; prepare the data again"
-        if checksum and sha256_of(path) != recorded["sha256"]:
-            return f"{path}: altered since it was written (sha256 differs); prepare the data again"
-    except FileNotFoundError:
-        return f"{path}: missing; prepare the data again"
-    except OSError as error:
-        return f"{path}: {error.strerror}; prepare the data again"
-    return None
+            problem = f"has {size} bytes, the manifest says {recorded['size']}"
+        elif checksum and sha256_of(path) != recorded["sha256"]:
+            problem = "altered since it was written (sha256 differs)"
+        else:
+            return None
+    except (OSError, ValueError) as error:  # ValueError for what no file can be called
+        problem = "missing" if isinstance(error, FileNotFoundError) else first_line(error)
+    return f"{path}: {problem}; prepare the data again"
 
 
 def find_problems(data_dir: str | Path) -> list[str]:
@@ -209,55 +160,33 @@ def checksum_of(manifest: dict) -> str:
 
 
 def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
-    """Read the files of the tokenizer. Raises GPT2ModernError for a link that leads out of the folder, whose content a
-    model's folder would otherwise make public."""
-    files = {}
-    for name in TOKENIZER_FILES:
-        path = data_dir / "tokenizer" / name
-        if not path.is_file():
-            continue
-        if leads_out(path, data_dir):
-            raise GPT2ModernError(f"{path}: is a link out of {data_dir}; put the file itself there")
-        files[name] = path.read_bytes()
-    return files
-
-
-def leads_out(path: Path, data_dir: Path) -> bool:
-    """Tell whether a file is a link to somewhere else than its prepared folder, or that folder's place in the Hub's
-    cache, whose snapshots are links to the blobs beside them."""
+    """Read the files of the tokenizer. Raises GPT2ModernError for a link that leads out of the folder, or out of its
+    place in the Hub's cache, whose content a model's folder would otherwise make public."""
     folder = data_dir.resolve()
-    allowed = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
-    return not any(path.resolve().is_relative_to(root) for root in allowed)
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise TypeError(f"{value!r} is no count")
-    return value
+    # The snapshots of the Hub's cache are links to the blobs beside them.
+    roots = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
+    paths = [path for name in TOKENIZER_FILES if (path := data_dir / "tokenizer" / name).is_file()]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise GPT2ModernError(f"{path}: is a link out of {data_dir}; put the file itself there")
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def _contradiction(manifest: dict) -> str | None:
     """Say what in the manifest cannot be; KeyError or TypeError for what is absent or of another type."""
-    for name, choices in {"dtype": DTYPES, "packing": PACKINGS}.items():
+    for name, choices in CHOICES.items():
         if manifest[name] not in choices:
             return f"{name} {manifest[name]!r} is none of {', '.join(choices)}"
-    block_size, vocab_size, eos_token_id = (_count(manifest[n]) for n in ("block_size", "vocab_size", "eos_token_id"))
+    block_size, vocab_size, eos_token_id = (manifest[name] for name in ("block_size", "vocab_size", "eos_token_id"))
     if block_size < 1 or not 0 <= eos_token_id < vocab_size:
         return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} do not go together"
     _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"]
-    for name in manifest["tokenizer"].get("files", {}):
-        if name != PurePosixPath(name).name or name in ("", "..") or "\0" in name:
-            return f"{name!r} of the tokenizer is not inside of the folder"
     for split, counts in manifest["splits"].items():
-        for name in ("documents", "bytes", "cut_documents"):
-            _count(counts[name])
-        for shard in counts["shards"]:
-            for path in (shard["path"], *(f"{shard['path']}/{name}" for name in shard["files"])):
-                path.encode()  # ValueError for what no file can be called
-                if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
-                    return f"{path!r} of split {split} is not inside of the folder"
-            for recorded in shard["files"].values():
-                _ = _count(recorded["size"]), recorded["sha256"]
+        _ = counts["documents"], counts["bytes"], counts["cut_documents"]
+        for path, recorded in recorded_files(Path(), manifest, [split]):
+            _ = recorded["sha256"]
+            if path.is_absolute() or ".." in path.parts:
+                return f"{str(path)!r} of split {split} is not inside of the folder"
         rows, tokens = (sum(shard[name] for shard in counts["shards"]) for name in ("rows", "tokens"))
         if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):
             return (

@@ -17,16 +17,14 @@ class Rows(NamedTuple):
 
 
 class ConcatPacker:
-    """One stream, cut every block_size tokens: no padding but in the last row, documents cut where a row ends.
+    """Cut one stream every block_size tokens: no padding but in the last row, documents cut where a row ends.
 
     A row begins with the last token of the one before, the first with EOS, so that the stream can be cut again to any
     other block size. cut_documents: how many lie in more than one row.
     """
 
     def __init__(self, block_size: int, eos_token_id: int, dtype: str):
-        self.block_size = block_size
-        self.eos_token_id = eos_token_id
-        self.cut_documents = 0
+        self.block_size, self.eos_token_id, self.cut_documents = block_size, eos_token_id, 0
         self._rest = np.array([eos_token_id], dtype=dtype)  # context, and the targets that do not fill a row yet
         self._tokens = 0
 
@@ -61,10 +59,7 @@ class BestFitPacker:
     WINDOW_TOKENS = 1 << 24
 
     def __init__(self, block_size: int, eos_token_id: int, dtype: str):
-        self.block_size = block_size
-        self.eos_token_id = eos_token_id
-        self.dtype = dtype
-        self.cut_documents = 0
+        self.block_size, self.eos_token_id, self.dtype, self.cut_documents = block_size, eos_token_id, dtype, 0
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> Rows:
@@ -108,8 +103,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     bins = np.empty(len(lengths), dtype=np.int64)
     offsets = np.empty(len(lengths), dtype=np.int64)
     bins_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    spaces = 0
-    count = 0
+    spaces = count = 0
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         fitting = spaces >> length

@@ -1,14 +1,12 @@
 """Shards: each is read, encoded, packed and written by one process, and is either complete or not there.
 
-The documents of a shard flow through `datasets`: `documents.shard(num_shards, index)` in the Arrow format, `map` that
-marks what is held out; then windows of them are shuffled, encoded, packed and written in the format of `datasets`,
-sized by bytes where `map` counts documents. A shard is built under a
-temporary name, flushed to disk and renamed; a receipt with its counts and checksums follows. A run that was killed
-finds the finished shards by their receipts, verifies them and writes only the others. What a shard holds follows from
-the settings alone, so any number of processes or machines writes the same bytes.
+The documents of a shard flow through `datasets`, whose `map` marks what is held out; then windows of them, sized by
+bytes where `map` counts documents, are shuffled, encoded, packed and written in the format of `datasets`. A shard is
+built under a temporary name and renamed; a receipt with its counts and checksums follows, by which a run that was
+killed finds and verifies the finished shards. What a shard holds follows from the settings alone, so any number of
+processes or machines writes the same bytes.
 """
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.documents import COLUMN, array_of
 from gpt2modern.data.packing import PACKERS, Rows
 from gpt2modern.data.sources import Source
@@ -46,15 +45,12 @@ class Job:
     source: Source
     rule: ValidationRule
     encoder: Encoder
-    packing: str
-    block_size: int
+    config: PrepareConfig
     num_shards: int
-    shuffle_seed: int
     output_dir: Path
     workspace: Path  # for what is not finished; in output_dir, so that a rename moves it
 
     def shard_path(self, index: int) -> Path:
-        """Return the folder of a training shard."""
         return self.output_dir / "train" / f"shard-{index:05d}-of-{self.num_shards:05d}"
 
     def receipt_dir(self, index: int) -> Path:
@@ -103,36 +99,22 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         counts = Counts()
         with atomic_folder(receipt_dir) as receipt_build, atomic_folder(path, job.workspace) as build:
             with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
-                documents = training_documents(job, index, counts, held_out, is_stopped)
-                files = write_rows(documents, build, job, counts)
-            if not counts.documents:
-                raise GPT2ModernError(
-                    f"--num_shards {job.num_shards}: shard {index} gets no training documents; use fewer shards"
-                )
-            receipt = asdict(counts) | {"shard": _described(job, path, counts, files)}
+                documents = encode_documents(job, job.source, job.rule, counts, index, held_out, is_stopped)
+                nothing = f"--num_shards {job.num_shards}: shard {index} gets no training documents; use fewer shards"
+                receipt = write_rows(documents, build, path, job, counts, nothing)
             receipt["held_out_tokens_sha256"] = sha256_of(receipt_build / HELD_OUT_FILE)
             write_json(receipt_build / RECEIPT_FILE, receipt)
 
 
 def write_validation(job: Job, source: Source | None) -> dict:
-    """Write the one validation shard, of `source` or of what the training shards held out; returns its counts."""
+    """Write the one validation shard, of `source` or of what the training shards held out; returns its receipt."""
     path, counts = job.output_dir / "validation" / "shard-00000-of-00001", Counts()
     shutil.rmtree(path, ignore_errors=True)
-    documents = held_out_documents(job) if source is None else validation_documents(job, source, counts)
+    rule = ValidationRule("file")
+    documents = held_out_documents(job) if source is None else encode_documents(job, source, rule, counts)
+    nothing = "no document is left for validation; give --validation_file or another --validation_split_percentage"
     with atomic_folder(path, job.workspace) as build:
-        files = write_rows(documents, build, job, counts)
-        if not counts.documents:
-            raise GPT2ModernError(
-                "no document is left for validation; give --validation_file or another --validation_split_percentage"
-            )
-    return asdict(counts) | {"shard": _described(job, path, counts, files)}
-
-
-def print_missing_shards(job: Job, index: int) -> None:
-    """Say that a shard is written, and how many others are missing."""
-    missing = sum(not job.receipt_dir(other).exists() for other in range(job.num_shards))
-    left = f"; {missing} of {job.num_shards} shards are still missing" if missing else ""
-    print(f"{job.shard_path(index)} is written{left}; the same call without --shard_index finishes")
+        return write_rows(documents, build, path, job, counts, nothing)
 
 
 def read_receipt(job: Job, index: int) -> dict:
@@ -151,14 +133,6 @@ def is_finished(job: Job, index: int) -> bool:
         return False
 
 
-def _described(job: Job, path: Path, counts: Counts, files: dict[str, dict]) -> dict:
-    relative = path.relative_to(job.output_dir).as_posix()
-    return {"path": relative, "rows": counts.rows, "tokens": counts.tokens, "files": files}
-
-
-# Documents to token ids
-
-
 class Encoded(NamedTuple):
     """Hold documents: all ids one after the other, EOS after each; how many each has; the bytes of their text."""
 
@@ -167,37 +141,38 @@ class Encoded(NamedTuple):
     num_bytes: np.ndarray
 
 
-def training_documents(
-    job: Job, index: int, counts: Counts, held_out: pa.RecordBatchStreamWriter, is_stopped: Callable[[], bool]
+def encode_documents(
+    job: Job,
+    source: Source,
+    rule: ValidationRule,
+    counts: Counts,
+    index: int | None = None,
+    held_out: pa.RecordBatchStreamWriter | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Encoded]:
-    """Encode the documents of a shard, shuffled WINDOW_BYTES at a time; those that are held out go to `held_out`."""
-    documents, step = job.source.documents(job.shuffle_seed), (job.num_shards, index)
-    if documents.num_shards >= job.num_shards:
-        documents, step = documents.shard(job.num_shards, index), (1, 0)
-    tables = split_documents(documents, job.source, job.rule, counts, step, is_stopped)
-    for number, window in enumerate(_windows(tables, WINDOW_BYTES)):
+    """Encode the documents of a source in their order, or of the training shard `index` shuffled WINDOW_BYTES at a
+    time; those that the rule holds out go to `held_out`."""
+    documents, step = source.documents(None if index is None else job.config.shuffle_seed), (1, 0)
+    if index is not None and documents.num_shards >= job.num_shards:
+        documents = documents.shard(job.num_shards, index)
+    elif index is not None:
+        step = job.num_shards, index
+    tables = split_documents(documents, source.batch_rows, rule, counts, step, is_stopped)
+    for number, window in enumerate(_windows(tables)):
         texts, is_held_out = array_of(window, COLUMN), array_of(window, "is_held_out")
         if not number:
-            check_engine(job.encoder, texts, job.source.name)
+            check_engine(job.encoder, texts, source.name)
         if pc.any(is_held_out).as_py():
             hashes = array_of(window, "hash").filter(is_held_out)
-            for encoded in _encode(texts.filter(is_held_out), job.encoder, job.source.name):
+            for encoded in _encode(texts.filter(is_held_out), job.encoder, source.name):
                 lists = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(encoded.lengths)), encoded.ids)
                 columns = [lists.cast(HELD_OUT_IDS), encoded.num_bytes, hashes.slice(0, len(lists))]
                 held_out.write_table(pa.table(columns, HELD_OUT_SCHEMA))
                 hashes = hashes.slice(len(lists))
-        texts = texts.filter(pc.invert(is_held_out))
-        order = np.random.default_rng([job.shuffle_seed, index, number]).permutation(len(texts))
-        yield from _encode(texts.take(pa.array(order)), job.encoder, job.source.name)
-
-
-def validation_documents(job: Job, source: Source, counts: Counts) -> Iterator[Encoded]:
-    """Encode the documents of a validation source in their order."""
-    tables = split_documents(source.documents(), source, ValidationRule("file"), counts)
-    for number, window in enumerate(_windows(tables, BATCH_BYTES)):
-        texts = array_of(window, COLUMN)
-        if not number:
-            check_engine(job.encoder, texts, source.name)
+            texts = texts.filter(pc.invert(is_held_out))
+        if index is not None:
+            order = np.random.default_rng([job.config.shuffle_seed, index, number]).permutation(len(texts))
+            texts = texts.take(pa.array(order))
         yield from _encode(texts, job.encoder, source.name)
 
 
@@ -216,11 +191,11 @@ def held_out_documents(job: Job) -> Iterator[Encoded]:
 
 def split_documents(
     documents: datasets.IterableDataset,
-    source: Source,
+    batch_rows: int,
     rule: ValidationRule,
     counts: Counts,
-    step: tuple[int, int] = (1, 0),
-    is_stopped: Callable[[], bool] = lambda: False,
+    step: tuple[int, int],
+    is_stopped: Callable[[], bool],
 ) -> Iterator[pa.Table]:
     """Map documents to tables of document, is_held_out and, of those that are held out, hash; empty ones are left out.
 
@@ -244,19 +219,19 @@ def split_documents(
         is_held_out = pa.array(np.arange(len(hashes)) >= len(train))
         return pa.table({COLUMN: pa.concat_arrays([train, held_out]), "is_held_out": is_held_out, "hash": hashes})
 
-    mapped = documents.with_format("arrow").map(split, batched=True, batch_size=source.batch_rows, with_indices=True)
-    return mapped.iter(source.batch_rows)
+    mapped = documents.with_format("arrow").map(split, batched=True, batch_size=batch_rows, with_indices=True)
+    return mapped.iter(batch_rows)
 
 
-def _windows(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
-    """Put tables together until they have `size` bytes."""
-    pending, pending_bytes = [], 0
+def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Put tables together until they have WINDOW_BYTES."""
+    pending, size = [], 0
     for table in tables:
         pending.append(table)
-        pending_bytes += table.nbytes
-        if pending_bytes >= size:
+        size += table.nbytes
+        if size >= WINDOW_BYTES:
             yield pa.concat_tables(pending)
-            pending, pending_bytes = [], 0
+            pending, size = [], 0
     if pending:
         yield pa.concat_tables(pending)
 
@@ -270,18 +245,13 @@ def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encode
             yield Encoded(*encoder.encode(texts), num_bytes)
 
 
-# Token ids to files
-
-
-def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Counts) -> dict[str, dict]:
-    """Pack encoded documents into the `datasets` folder `folder`; returns its files with size and sha256.
-
-    Adds to `counts` what is written.
-    """
-    dtype, row_size = job.encoder.dtype, job.block_size + 1
+def write_rows(documents: Iterator[Encoded], folder: Path, path: Path, job: Job, counts: Counts, nothing: str) -> dict:
+    """Pack encoded documents into the `datasets` folder `folder`, which becomes `path`; returns its receipt: `counts`,
+    to which is added what is written, and its files with size and sha256. nothing: the error without documents."""
+    dtype, row_size = job.encoder.dtype, job.config.block_size + 1
     kinds = {"input_ids": datasets.List(datasets.Value(dtype), length=row_size), "num_tokens": datasets.Value("int32")}
     features = datasets.Features(kinds)
-    packer = PACKERS[job.packing](job.block_size, job.encoder.eos_token_id, dtype)
+    packer = PACKERS[job.config.packing](job.config.block_size, job.encoder.eos_token_id, dtype)
     unnamed = folder / ".data.tmp"
     with pa.ipc.new_stream(str(unnamed), features.arrow_schema) as writer:
 
@@ -294,26 +264,19 @@ def write_rows(documents: Iterator[Encoded], folder: Path, job: Job, counts: Cou
             counts.add(encoded)
             write(packer.add(encoded.ids, encoded.lengths))
         write(packer.finish())
+    if not counts.documents:
+        raise GPT2ModernError(nothing)
     counts.cut_documents += packer.cut_documents
     digest = sha256_of(unnamed)
     # What surrounds the data file is written by `datasets` itself, for an empty table of the same features.
     empty = datasets.Dataset(pa.table(features.arrow_schema.empty_table()), fingerprint=digest[:16])
-    with _no_progress_bar():
-        empty.save_to_disk(folder, num_shards=1)
-    unnamed.replace(folder / DATA_FILE)
-    known = {DATA_FILE: digest}
-    return {
-        path.name: {"size": path.stat().st_size, "sha256": known.get(path.name) or sha256_of(path)}
-        for path in sorted(folder.iterdir())
-    }
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    empty.save_to_disk(folder, num_shards=1)
+    if shown:
+        datasets.enable_progress_bars()
+    unnamed.replace(folder / DATA_FILE)
+    digests = {file: digest if file.name == DATA_FILE else sha256_of(file) for file in sorted(folder.iterdir())}
+    files = {file.name: {"size": file.stat().st_size, "sha256": sha256} for file, sha256 in digests.items()}
+    shard = {"path": path.relative_to(job.output_dir).as_posix(), "rows": counts.rows, "tokens": counts.tokens}
+    return asdict(counts) | {"shard": shard | {"files": files}}

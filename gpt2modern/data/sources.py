@@ -5,6 +5,7 @@ than its share; `Source.documents` gives them as a `datasets.IterableDataset`. A
 --max_documents) is read once, up to exactly its bound, into a table on disk: its documents are needed several times.
 """
 
+import contextlib
 import functools
 import glob
 import math
@@ -44,7 +45,7 @@ AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict 
 class Source:
     """Documents: pieces of files and tables, or a stream of `datasets` whose shards are its pieces.
 
-    size: bytes on disk, 0 where unknown. name: for messages.
+    size: bytes on disk, 0 where unknown. name: for messages. cache_dir: where `datasets` keeps its locks.
     """
 
     options: ReadOptions
@@ -94,22 +95,23 @@ def open_source(
     tokenizer: PreTrainedTokenizerFast | None,
     workspace: Path,
 ) -> Source:
-    """Open what the flags name, or `dataset`, cut to --max_documents and --max_tokens.
+    """Open what the flags name, or `dataset`, cut to --max_documents and --max_tokens, which `tokenizer` counts.
 
-    tokenizer: counts the tokens of a stream. Raises GPT2ModernError if there is no text at all.
+    Raises GPT2ModernError if there is no text at all.
     """
-    cache_dir = str(workspace / "datasets")
     if dataset is not None:
-        split = _split_of(dataset, config.dataset_split)
-        source = open_dataset("dataset", split, config, options, tokenizer, workspace)
+        source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)
     elif config.dataset_name is None:
         source = open_files(config.train_file, options, config.num_shards)
     elif config.dataset_name == "stdlib":
         source = open_standard_library(replace(options, chat_column=None))
     else:
         name = f"--dataset_name {config.dataset_name}"
-        source = open_dataset(name, _load_hub_dataset(config), config, options, tokenizer, workspace)
-    source.cache_dir = cache_dir
+        source = open_dataset(name, _load_hub_dataset(config), options, config.num_shards)
+    if source.stream is not None and (config.max_documents is not None or config.max_tokens is not None):
+        table = spool(source.stream, source.name, config, tokenizer, workspace)
+        source = open_dataset(source.name, table, source.options, config.num_shards)
+    source.cache_dir = str(workspace / "datasets")
     if config.max_documents is not None and source.stream is None:
         source.pieces = first_documents(source.pieces, source.options, config.max_documents)
     if not any(is_not_empty(array).any() for array in source.arrays()):
@@ -121,7 +123,6 @@ def open_validation(
     config: PrepareConfig, dataset: AnyDataset | None, options: ReadOptions, workspace: Path
 ) -> Source | None:
     """Open --validation_file, or the split `validation` of a dataset given from Python; None where there is neither."""
-    source = None
     if config.validation_file is not None:
         trained_on = {os.path.realpath(path) for path in expand(config.train_file or [])}
         for path in expand(config.validation_file):
@@ -129,14 +130,11 @@ def open_validation(
                 warn(f"--validation_file {path}: is trained on too; its loss says nothing of other text")
         source = open_files(config.validation_file, options, None)
     elif isinstance(dataset, dict) and "validation" in dataset:
-        unbounded = replace(config, max_documents=None, max_tokens=None, streaming=False, num_shards=None)
-        source = open_dataset("validation", dataset["validation"], unbounded, options, None, workspace)
-    if source is not None:
-        source.name, source.cache_dir = "the validation split", str(workspace / "datasets")
+        source = open_dataset("validation", dataset["validation"], options, None)
+    else:
+        return None
+    source.name, source.cache_dir = "the validation split", str(workspace / "datasets")
     return source
-
-
-# Files
 
 
 def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | None) -> Source:
@@ -146,9 +144,9 @@ def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | Non
     """
     paths = expand(names)
     formats = [format_of(path, options.file_format) for path in paths]
-    tokens = [path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens]
-    if tokens and len(tokens) < len(paths):
-        raise GPT2ModernError(f"{tokens[0]}: tokens cannot be mixed with text; prepare them separately")
+    if len({FORMATS[name].holds_tokens for name in formats}) > 1:
+        first = next(path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens)
+        raise GPT2ModernError(f"{first}: tokens cannot be mixed with text; prepare them separately")
     source = Source(options, size=sum(path.stat().st_size for path in paths if path.is_file()))
     for path, name in zip(paths, formats, strict=True):
         if path.is_file() and not path.stat().st_size:
@@ -176,19 +174,16 @@ def expand(names: Sequence[str]) -> list[Path]:
     """Replace globs by their sorted matches, folders by their known files; GPT2ModernError where nothing is left."""
     paths: list[Path] = []
     for name in names:
+        found, problem = [Path(name)], "no such file"
         if glob.has_magic(name) and not Path(name).exists():
-            found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
-            if not found:
-                raise GPT2ModernError(f"{name}: no file matches")
+            found, problem = [Path(match) for match in sorted(glob.glob(name, recursive=True))], "no file matches"
+            found = [path for path in found if path.is_file()]
         elif Path(name).is_dir() and not arrow.is_saved_dataset(Path(name)):
             known = extensions()
             found = sorted(path for path in Path(name).rglob("*") if path.is_file() and suffix(path) in known)
-            if not found:
-                raise GPT2ModernError(f"{name}: holds no file with a known extension ({', '.join(known)})")
-        elif Path(name).exists():
-            found = [Path(name)]
-        else:
-            raise GPT2ModernError(f"{name}: no such file")
+            problem = f"holds no file with a known extension ({', '.join(known)})"
+        if not found or not found[0].exists():
+            raise GPT2ModernError(f"{name}: {problem}")
         paths += found
     return paths
 
@@ -206,37 +201,29 @@ def open_standard_library(options: ReadOptions) -> Source:
     source = Source(replace(options, sample_by="document", separator=None))
     for path in standard_library_files():
         data = path.read_bytes()
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if data:
-            source.pieces.append(Piece("text", path, str(path), 0, len(data)))
-            source.size += len(data)
+        with contextlib.suppress(UnicodeDecodeError):
+            if data.decode("utf-8"):
+                source.pieces.append(Piece("text", path, str(path), 0, len(data)))
+                source.size += len(data)
     return source
 
 
-# Datasets of the Hub and of Python
-
-
 def open_dataset(
-    name: str,
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    config: PrepareConfig,
-    options: ReadOptions,
-    tokenizer: PreTrainedTokenizerFast | None,
-    workspace: Path,
+    name: str, dataset: datasets.Dataset | datasets.IterableDataset, options: ReadOptions, num_shards: int | None
 ) -> Source:
-    """Open a dataset; a stream is bounded by --max_documents and --max_tokens, where they are given."""
+    """Open a table, or a stream, which is reduced to the column `document`: text, or rendered conversations."""
+
+    def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
+        require_column(table.schema, options, name)
+        return pa.table({COLUMN: text_of_column(table.column(options.column), options, name, indices[0])})
+
     if isinstance(dataset, datasets.IterableDataset):
-        stream = _as_documents(dataset, options, name)
-        options = replace(options, text_column=COLUMN, chat_column=None)
-        if config.max_documents is None and config.max_tokens is None:
-            return Source(options, name, stream=stream)
-        dataset = spool(stream, name, config, tokenizer, workspace)
+        stream = dataset.with_format("arrow")
+        stream = stream.map(take_text, batched=True, batch_size=STREAM_ROWS, with_indices=True)
+        return Source(replace(options, text_column=COLUMN, chat_column=None), name, stream=stream)
     table = arrow.text_column_of(dataset, options, name)
     source = Source(options, name, size=table.data.nbytes * len(table) // max(1, len(table.data)))
-    source.pieces = _pieces_of(name, table, "arrow", source, config.num_shards)
+    source.pieces = _pieces_of(name, table, "arrow", source, num_shards)
     return source
 
 
@@ -246,37 +233,21 @@ def _split_of(dataset: AnyDataset, split: str) -> datasets.Dataset | datasets.It
     if not isinstance(dataset, dict):
         raise GPT2ModernError(f"dataset is {type(dataset).__name__}; give a Dataset, IterableDataset or DatasetDict")
     if split not in dataset:
-        raise GPT2ModernError(
-            f"dataset has no split {split!r}; there is {', '.join(dataset)}; name one in dataset_split"
-        )
+        raise GPT2ModernError(f"dataset has no split {split!r}; there is {', '.join(dataset)}; give dataset_split")
     return dataset[split]
 
 
 def _load_hub_dataset(config: PrepareConfig) -> datasets.Dataset | datasets.IterableDataset:
+    name, split, revision = config.dataset_config_name, config.dataset_split, config.dataset_revision
     try:
         return datasets.load_dataset(
-            config.dataset_name,
-            config.dataset_config_name,
-            split=config.dataset_split,
-            revision=config.dataset_revision,
-            streaming=config.streaming,
+            config.dataset_name, name, split=split, revision=revision, streaming=config.streaming
         )
     except Exception as error:  # the network, the Hub, the dataset's own files: none of it is a defect of ours
         raise GPT2ModernError(
             f"--dataset_name {config.dataset_name}: cannot be loaded ({cause_of(error)}); "
             "check the name and the network, or use --dataset_name stdlib or --train_file"
         ) from error
-
-
-def _as_documents(stream: datasets.IterableDataset, options: ReadOptions, name: str) -> datasets.IterableDataset:
-    """Reduce a stream to the column `document`: text, or rendered conversations."""
-
-    def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
-        kind = table.schema.field(options.column).type if options.column in table.column_names else None
-        require_column(table.column_names, kind, options, name)
-        return pa.table({COLUMN: text_of_column(table.column(options.column), options, name, indices[0])})
-
-    return stream.with_format("arrow").map(take_text, batched=True, batch_size=STREAM_ROWS, with_indices=True)
 
 
 def spool(
@@ -299,11 +270,10 @@ def spool(
         if max_tokens is not None:
             tokenizer.save_pretrained(workspace / "counting")
             counter = Encoder.of(tokenizer, workspace / "counting", config.tokenizer_engine)
-        schema = pa.schema({COLUMN: pa.large_string()})
         seen = tokens = 0
         with tqdm(total=max_tokens or max_documents, desc="Streaming", unit_scale=True) as bar:
             try:
-                with pa.ipc.new_stream(str(unfinished), schema) as writer:
+                with pa.ipc.new_stream(str(unfinished), pa.schema({COLUMN: pa.large_string()})) as writer:
                     for table in documents.with_format("arrow").iter(STREAM_ROWS):
                         if max_documents is not None:
                             table = table.slice(0, max_documents - seen)

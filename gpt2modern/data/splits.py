@@ -1,15 +1,15 @@
 """Which documents, or parts of them, are held out for validation.
 
 By hash: a document belongs to the validation split when the 64-bit hash of its text falls below the asked share of the
-range. The choice does not depend on the other documents, on their order or on the seed, so it stays the same when data
-is added, and equal texts never stand on both sides. Where this would hold out fewer than 10 documents on average, the
+range, whatever the other documents and the seed are: the choice stays when data is added, and equal texts never stand
+on both sides. Where this would hold out fewer than 10 documents on average, the
 last part of each document is held out instead, cut at a line break.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +17,6 @@ from xxhash import xxh3_64_intdigest
 
 # Below this many expected validation documents their number, and with it the split, is mostly chance.
 MIN_HELD_OUT_DOCUMENTS = 10
-
-
-class Split(NamedTuple):
-    """Hold train and held_out documents; hashes: of those that are, or are partly, held out (uint64)."""
-
-    train: pa.Array
-    held_out: pa.Array
-    hashes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -41,25 +33,24 @@ class ValidationRule:
             "tail": f"the last {self.fraction:.4g} of each document, from a line break on",
         }[self.by]
 
-    def split(self, documents: pa.Array, hashes: np.ndarray) -> Split:
-        """Split documents, none empty, by their hashes or at their tails."""
+    def split(self, documents: pa.Array, hashes: np.ndarray) -> tuple[pa.Array, pa.Array, np.ndarray]:
+        """Split documents, none empty, by their hashes or at their tails: train, held out, hashes of the held out."""
         if self.by == "hash":
             below = hashes < np.uint64(self.fraction * 2**64)
-            return Split(documents.filter(pa.array(~below)), documents.filter(pa.array(below)), hashes[below])
+            return documents.filter(pa.array(~below)), documents.filter(pa.array(below)), hashes[below]
         if self.by == "tail":
             pairs = [_cut(document, self.fraction) for document in documents.to_pylist()]
             has_tail = np.array([len(tail) > 0 for _, tail in pairs], dtype=bool)
             heads = pa.array([head for head, _ in pairs if len(head)], documents.type)
-            return Split(heads, pa.array([tail for _, tail in pairs if len(tail)], documents.type), hashes[has_tail])
-        return Split(documents, documents.slice(0, 0), hashes[:0])
+            return heads, pa.array([tail for _, tail in pairs if len(tail)], documents.type), hashes[has_tail]
+        return documents, documents.slice(0, 0), hashes[:0]
 
 
 def choose_rule(documents: Iterable[pa.Array], percentage: float, has_validation: bool) -> ValidationRule:
     """Choose the rule after reading as many documents as it takes to know that there are enough for the one by hash."""
     if has_validation:
         return ValidationRule("file")
-    fraction = percentage / 100
-    found = 0
+    fraction, found = percentage / 100, 0
     for some in documents:
         found += int(is_not_empty(some).sum())
         if found * fraction >= MIN_HELD_OUT_DOCUMENTS:
@@ -71,7 +62,7 @@ def training_texts(documents: Iterable[pa.Array], rule: ValidationRule) -> Itera
     """Give the texts of the training split, some at a time."""
     for some in documents:
         filled = some.filter(pa.array(is_not_empty(some)))
-        yield rule.split(filled, hash_documents(filled)).train.to_pylist()
+        yield rule.split(filled, hash_documents(filled))[0].to_pylist()
 
 
 def is_not_empty(documents: pa.Array) -> np.ndarray:

@@ -40,22 +40,13 @@ def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_lengt
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() < vocab_size:
         print(f"note: the corpus gives {bpe.get_vocab_size()} tokenizer entries, not --train_tokenizer {vocab_size}")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
+    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=model_max_length, **ends)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -67,22 +58,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokenizer_class = PreTrainedTokenizerFast if saved else transformers.AutoTokenizer
         tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, ... by what is missing
-        way_out = (
-            "the folder needs tokenizer.json and tokenizer_config.json"
-            if folder.exists()
-            else "no such folder, and the Hub does not give it: check the name and the network"
-        )
-        raise GPT2ModernError(f"--tokenizer_name {name}: not a tokenizer ({cause_of(error)}); {way_out}") from error
+        raise GPT2ModernError(
+            f"--tokenizer_name {name}: not a tokenizer ({cause_of(error)}); a folder needs tokenizer.json and "
+            "tokenizer_config.json, a name of the Hub the network"
+        ) from error
     for name_of_this_call in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name_of_this_call, None)  # or they are saved
+    problem = None
     if not tokenizer.is_fast:
-        raise GPT2ModernError(
-            f"--tokenizer_name {name}: has no fast version (tokenizer.json); choose another tokenizer"
-        )
-    if tokenizer.eos_token_id is None:
-        raise GPT2ModernError(f"--tokenizer_name {name}: has no EOS token; set eos_token in its tokenizer_config.json")
-    if (size := vocabulary_size(tokenizer)) > MOST_TOKENS:  # tables are as long as the largest id
-        raise GPT2ModernError(f"--tokenizer_name {name}: has token id {size - 1}; its tokenizer.json is damaged")
+        problem = "has no fast version (tokenizer.json); choose another tokenizer"
+    elif tokenizer.eos_token_id is None:
+        problem = "has no EOS token; set eos_token in its tokenizer_config.json"
+    elif (size := vocabulary_size(tokenizer)) > MOST_TOKENS:  # tables are as long as the largest id
+        problem = f"has token id {size - 1}; its tokenizer.json is damaged"
+    if problem:
+        raise GPT2ModernError(f"--tokenizer_name {name}: {problem}")
     return tokenizer
 
 
@@ -107,21 +97,18 @@ class Encoder:
         or `tokenizers`, with a note. GPT2ModernError where gigatoken was asked for and cannot serve."""
         dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
         path = folder / "tokenizer.json"
-        encoder = cls(path, engine, dtype, tokenizer.eos_token_id, sha256_of(path))
+        reference = cls(path, "tokenizers", dtype, tokenizer.eos_token_id, sha256_of(path))
         if engine == "tokenizers":
-            return encoder
+            return reference
         try:
-            encoder = replace(encoder, engine="gigatoken")
-            _load_gigatoken(encoder.tokenizer_json, encoder.sha256)
+            _load_gigatoken(path, reference.sha256)
         except Exception as error:  # not installed, or a kind of tokenizer that it does not know
+            problem = f"cannot serve this tokenizer ({cause_of(error)})"
             if engine == "gigatoken":
-                raise GPT2ModernError(
-                    f"--tokenizer_engine gigatoken: cannot serve this tokenizer ({cause_of(error)}); "
-                    "use auto or tokenizers"
-                ) from error
-            print(f"note: encoding with tokenizers; gigatoken cannot serve this tokenizer ({cause_of(error)})")
-            encoder = replace(encoder, engine="tokenizers")
-        return encoder
+                raise GPT2ModernError(f"--tokenizer_engine gigatoken: {problem}; use auto or tokenizers") from error
+            print(f"note: encoding with tokenizers; gigatoken {problem}")
+            return reference
+        return replace(reference, engine="gigatoken")
 
     def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """Encode a `large_string` array: all ids one after the other (uint32), and how many each text has (int64)."""
@@ -130,9 +117,8 @@ class Encoder:
 
             ids = _load_gigatoken(self.tokenizer_json, self.sha256).encode_batch(awkward.from_arrow(texts)).layout
             return ids.content.data, np.diff(ids.offsets.data)
-        encodings = _load_tokenizers(self.tokenizer_json, self.sha256).encode_batch_fast(
-            texts.to_pylist(), add_special_tokens=False
-        )
+        tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256)
+        encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
 
@@ -157,9 +143,8 @@ class Encoder:
         token_bytes = _bytes_of_tokens(self.tokenizer_json, self.sha256)
         ids, offsets = documents.flatten().to_numpy(), documents.offsets.to_numpy()
         if len(ids) and ids.max() >= len(token_bytes):
-            raise GPT2ModernError(
-                f"{name}: holds the id {ids.max()}, but --tokenizer_name has {len(token_bytes)} entries"
-            )
+            known = f"--tokenizer_name has {len(token_bytes)} entries"
+            raise GPT2ModernError(f"{name}: holds the id {ids.max()}, but {known}")
         total = np.append(0, np.cumsum(token_bytes[ids]))
         return np.diff(total[offsets - offsets[0]])
 
@@ -173,12 +158,11 @@ def check_engine(encoder: Encoder, documents: pa.Array, name: str) -> None:
         return
     chosen = np.unique(np.linspace(0, len(documents) - 1, CHECKED_DOCUMENTS, dtype=np.int64))
     texts = pc.utf8_slice_codeunits(documents.take(pa.array(chosen)), 0, CHECKED_CHARACTERS)
-    ids, lengths = encoder.ids_and_lengths(texts)
-    expected = _load_tokenizers(encoder.tokenizer_json, encoder.sha256).encode_batch_fast(
-        texts.to_pylist(), add_special_tokens=False
-    )
-    for text, found, encoding in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), expected, strict=True):
-        if found.tolist() != encoding.ids:
+    reference = replace(encoder, engine="tokenizers")
+    (ids, lengths), (expected, expected_lengths) = (each.ids_and_lengths(texts) for each in (encoder, reference))
+    split, expected = np.split(ids, np.cumsum(lengths)[:-1]), np.split(expected, np.cumsum(expected_lengths)[:-1])
+    for text, found, correct in zip(texts, split, expected, strict=True):
+        if not np.array_equal(found, correct):
             raise GPT2ModernError(
                 f"{encoder.engine} and tokenizers encode a document of {name} differently "
                 f"(it begins {text.as_py()[:60]!r}); use --tokenizer_engine tokenizers"
@@ -193,9 +177,8 @@ def named_tokenizer(config: PrepareConfig) -> PreTrainedTokenizerFast | None:
     if config.chat_template:
         tokenizer.chat_template = read_template(config.chat_template)
     if config.chat_column and not tokenizer.chat_template:
-        raise GPT2ModernError(
-            f"--tokenizer_name {config.tokenizer_name}: has no chat template; give one by --chat_template"
-        )
+        problem = "has no chat template; give one by --chat_template"
+        raise GPT2ModernError(f"--tokenizer_name {config.tokenizer_name}: {problem}")
     return tokenizer
 
 
@@ -208,16 +191,15 @@ def get_tokenizer(
     workspace: Path,
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a run, saved to `folder`: the named one, or one trained on the training documents."""
+    if folder.is_dir():  # of a run that was killed
+        return load_tokenizer(str(folder)) if named is None else named
     tokenizer = named
-    if tokenizer is None and folder.is_dir():  # of a run that was killed
-        tokenizer = load_tokenizer(str(folder))
-    elif tokenizer is None:
+    if tokenizer is None:
         tokenizer = train_tokenizer(training_texts(documents, rule), config.train_tokenizer, config.block_size)
-    if not folder.is_dir():
-        build = workspace / f"tokenizer-{uuid.uuid4().hex}"
-        tokenizer.save_pretrained(build)
-        with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
-            move_folder(build, folder)
+    build = workspace / f"tokenizer-{uuid.uuid4().hex}"
+    tokenizer.save_pretrained(build)
+    with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
+        move_folder(build, folder)
     return tokenizer
 
 
@@ -229,10 +211,7 @@ def read_template(path: str) -> str:
         raise GPT2ModernError(f"--chat_template {path}: cannot be read ({error})") from None
 
 
-# Loaded once in each process: it takes longer than the check of a shard.
-
-
-@functools.cache
+@functools.cache  # once in each process: it takes longer than the check of a shard
 def _load_gigatoken(tokenizer_json: Path, sha256: str):
     import awkward  # noqa: F401, takes a quarter of a second: before workers are forked, not in each
     import gigatoken  # optional: `tokenizers` serves without it

@@ -1,7 +1,6 @@
 """Write several shards at a time, each by one process.
 
-Text never passes between processes: each follows the documents of its shard through `datasets` from the file to the
-blocks. What is handed out here is the numbers of shards, because `IterableDataset.map` works in one process.
+Only numbers of shards pass between processes: each follows the documents of its shard from the file to the blocks.
 """
 
 import contextlib

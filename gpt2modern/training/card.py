@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.evaluation.loss import METRICS, evaluated_blocks
-from gpt2modern.loading import is_hub_name
+from gpt2modern.files import is_hub_name
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.state import TrainState

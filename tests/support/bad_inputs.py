@@ -316,7 +316,7 @@ def prepare(flags: str, error: str, advice: str = "") -> BadInput:
 PREPARATION = [
     prepare("--dataset_name stdlib --train_file text.txt", "give exactly one of --dataset_name"),
     prepare("--train_tokenizer 300 --tokenizer_name data/tokenizer", "give exactly one of --train_tokenizer"),
-    prepare("--train_tokenizer 100", "--train_tokenizer 100: a byte-level BPE has at least 257 entries"),
+    prepare("--train_tokenizer 100", "--train_tokenizer 100 must be at least 257"),
     prepare("--train_tokenizer 99999999999", "--train_tokenizer 99999999999 must be at most 16777216"),
     prepare("--block_size 0", "--block_size 0 must be at least 1"),
     prepare("--block_size 99999999999999999999", "--block_size 99999999999999999999 must be at most 16777216"),
@@ -342,7 +342,7 @@ PREPARATION = [
     prepare("--output_dir data", "--output_dir data: holds other data"),
     BadInput(VERIFY, "", "usage: python prepare_data.py verify FOLDER"),
     BadInput(VERIFY, "model", "model/manifest.json: no such file"),
-    BadInput(VERIFY, "escaping_data", "'../data/validation' of split validation is not inside of the folder"),
+    BadInput(VERIFY, "escaping_data", ".arrow' of split validation is not inside of the folder"),
     BadInput(VERIFY, "cut_data", "the manifest says"),
 ]
 

@@ -13,10 +13,8 @@ from gpt2modern.errors import GPT2ModernError
 
 def open_table(path: Path, options: ReadOptions) -> Dataset:
     """Open the column of the documents of what `datasets` saved, memory-mapped."""
-    try:
+    with reading.errors_named(path, "an Arrow table"):
         table = load_from_disk(str(path)) if path.is_dir() else Dataset.from_file(str(path))
-    except Exception as error:  # each layer below raises its own
-        raise reading.unreadable(path, "an Arrow table", error) from error
     if isinstance(table, DatasetDict):
         raise GPT2ModernError(f"{path}: holds the splits {', '.join(table)}; name one of its folders")
     return text_column_of(table, options, str(path))
@@ -24,9 +22,7 @@ def open_table(path: Path, options: ReadOptions) -> Dataset:
 
 def text_column_of(table: Dataset, options: ReadOptions, name: str) -> Dataset:
     """Keep only the column of the documents; raises GPT2ModernError where there is none. name: for messages."""
-    schema = table.data.schema
-    kind = schema.field(options.column).type if options.column in table.column_names else None
-    reading.require_column(table.column_names, kind, options, name)
+    reading.require_column(table.data.schema, options, name)
     return table.select_columns([options.column])
 
 

@@ -1,6 +1,7 @@
 """CSV and TSV: a document is the text column of each row, which may hold line breaks."""
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import pyarrow as pa
 import pyarrow.csv
 
 from gpt2modern.data.formats import reading
-from gpt2modern.data.formats.json import lines_of
 from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, suffix
 
 MAX_ROW_BYTES = 1 << 30
@@ -16,48 +16,39 @@ MAX_ROW_BYTES = 1 << 30
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
     """Keep a file whole: where a row begins is known only from the file's beginning on."""
-    try:
-        with reading.open_stream(path) as stream:
-            lines = (line.decode("utf-8-sig", "replace") + "\n" for line in lines_of(stream))
-            columns = next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
-    except (pa.ArrowException, OSError, csv.Error) as error:
-        raise reading.unreadable(path, "csv", error) from error
-    reading.require_column(columns, None, options, str(path))
+    with reading.errors_named(path, "csv"), reading.open_stream(path) as stream:
+        lines = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="")
+        columns = next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
+    reading.require_column(columns, options, str(path))
     return reading.whole_file(path, options, piece_bytes)
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the text column of all rows."""
     rows, block_bytes = 0, reading.READ_BYTES
-    while True:
-        try:
-            for documents in _read_rows(piece.origin, options, block_bytes, rows):
-                yield documents
-                rows += len(documents)
-            return
-        except (pa.ArrowException, OSError) as error:
-            # Arrow refuses a row that is longer than a block: read on from there in larger ones.
-            if "straddling" not in str(error) or block_bytes >= MAX_ROW_BYTES:
-                raise reading.unreadable(piece.name, "csv", error) from error
-            block_bytes = min(8 * block_bytes, MAX_ROW_BYTES)
+    with reading.errors_named(piece.name, "csv"):
+        while True:
+            try:
+                for documents in _read_rows(piece.origin, options, block_bytes, rows):
+                    yield documents
+                    rows += len(documents)
+                return
+            except pa.ArrowInvalid as error:
+                # Arrow refuses a row that is longer than a block: read on from there in larger ones.
+                if "straddling" not in str(error) or block_bytes >= MAX_ROW_BYTES:
+                    raise
+                block_bytes = min(8 * block_bytes, MAX_ROW_BYTES)
 
 
 def _read_rows(path: Path, options: ReadOptions, block_bytes: int, first_row: int) -> Iterator[pa.Array]:
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=[options.text_column],
-        column_types={options.text_column: pa.large_binary()},
-        strings_can_be_null=False,
-        check_utf8=False,
+    column, rows = options.text_column, 0
+    reading_by = pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False)
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path))
+    converting = pyarrow.csv.ConvertOptions(
+        include_columns=[column], column_types={column: pa.large_binary()}, strings_can_be_null=False, check_utf8=False
     )
     with reading.open_stream(path) as stream:
-        reader = pyarrow.csv.open_csv(
-            stream,
-            read_options=pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, delimiter=_delimiter(path)),
-            convert_options=convert,
-        )
-        rows = 0
-        for batch in reader:
+        for batch in pyarrow.csv.open_csv(stream, reading_by, parsing, converting):
             documents = batch.column(0).slice(max(0, first_row - rows))
             yield reading.text_of_column(documents, options, str(path), max(rows, first_row))
             rows += len(batch)

@@ -1,9 +1,11 @@
 """JSON: an object on each line, or one array of objects; a document is the text column, or a conversation, of each."""
 
 import codecs
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.json
@@ -16,9 +18,16 @@ from gpt2modern.errors import GPT2ModernError
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
     """Cut a file of JSON lines into byte ranges; an array, or a compressed file, stays whole."""
-    with reading.errors_named(path, "json"):
+    with reading.errors_named(path, "json"), reading.open_stream(path) as stream:
         is_array = _is_array(path)
-        reading.require_column(_first_keys(path, is_array), None, options, str(path))
+        if is_array:
+            objects = enumerate(_parse(stream.read(), str(path), 0, "replace"))
+        else:
+            objects = _objects_of(io.BufferedReader(stream), str(path), 0, "replace")
+        _, first = next(objects, (None, None))
+    if not isinstance(first, dict):
+        raise GPT2ModernError(f"{path}: its {'array' if is_array else 'text'} does not begin with an object, {{...}}")
+    reading.require_column(list(first), options, str(path))
     if compression_of(path) or is_array:
         return reading.whole_file(path, options, piece_bytes)
     return byte_ranges(path, piece_bytes)
@@ -27,75 +36,27 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the documents of the lines that begin in a byte range, or of an array."""
     if piece.start == 0 and _is_array(piece.origin):
-        objects = _load_array(piece.origin, options.encoding_errors)
-        places = [f"{piece.name}: object {number}" for number in range(len(objects))]
-        yield _texts_of(objects, places, options)
+        objects = _parse(reading.read_bytes(piece.origin), piece.name, 0, options.encoding_errors)
+        yield _texts_of(((f"{piece.name}: object {number}", each) for number, each in enumerate(objects)), options)
         return
     for block, offset in blocks_of(piece, b"\n"):
-        yield _texts_of_lines(block, options, piece.name, offset)
+        documents = _read_by_arrow(block, options) if options.chat_column is None and block.strip() else None
+        if documents is None:
+            documents = _texts_of(_objects_of(io.BytesIO(block), piece.name, offset, options.encoding_errors), options)
+        yield documents
 
 
-def lines_of(stream: pa.NativeFile) -> Iterator[bytes]:
-    """Split a stream into lines without their line breaks."""
-    begun: list[bytes] = []  # the parts of a line that has not ended: joined once, or a long line takes quadratic time
-    while block := stream.read(1 << 16):
-        first, *others = block.split(b"\n")
-        begun.append(first)
-        if others:
-            yield b"".join(begun)
-            yield from others[:-1]
-            begun = others[-1:]
-    yield b"".join(begun)
-
-
-def _texts_of_lines(block: bytes, options: ReadOptions, name: str, offset: int) -> pa.Array:
-    """Parse lines by Arrow, and one by one where it stumbles, to name the place."""
-    if not block.strip():
-        return pa.array([], pa.large_string())
-    if options.chat_column is None:
-        schema = pa.schema([(options.text_column, pa.large_string())])
-        try:
-            table = pyarrow.json.read_json(
-                pa.BufferReader(block),
-                read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
-                parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-            )
-            documents = pa.concat_arrays(table.column(0).chunks)
-            documents.validate(full=True)  # the parser passes bytes on as they are
-            return documents.fill_null("") if documents.null_count else documents
-        except pa.ArrowInvalid:
-            pass
-    objects, places = [], []
-    for line in block.split(b"\n"):
-        if line.strip():
-            objects.append(_object_of(line, name, offset, options.encoding_errors))
-            places.append(f"{name}: the line at byte {offset}")
-        offset += len(line) + 1
-    return _texts_of(objects, places, options)
-
-
-def _object_of(line: bytes, name: str, offset: int, encoding_errors: str) -> dict:
-    place = f"{name}: byte {offset}"
-    if offset == 0:
-        line = line.removeprefix(codecs.BOM_UTF8)
+def _read_by_arrow(lines: bytes, options: ReadOptions) -> pa.Array | None:
+    """Parse lines; None where Arrow stumbles, and they are to be parsed one by one to name the place."""
+    schema = pa.schema([(options.text_column, pa.large_string())])
+    one_block = pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1)
+    parsing = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        value = json.loads(line.decode("utf-8", encoding_errors))
-    except UnicodeDecodeError as error:
-        raise reading.not_utf8(name, offset + error.start, error.reason) from None
-    except (ValueError, RecursionError) as error:
-        raise GPT2ModernError(f"{place}: this line is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise GPT2ModernError(f"{place}: this line is not a JSON object but {type(value).__name__}")
-    return value
-
-
-def _load_array(path: Path, encoding_errors: str = "replace") -> list:
-    try:
-        return json.loads(reading.read_bytes(path).decode("utf-8-sig", encoding_errors))
-    except UnicodeDecodeError as error:
-        raise reading.not_utf8(str(path), error.start, error.reason) from None
-    except (ValueError, RecursionError) as error:
-        raise GPT2ModernError(f"{path}: not JSON ({error})") from None
+        documents = pyarrow.json.read_json(pa.BufferReader(lines), one_block, parsing).column(0).combine_chunks()
+        documents.validate(full=True)  # the parser passes bytes on as they are
+        return documents.fill_null("") if documents.null_count else documents
+    except pa.ArrowInvalid:
+        return None
 
 
 def _is_array(path: Path) -> bool:
@@ -103,27 +64,31 @@ def _is_array(path: Path) -> bool:
         return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
-def _first_keys(path: Path, is_array: bool) -> list[str]:
-    """Return the keys of a file's first object."""
-    if is_array:
-        objects = _load_array(path)
-        if not objects or not isinstance(objects[0], dict):
-            raise GPT2ModernError(f"{path}: its array does not begin with an object, {{...}}")
-        return list(objects[0])
-    line, offset = b"", 0
-    with reading.open_stream(path) as stream:
-        for line in lines_of(stream):
-            if line.strip():
-                break
-            offset += len(line) + 1
-    return list(_object_of(line, str(path), offset, "replace"))
+def _objects_of(lines: Iterable[bytes], name: str, offset: int, encoding_errors: str) -> Iterator[tuple[str, Any]]:
+    """Parse lines one by one, each with its place, for messages; offset: of the first in its file."""
+    for line in lines:
+        if line.strip():
+            yield f"{name}: the line at byte {offset}", _parse(line, name, offset, encoding_errors)
+        offset += len(line)
 
 
-def _texts_of(objects: list, places: list[str], options: ReadOptions) -> pa.Array:
-    """Take the texts out of decoded JSON; places: where each object stands, for messages."""
+def _parse(data: bytes, name: str, offset: int, encoding_errors: str) -> Any:
+    """Parse a line, or a whole file; offset: where it begins, which the error names."""
+    try:
+        return json.loads(data.decode("utf-8" if offset else "utf-8-sig", encoding_errors))
+    except UnicodeDecodeError as error:
+        raise reading.not_utf8(name, offset, error) from None
+    except (ValueError, RecursionError) as error:
+        raise GPT2ModernError(f"{name}: byte {offset}: this line is not JSON ({error})") from None
+
+
+def _texts_of(objects: Iterable[tuple[str, Any]], options: ReadOptions) -> pa.Array:
+    """Take the texts out of decoded JSON: pairs of a place, for messages, and an object."""
     texts = []
-    for value, place in zip(objects, places, strict=True):
-        text = value.get(options.column) if isinstance(value, dict) else None
+    for place, value in objects:
+        if not isinstance(value, dict):
+            raise GPT2ModernError(f"{place}: not a JSON object but {type(value).__name__}")
+        text = value.get(options.column)
         if options.chat_column:
             text = reading.render_chat(text, options, place)
         if text is not None and not isinstance(text, str):

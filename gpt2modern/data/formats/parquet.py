@@ -14,9 +14,7 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
     """List the row groups of a file."""
     with reading.errors_named(path, "parquet"):
         file = pyarrow.parquet.ParquetFile(path)
-    names = file.schema_arrow.names
-    kind = file.schema_arrow.field(options.column).type if options.column in names else None
-    reading.require_column(names, kind, options, str(path))
+    reading.require_column(file.schema_arrow, options, str(path))
     return [(group, group + 1) for group in range(file.num_row_groups)]
 
 

@@ -1,8 +1,9 @@
 """Open files of all formats, turn their bytes into text; what is wrong becomes an error that names file and place."""
 
-import codecs
 import contextlib
-from collections.abc import Iterator, Sequence
+import csv
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,23 +33,18 @@ def read_bytes(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def errors_named(name: Path | str, kind: str) -> Iterator[None]:
-    """Turn what Arrow and the system raise in the block into a GPT2ModernError that names the file."""
+    """Turn what Arrow, `datasets` and the system raise in the block into a GPT2ModernError that names the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise unreadable(name, kind, error) from error
+    except (pa.ArrowException, OSError, EOFError, ValueError, LookupError, csv.Error) as error:
+        raise GPT2ModernError(f"{name}: cannot be read as {kind} ({cause_of(error)})") from error
 
 
-def unreadable(name: Path | str, kind: str, error: BaseException) -> GPT2ModernError:
-    """Build the error for a file that is not what its format says."""
-    return GPT2ModernError(f"{name}: cannot be read as {kind} ({cause_of(error)})")
-
-
-def not_utf8(place: str, offset: int, reason: str) -> GPT2ModernError:
-    """Build the error for bytes that are not text."""
+def not_utf8(place: str, offset: int, error: UnicodeDecodeError) -> GPT2ModernError:
+    """Build the error for bytes that are not text; offset: of what was decoded."""
     return GPT2ModernError(
-        f"{place}: byte {offset} is not UTF-8 ({reason}); convert the file, or --encoding_errors replace puts U+FFFD "
-        "in its place"
+        f"{place}: byte {offset + error.start} is not UTF-8 ({error.reason}); convert the file, or --encoding_errors "
+        "replace puts U+FFFD in its place"
     )
 
 
@@ -59,54 +55,47 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error) if str(error) else 'no message'}"
 
 
-def require_column(names: Sequence[str], kind: pa.DataType | None, options: ReadOptions, name: str) -> None:
-    """Raise GPT2ModernError unless the asked column is among `names` and, where its type is known, holds text."""
+def require_column(columns: pa.Schema | Sequence[str], options: ReadOptions, name: str) -> None:
+    """Raise GPT2ModernError unless the asked column is among `columns` and, where its type is known, holds text."""
     flag = "--chat_column" if options.chat_column else "--text_column"
+    names = columns.names if isinstance(columns, pa.Schema) else columns
     if options.column not in names:
         raise GPT2ModernError(f"{name}: no column {options.column!r}; {flag} can be one of {', '.join(names)}")
-    if kind is None or options.chat_column:
-        return
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-        raise GPT2ModernError(f"{name}: column {options.column!r} holds {kind}, not text; name another with {flag}")
+    if isinstance(columns, pa.Schema) and not options.chat_column:
+        kind = columns.field(options.column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise GPT2ModernError(f"{name}: column {options.column!r} holds {kind}, not text; name another with {flag}")
 
 
-def text_of_bytes(documents: list[bytes], options: ReadOptions, name: str, offsets: list[int]) -> pa.Array:
+def text_of_bytes(documents: list[bytes], options: ReadOptions, name: str, offsets: Iterable[int]) -> pa.Array:
     """Turn documents in UTF-8 into an array; offsets: where each begins in its file, for the error where one is not."""
-    binary = pa.array(documents, pa.large_binary())
-    try:
-        return binary.cast(pa.large_string())
-    except pa.ArrowInvalid:
-        if options.encoding_errors == "replace":
-            return pa.array([document.decode("utf-8", "replace") for document in documents], pa.large_string())
-    for document, offset in zip(documents, offsets, strict=True):
-        try:
-            codecs.decode(document, "utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(name, offset + error.start, error.reason) from None
-    raise AssertionError("Arrow and Python disagree on UTF-8")
+    return _decoded(pa.array(documents, pa.large_binary()), options, ((name, offset) for offset in offsets))
 
 
 def text_of_column(column: pa.Array, options: ReadOptions, name: str, first_row: int) -> pa.Array:
     """Turn a column of text or of conversations into `large_string`, nulls empty; first_row: its number, for errors."""
     if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        column = column.combine_chunks()
+    places = (f"{name}: row {row}" for row in itertools.count(first_row))
     if options.chat_column:
-        rows = column.to_pylist()
-        texts = [render_chat(row, options, f"{name}: row {number}") for number, row in enumerate(rows, first_row)]
+        texts = [render_chat(row, options, place) for row, place in zip(column.to_pylist(), places, strict=False)]
         return pa.array(texts, pa.large_string())
-    if pa.types.is_null(column.type):
-        return pa.array([""] * len(column), pa.large_string())
-    binary = (column.fill_null("") if column.null_count else column).cast(pa.large_binary())
+    texts = column.cast(pa.large_string()) if pa.types.is_null(column.type) else column
+    binary = (texts.fill_null("") if texts.null_count else texts).cast(pa.large_binary())
+    return _decoded(binary, options, ((place, 0) for place in places))
+
+
+def _decoded(binary: pa.Array, options: ReadOptions, places: Iterable[tuple[str, int]]) -> pa.Array:
+    """Decode UTF-8; places: name and offset of each document, for the error where one is not."""
     try:
         return binary.cast(pa.large_string())
     except pa.ArrowInvalid:
-        pass
-    texts = []
-    for row, value in enumerate(binary.to_pylist(), first_row):
+        texts = []
+    for value, (place, offset) in zip(binary.to_pylist(), places, strict=False):
         try:
             texts.append(value.decode("utf-8", options.encoding_errors))
         except UnicodeDecodeError as error:
-            raise not_utf8(f"{name}: row {row}", error.start, error.reason) from None
+            raise not_utf8(place, offset, error) from None
     return pa.array(texts, pa.large_string())
 
 

@@ -92,9 +92,7 @@ def format_of(path: Path, file_format: str = "auto") -> str:
             raise GPT2ModernError(f"--file_format {file_format} is unknown; choose from auto, {', '.join(FORMATS)}")
         return file_format
     for name, format in FORMATS.items():
-        if suffix(path) in format.extensions:
-            if compression_of(path) and not format.may_be_compressed:
-                raise GPT2ModernError(f"{path}: {name} files cannot be read compressed; unpack it")
+        if suffix(path) in format.extensions and (format.may_be_compressed or not compression_of(path)):
             return name
     raise GPT2ModernError(f"{path}: unknown extension; known are {', '.join(extensions())}; or name its --file_format")
 

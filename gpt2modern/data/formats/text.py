@@ -3,8 +3,9 @@
 A document is what `str.split` gives, wherever the file is cut into pieces.
 """
 
+import itertools
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,13 +58,14 @@ def blocks_of(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _range_block(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
-    try:
-        with open(piece.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            begin = _document_start(data, piece.start, separator)
-            end = _document_start(data, piece.stop, separator) if piece.stop < len(data) else len(data)
-            block = data[begin:end]
-    except (OSError, ValueError) as error:
-        raise reading.unreadable(piece.name, "a file", error) from error
+    with (
+        reading.errors_named(piece.name, "a file"),
+        open(piece.origin, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        begin = _document_start(data, piece.start, separator)
+        end = _document_start(data, piece.stop, separator) if piece.stop < len(data) else len(data)
+        block = data[begin:end]
     yield block, begin
 
 
@@ -77,15 +79,13 @@ def _document_start(data: mmap.mmap, position: int, separator: bytes) -> int:
 
 def _stream_blocks(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:
     # Cut from the left where it matters, so that what a separator is does not depend on how the stream arrives.
-    split: Callable = bytes.split if overlaps_itself(separator) else lambda data, by: data.rsplit(by, 1)
+    from_the_left = overlaps_itself(separator)
     offset, rest = 0, b""
-    with (
-        reading.errors_named(path, "a compressed file" if compression_of(path) else "a file"),
-        reading.open_stream(path) as stream,
-    ):
+    kind = "a compressed file" if compression_of(path) else "a file"
+    with reading.errors_named(path, kind), reading.open_stream(path) as stream:
         while block := stream.read(reading.READ_BYTES):
             data = rest + block
-            rest = split(data, separator)[-1]
+            rest = (data.split(separator) if from_the_left else data.rsplit(separator, 1))[-1]
             complete = data[: len(data) - len(rest)]
             if complete:
                 yield complete, offset
@@ -95,16 +95,11 @@ def _stream_blocks(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _documents_in(block: bytes, separator: bytes, options: ReadOptions, name: str, offset: int) -> pa.Array:
-    if block.endswith(separator):
-        block = block[: -len(separator)]
-    elif not block:
+    if not block:
         return pa.array([], pa.large_string())
-    documents = block.split(separator)
-    if separator == b"\n":
-        documents = [line.removesuffix(b"\r") for line in documents]
-    offsets = [offset]
-    for document in documents[:-1]:
-        offsets.append(offsets[-1] + len(document) + len(separator))
+    parts = block.removesuffix(separator).split(separator)
+    offsets = itertools.accumulate((len(part) + len(separator) for part in parts), initial=offset)
+    documents = [line.removesuffix(b"\r") for line in parts] if separator == b"\n" else parts
     return reading.text_of_bytes(documents, options, name, offsets)
 
 

@@ -27,8 +27,7 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Read the documents that begin in a range of tokens, without the EOS that divides them."""
-    tokens = _map_tokens(piece.origin)
-    eos_token_id = options.eos_token_id
+    tokens, eos_token_id = _map_tokens(piece.origin), options.eos_token_id
 
     def start_after(position: int) -> int:
         if position == 0 and tokens[0] != eos_token_id:
@@ -54,17 +53,14 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 
 def _map_tokens(path: Path) -> np.ndarray:
     """Map the tokens of a file; GPT2ModernError if its header is another, or its length not the announced one."""
-    try:
-        header = np.fromfile(path, dtype="<i4", count=3)
-        size = path.stat().st_size
-    except OSError as error:
-        raise reading.unreadable(path, "tokens", error) from error
-    if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
+    with reading.errors_named(path, "tokens"):
+        header, size = np.fromfile(path, dtype="<i4", count=3).tolist(), path.stat().st_size
+    if len(header) < 3 or header[:2] != [MAGIC, VERSION]:
         raise GPT2ModernError(
-            f"{path}: not a file of GPT-2 tokens (its header should begin with {MAGIC} and version {VERSION}, "
-            f"it begins with {header.tolist()})"
+            f"{path}: not a file of GPT-2 tokens (its header should begin with {MAGIC} and version {VERSION}, it begins "
+            f"with {header})"
         )
-    expected = HEADER_BYTES + 2 * int(header[2])
+    expected = HEADER_BYTES + 2 * header[2]
     if size != expected or not header[2]:
         raise GPT2ModernError(
             f"{path}: has {size} bytes, its header announces {header[2]} tokens, which take {expected}"
