@@ -7,8 +7,8 @@ or FILES. A folder that was made with another value holds other data.
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2modern.settings import check_ranges, setting
 from gpt2modern.files import check_writable_folder
+from gpt2modern.settings import check_ranges, setting
 
 ALWAYS, HUB, FILES = "always", "hub", "files"  # when a setting decides the bytes
 MOST = 2**63 - 1
