@@ -1,9 +1,9 @@
-"""Time and peak memory of the chunked loss against logits + cross-entropy, forward and backward, side by side.
+"""Compare time and peak memory of the chunked loss and of cross-entropy over all logits, forward and backward.
 
     python -m benchmarks.loss [--cases fp32 bf16] [--num_tokens 8192] [--repetitions 5]
 
-Time: the two variants alternate in one process after one step each to warm up. Peak memory: what one step adds to its
-inputs, each figure in a fresh process, because an allocator that has once been full hides what comes after.
+Time: the two variants alternate in one process, after one warm-up step each. Peak memory: what one step needs in
+addition to its inputs, each value from a new process, because an allocator keeps the memory of earlier steps.
 """
 
 import time
@@ -27,7 +27,7 @@ VARIANTS = ("logits", "chunked")
 
 @dataclass(frozen=True)
 class Case:
-    """What both variants compute: the inputs' dtype, soft-cap of the logits, torch.compile around the whole loss."""
+    """Hold the settings of a comparison: dtype of the inputs, bf16 autocast, soft-cap of the logits, torch.compile."""
 
     dtype: torch.dtype = torch.float32
     autocast: bool = False
@@ -47,14 +47,14 @@ CASES = {
 
 @dataclass
 class LossBenchmarkConfig:
-    num_tokens: int = setting(8192, "tokens in the batch", least=1)
-    vocab_size: int = setting(50304, "rows of the head", least=1)
-    hidden_size: int = setting(768, "dimensions of the hidden states", least=1)
-    chunk_size: int | None = setting(None, "tokens per chunk; default: that of the model", least=1)
-    cases: list[str] = setting(default_factory=lambda: list(CASES), help="what to measure", choices=list(CASES))
-    repetitions: int = setting(5, "timed steps per variant", least=1)
+    num_tokens: int = setting(8192, "number of tokens in the batch", least=1)
+    vocab_size: int = setting(50304, "number of rows of the head's weight", least=1)
+    hidden_size: int = setting(768, "size of a hidden state", least=1)
+    chunk_size: int | None = setting(None, "tokens per chunk; default: the model's chunk size", least=1)
+    cases: list[str] = setting(default_factory=lambda: list(CASES), help="cases to measure", choices=list(CASES))
+    repetitions: int = setting(5, "number of timed steps of each variant", least=1)
     device: str = setting("cpu", "cpu or cuda")
-    output: str = setting("eval/reports", "folder for the report")
+    output: str = setting("eval/reports", "folder that the report is written to")
 
     def __post_init__(self):
         check_ranges(self)
@@ -62,7 +62,7 @@ class LossBenchmarkConfig:
 
 
 def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Draw inputs and return a function that computes (loss, gradient of the hidden states, gradient of the head)."""
+    """Draw random inputs and return a function () -> (loss, gradient of the hidden states, gradient of the head)."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
@@ -87,11 +87,11 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
 
 
 def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> float:
-    """Measure what one step needs on top of its inputs; for a process that does nothing else."""
+    """Return the peak memory in GiB that one step needs in addition to its inputs. Call it in a new process."""
     device = torch.device(config.device)
     step = make_step(case, variant, config)
     if case.compiled:
-        step()  # what the compiler needs is not the loss's
+        step()  # the compiler's own memory is not counted
     measuring.reset_peak_memory(device)
     before = peak_memory_gib(device)
     step()
@@ -99,7 +99,7 @@ def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> f
 
 
 def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[list[float]]]:
-    """Return the memory in GiB and the seconds of each repetition of both variants, whose steps are made in turn."""
+    """Return the added memory in GiB of each variant, and the seconds of each of its timed steps. Steps alternate."""
     memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
     steps = [make_step(case, variant, config) for variant in VARIANTS]
     seconds: list[list[float]] = [[] for _ in VARIANTS]
@@ -109,14 +109,14 @@ def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[
             step()
             measuring.synchronize(torch.device(config.device))
             times.append(time.perf_counter() - start)
-    return memory, [times[1:] for times in seconds]  # the first warms up
+    return memory, [times[1:] for times in seconds]  # without the warm-up step
 
 
 HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
 
 
 def table_row(name: str, memory: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[str]:
-    """Fill a line of the table: medians with (fastest to slowest), ratios chunked / logits of medians and of peaks."""
+    """Return the cells under HEADER for one case, from the GiB and the seconds of both variants; ratios use medians."""
     logits, chunked = map(median, seconds)
     return [
         name,
@@ -133,11 +133,11 @@ def main(argv: list[str] | None = None) -> None:
         report = measuring.Report("loss", config.output, measuring.choose_device(config.device), argv)
         rows = [table_row(name, *measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
         question = f"""\
-what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
-forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?"""
+how do time and memory of `linear_cross_entropy` compare with `cross_entropy(linear(hidden_states, weight).float())`,
+forward and backward, for {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?"""
         method = f"""
-n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}.
-Seconds are the median (fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1).
+n = {config.repetitions} steps of each variant, in turn, after one warm-up step; CPU threads: {torch.get_num_threads()}.
+Seconds: median (fastest to slowest). GiB: peak memory of one step in addition to its inputs, in a new process (n = 1).
 Ratios: chunked / logits."""
         report.write("Loss without logits", question, method, [HEADER, *rows])
 
