@@ -46,6 +46,7 @@ MEGABYTE = 10**6
 NUM_FILES = 8  # per format
 READINGS, BATCHES_PER_READING, BATCH_SIZE = 5, 1000, 16
 SECONDS_PER_POLL = 0.1
+HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
 
 
 @dataclass
@@ -96,7 +97,7 @@ def repeated(documents: list[str], times: int) -> list[str]:
 
 
 def write_text(documents: list[str], folder: Path) -> None:
-    """Write the documents to `folder` in two formats: NUM_FILES files text-NN.jsonl, NUM_FILES files text-NN.parquet."""
+    """Write the documents to `folder` twice: as NUM_FILES files of JSON lines and as NUM_FILES Parquet files."""
     datasets.disable_progress_bars()
     for number in range(NUM_FILES):
         part = datasets.Dataset.from_dict({"text": documents[number::NUM_FILES]})
@@ -179,9 +180,6 @@ def measure_reading(data_dir: Path) -> list[float]:
             blocks.__getitems__(order[first : first + BATCH_SIZE])
         rates.append(len(order) * blocks.block_size / (time.perf_counter() - started) / 1e6)
     return rates
-
-
-HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
 
 
 def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[str]]:

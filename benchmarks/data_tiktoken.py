@@ -4,8 +4,7 @@
 
 Each worker of a pool encodes one document at a time, with EOS before it; the parent process writes the ids. Unlike in
 fineweb.py, the workers parse the JSON, so that they need not wait for the parent. Prints a JSON object: tokens (the
-number of ids) and work_s (the seconds after imports and loading of the tokenizer). Does not import this project, to
-keep its imports out of the time.
+number of ids) and work_s (the seconds after imports and loading of the tokenizer). Imports nothing of this project.
 """
 
 import fileinput

@@ -23,6 +23,7 @@ from gpt2modern.training.speed import peak_memory_gib
 from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 
 VARIANTS = ("logits", "chunked")
+HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class LossBenchmarkConfig:
     chunk_size: int | None = setting(None, "tokens per chunk; default: the model's chunk size", least=1)
     cases: list[str] = setting(default_factory=lambda: list(CASES), help="cases to measure", choices=list(CASES))
     repetitions: int = setting(5, "number of timed steps of each variant", least=1)
-    device: str = setting("cpu", "cpu or cuda")
+    device: str = setting("cpu", "cpu or cuda: where to measure")
     output: str = setting("eval/reports", "folder that the report is written to")
 
     def __post_init__(self):
@@ -112,19 +113,12 @@ def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[
     return memory, [times[1:] for times in seconds]  # without the warm-up step
 
 
-HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
-
-
 def table_row(name: str, memory: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[str]:
     """Return the cells under HEADER for one case, from the GiB and the seconds of both variants; ratios use medians."""
     logits, chunked = map(median, seconds)
-    return [
-        name,
-        *(measuring.median_and_spread(times, ".2f", low=0, high=1) for times in seconds),
-        f"{chunked / logits:.2f}",
-        *(f"{gib:.2f}" for gib in memory),
-        f"{memory[1] / memory[0]:.3f}",
-    ]
+    times = [measuring.median_and_spread(each, ".2f", low=0, high=1) for each in seconds]
+    gib = [f"{each:.2f}" for each in memory]
+    return [name, *times, f"{chunked / logits:.2f}", *gib, f"{memory[1] / memory[0]:.3f}"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,14 +24,14 @@ from gpt2modern.settings import setting
 
 LAST_STEPS = 10
 NO_DROPOUT = "embedding_dropout=0.0,attention_dropout=0.0,hidden_dropout=0.0"
+HEADER = ["model", "optimizer", "precision", "device", "first loss", f"mean of the last {LAST_STEPS}", "difference"]
+HEADER += ["largest difference of a step"]
 
 
 @dataclass(kw_only=True)
 class PrecisionCheckConfig(StepConfig):
     data: str = setting(help="folder that prepare_data.py wrote")
-    precision: list[str] = setting(
-        default_factory=lambda: ["bf16"], help="precisions of matrix products to compare with fp32", choices=PRECISIONS
-    )
+    precision: list[str] = setting(default_factory=lambda: ["bf16"], help="to compare with fp32", choices=PRECISIONS)
     torch_compile: bool = setting(False, "also train with torch.compile, in the last of --precision")
     steps: int = setting(50, "number of optimizer steps", least=LAST_STEPS)
     tolerance: float = setting(0.05, f"allowed difference of the mean of the last {LAST_STEPS} losses", least=0)
@@ -44,10 +44,6 @@ def train(row: Row, config: PrecisionCheckConfig, blocks: PackedBlocks) -> list[
     with training_step(row, config, blocks) as step:
         progress = tqdm(chosen, desc=f"{row} on {config.device}", unit="step", leave=False)
         return [step(blocks.__getitems__(indices)).loss.item() for indices in progress]
-
-
-HEADER = ["model", "optimizer", "precision", "device", "first loss", f"mean of the last {LAST_STEPS}", "difference"]
-HEADER += ["largest difference of a step"]
 
 
 def compare(rows: Sequence[Row], config: PrecisionCheckConfig, blocks: PackedBlocks) -> tuple[list, list[str]]:
@@ -77,11 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         blocks = PackedBlocks(config.data, "train", config.block_size)
         needed = config.steps * config.per_device_train_batch_size
         if len(blocks) < needed:
-            raise GPT2ModernError(
-                f"--data {config.data} has {len(blocks)} blocks of --block_size {config.block_size}, but --steps "
-                f"{config.steps} x --per_device_train_batch_size {config.per_device_train_batch_size} need {needed}; "
-                "lower one of the two"
-            )
+            have = f"--data {config.data} has {len(blocks)} blocks of --block_size {config.block_size}"
+            need = f"--steps {config.steps} x --per_device_train_batch_size {config.per_device_train_batch_size}"
+            raise GPT2ModernError(f"{have}, but {need} need {needed}; lower one of the two")
         report = measuring.Report("precision", config.output, torch.device(config.device), argv)
         lines, failures = compare(rows_of(config, peer=False), config, blocks)
         method = f"""

@@ -41,7 +41,8 @@ PRECISIONS = ["fp32", "tf32", "bf16"]
 PEER = "transformers GPT2LMHeadModel"
 GPT2_VOCAB_SIZE = 50257
 LEARNING_RATE_WARM_UP = 10  # steps
-WARM_UP_STEPS = 3  # compilation, the allocator's first blocks, the optimizer's state
+WARM_UP_STEPS = 3  # for compilation, the allocator's first blocks, the optimizer's state
+HEADER = ["model", "optimizer", "precision", "tokens/s (p20 to p80)", "over the peer", "MFU", "step, ms", "peak GiB"]
 
 
 @dataclass(kw_only=True)
@@ -52,9 +53,7 @@ class StepConfig:
     config_overrides: str | None = setting(None, "settings to change in every preset: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(8, "number of sequences in a step", least=1)
-    optimizer: list[str] = setting(
-        default_factory=lambda: ["adamw"], help="optimizers to use", choices=list(OPTIMIZERS)
-    )
+    optimizer: list[str] = setting(default_factory=lambda: ["adamw"], help="optimizers", choices=list(OPTIMIZERS))
     precision: list[str] = setting(
         default_factory=lambda: ["fp32", "bf16"], help="bf16: autocast with fp32 weights", choices=PRECISIONS
     )
@@ -79,7 +78,7 @@ class ThroughputConfig(StepConfig):
 
 @dataclass(frozen=True)
 class Row:
-    """Represent one way to run a training step, and so one line of the report's table."""
+    """Represent one way to run a training step: one line of the report. is_peer: the model is transformers' GPT-2."""
 
     model_preset: str
     optimizer: str = "adamw"
@@ -97,7 +96,7 @@ class Row:
 
 
 def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
-    """Return the rows of every preset, optimizer and precision; peer: also adamw rows for transformers' GPT-2."""
+    """Return the training steps to compare; peer: those with adamw also with transformers' GPT-2, if it `has_peer`."""
     rows = []
     for preset, optimizer in itertools.product(dict.fromkeys(config.model_preset), dict.fromkeys(config.optimizer)):
         ours = [Row(preset, optimizer, precision) for precision in dict.fromkeys(config.precision)]
@@ -108,7 +107,7 @@ def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
 
 
 def has_peer(preset: str, config: StepConfig) -> bool:
-    """Return whether transformers' GPT-2 can be built with as many parameters as this preset, a gpt2 one."""
+    """Return whether it is a gpt2 preset and, with --config_overrides, as large as transformers' GPT-2 of its shape."""
     rows = (Row(preset), Row(preset, is_peer=True))
     return preset.startswith("gpt2") and len({weightless_model(row, config).num_parameters() for row in rows}) == 1
 
@@ -153,7 +152,7 @@ def weightless_model(row: Row, config: StepConfig, data: PackedBlocks | None = N
 
 
 def peer_loss(model: torch.nn.Module, batch: torch.Tensor, *, num_items: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the mean loss that transformers' GPT-2 computes, over block_size - 1 targets per sequence."""
+    """Return the mean loss of transformers' GPT-2 twice, second detached: block_size - 1 targets per sequence."""
     loss = model(input_ids=batch[:, :-1], labels=batch[:, :-1], use_cache=False).loss
     return loss, loss.detach()
 
@@ -220,9 +219,6 @@ def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
             except (GPT2ModernError, RuntimeError, ValueError) as error:  # also out of memory, or a process that died
                 results[row] = first_line(error)
     return results
-
-
-HEADER = ["model", "optimizer", "precision", "tokens/s (p20 to p80)", "over the peer", "MFU", "step, ms", "peak GiB"]
 
 
 def table(results: Results, config: ThroughputConfig, peak: float | None) -> list[list[str]]:
