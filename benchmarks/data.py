@@ -169,7 +169,7 @@ def time_programs(names: Sequence[str], repetitions: int, folder: Path, num_proc
 
 
 def measure_reading(data_dir: Path) -> list[float]:
-    """Read random batches (BATCH_SIZE, block_size + 1), int64, READINGS times; return 10^6 tokens/s of each time."""
+    """Measure READINGS times how fast random batches, (batch, block_size + 1) int64, are read; return 10^6 tokens/s."""
     blocks = PackedBlocks(data_dir, "train")
     blocks.verify_checksums()  # this also brings the files into the page cache
     rates = []
@@ -183,7 +183,7 @@ def measure_reading(data_dir: Path) -> list[float]:
 
 
 def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[str]]:
-    """Return the cells under HEADER for each program: medians over its runs, and the largest memory of all its runs."""
+    """Return the report's table line for each program: medians over its runs, and the largest memory of any run."""
     rates = {name: megabytes / median(run.seconds for run in each) for name, each in runs.items()}
     peers = [name for name in runs if name in PEERS]
     work_rates = {name: megabytes / median(run.work_s for run in runs[name]) for name in peers}

@@ -63,7 +63,7 @@ class LossBenchmarkConfig:
 
 
 def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Draw random inputs and return a function () -> (loss, gradient of the hidden states, gradient of the head)."""
+    """Return a function that computes (loss, gradient of the hidden states, gradient of the head) on random inputs."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
@@ -100,7 +100,7 @@ def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> f
 
 
 def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[list[float]]]:
-    """Return the added memory in GiB of each variant, and the seconds of each of its timed steps. Steps alternate."""
+    """Return the GiB that a step of each variant adds to its inputs, and the seconds of its timed steps, run in turn."""
     memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
     steps = [make_step(case, variant, config) for variant in VARIANTS]
     seconds: list[list[float]] = [[] for _ in VARIANTS]
@@ -114,7 +114,7 @@ def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[
 
 
 def table_row(name: str, memory: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[str]:
-    """Return the cells under HEADER for one case, from the GiB and the seconds of both variants; ratios use medians."""
+    """Return the report's table line for one case: medians of the seconds, the GiB, and the ratios chunked / logits."""
     logits, chunked = map(median, seconds)
     times = [measuring.median_and_spread(each, ".2f", low=0, high=1) for each in seconds]
     gib = [f"{each:.2f}" for each in memory]

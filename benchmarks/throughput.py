@@ -222,7 +222,7 @@ def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
 
 
 def table(results: Results, config: ThroughputConfig, peak: float | None) -> list[list[str]]:
-    """Return the cells under HEADER for each row. `peak` is the device's FLOP/s; if it is None, MFU is '-'."""
+    """Return the report's table line for each row. `peak` is the device's peak in FLOP/s; if it is None, MFU is '-'."""
     tokens = config.steps * config.per_device_train_batch_size * config.block_size
     speeds = {row: [tokens / s for s, _ in each] for row, each in results.items() if not isinstance(each, str)}
     medians = {row: median(speed) for row, speed in speeds.items()}
