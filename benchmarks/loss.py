@@ -100,7 +100,7 @@ def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> f
 
 
 def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[list[float]]]:
-    """Return the GiB that a step of each variant adds to its inputs, and the seconds of its timed steps, run in turn."""
+    """Return the GiB that a step of each variant adds to its inputs, and the seconds of its timed steps, in turn."""
     memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
     steps = [make_step(case, variant, config) for variant in VARIANTS]
     seconds: list[list[float]] = [[] for _ in VARIANTS]
