@@ -1,11 +1,11 @@
-"""prepare_data.py against the usual ways from text files to packed tokens: whole processes, timed from outside.
+"""Time prepare_data.py and two other programs that turn the same text files into packed tokens, one process per run.
 
     python -m benchmarks.data --tokenizer_name DIR_OR_HUB_ID [--text_dir DIR ...]
     python -m benchmarks.data --tokenizer_name DIR --repeat 7 --peers tiktoken   # a gigabyte
 
-The text is there anyway: sources and documentation of --text_dir, then of the installed packages and the standard
-library, no two documents equal. The programs alternate, one run of each in turn; input is read from the page cache.
-The peers, data_run_clm and data_tiktoken, read the JSON lines; their token counts have to equal ours.
+The text is taken from this machine without duplicate documents: source and documentation files of --text_dir, then of
+the installed packages and the standard library. The programs run in turn. The peers, as the two other programs are
+called, are data_run_clm and data_tiktoken. They read JSON lines and must count the same tokens as prepare_data.py.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from benchmarks import measuring
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.data.manifest import read_manifest
-from gpt2modern.errors import GPT2ModernError
+from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, setting
 
@@ -46,36 +46,35 @@ MEGABYTE = 10**6
 NUM_FILES = 8  # per format
 READINGS, BATCHES_PER_READING, BATCH_SIZE = 5, 1000, 16
 SECONDS_PER_POLL = 0.1
+HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
 
 
 @dataclass
 class DataBenchmarkConfig:
-    tokenizer_name: str = setting(help="GPT-2's tokenizer: a folder with tokenizer.json, or a Hub name")
-    text_dir: list[str] = setting(default_factory=list, help="folders whose text files come first")
-    megabytes: float = setting(150, "different text; less if there is less", least=0.1)
-    repeat: int = setting(1, "times that every document stands in the text, each time in another order", least=1)
-    peers: list[str] = setting(default_factory=lambda: list(PEERS), help="timed beside ours", choices=list(PEERS))
-    repetitions: int = setting(3, "timed runs of each program", least=1)
+    tokenizer_name: str = setting(help="GPT-2's tokenizer: a folder with tokenizer.json, or a name on the Hub")
+    text_dir: list[str] = setting(default_factory=list, help="folders whose text files are taken first")
+    megabytes: float = setting(150, "10^6 bytes of text, before --repeat; less if too little is found", least=0.1)
+    repeat: int = setting(1, "number of copies of every document; each copy of the text has another order", least=1)
+    peers: list[str] = setting(default_factory=lambda: list(PEERS), help="other programs to time", choices=list(PEERS))
+    repetitions: int = setting(3, "number of timed runs of each program", least=1)
     num_proc: int = setting(2, "worker processes of each program", least=1)
-    work_dir: str = setting("out", "where a temporary folder is made; 1 GB by default")
-    output: str = setting("eval/reports", "folder for the report")
+    work_dir: str = setting("out", "folder for temporary files, 1 GB with the default flags")
+    output: str = setting("eval/reports", "folder that the report is written to")
 
     def __post_init__(self):
         check_ranges(self)
         check_writable_folder("--output", self.output)
         for name in self.text_dir:
             if not Path(name).is_dir():
-                raise ValueError(f"--text_dir {name}: no such folder")
+                raise ValueError(f"--text_dir {name}: no such folder; name an existing folder")
 
 
 def read_documents(folders: Sequence[str], text_bytes: float, left_out: Sequence[str]) -> list[str]:
-    """Read different documents of `text_bytes` together, or all there are: of `folders`, then of what is installed.
+    """Return the texts of files of `folders`, then of installed packages, until they have `text_bytes` bytes in total.
 
-    Documents with one of the strings `left_out` are left out: encoders are asked for different ids where a text spells
-    a special token.
+    Skips duplicates and texts with a string of `left_out`: special tokens, which the programs encode differently.
     """
-    documents: dict[str, None] = {}
-    size = 0
+    documents, size = {}, 0
     for folder in (*folders, sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")):
         paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in SUFFIXES)
         for path in random.Random(0).sample(paths, len(paths)):
@@ -92,13 +91,13 @@ def read_documents(folders: Sequence[str], text_bytes: float, left_out: Sequence
 
 
 def repeated(documents: list[str], times: int) -> list[str]:
-    """Return the documents `times` over, each time in another order."""
+    """Return one list with `times` copies of the documents, each copy in another order."""
     generator = random.Random(1)
     return [text for _ in range(times) for text in generator.sample(documents, len(documents))]
 
 
 def write_text(documents: list[str], folder: Path) -> None:
-    """Write the documents to NUM_FILES files of each format, text-00.jsonl and so on."""
+    """Write the documents to `folder` twice: as NUM_FILES files of JSON lines and as NUM_FILES Parquet files."""
     datasets.disable_progress_bars()
     for number in range(NUM_FILES):
         part = datasets.Dataset.from_dict({"text": documents[number::NUM_FILES]})
@@ -108,7 +107,7 @@ def write_text(documents: list[str], folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TimedRun:
-    """What one run took with its children; peak_gib: see `resident_gib`; work_s: a peer's seconds after its start."""
+    """Hold the cost of a run with its child processes, and its token count; work_s: seconds after imports, or None."""
 
     seconds: float
     cpu_seconds: float
@@ -118,7 +117,7 @@ class TimedRun:
 
 
 def resident_gib(pid: int) -> float:
-    """Add up what a process and all below it hold resident now; pages that they share count in each."""
+    """Return the resident memory of a process and its descendants now, in GiB; a shared page counts in each of them."""
     resident = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
@@ -128,7 +127,7 @@ def resident_gib(pid: int) -> float:
 
 
 def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
-    """Run a program once on the text in `folder`; raises GPT2ModernError with the last line that a failed one wrote."""
+    """Run the program `name` once on the files in `folder` and time it. Raises GPT2ModernError if the program fails."""
     output_dir, tokenizer = folder / name, folder / "tokenizer"
     shutil.rmtree(output_dir, ignore_errors=True)
     files = sorted(folder.glob("text-*.parquet" if name.endswith("parquet") else "text-*.jsonl"))
@@ -137,7 +136,7 @@ def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
         arguments = ["prepare_data.py", "--tokenizer_name", tokenizer, "--output_dir", output_dir]
         arguments += ["--num_proc", num_proc, "--train_file", *files]
     command = [sys.executable, *map(str, arguments)]
-    os.sync()  # what the one before has left to be written is not this one's time
+    os.sync()  # so that this run does not wait for writes of the one before
     peak_gib, before, started = 0.0, os.times(), time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=measuring.REPOSITORY, text=True, errors="replace", **pipes) as process:
@@ -149,7 +148,7 @@ def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
     seconds, after = time.perf_counter() - started, os.times()
     if process.returncode:
         last = errors.strip().rpartition("\n")[-1]
-        raise GPT2ModernError(f"{name} ended with exit code {process.returncode}: {last}")
+        raise GPT2ModernError(f"the timed program {name} ended with exit code {process.returncode}: {last}")
     if name in PEERS:
         counts = json.loads(output.splitlines()[-1])
     else:
@@ -159,19 +158,20 @@ def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
 
 
 def time_programs(names: Sequence[str], repetitions: int, folder: Path, num_proc: int) -> dict[str, list[TimedRun]]:
-    """Run the programs in turn, so often each; raises GPT2ModernError if one finds another number of tokens."""
+    """Run every program `repetitions` times, in turn. Raises GPT2ModernError if their token counts differ."""
     runs: dict[str, list[TimedRun]] = {name: [] for name in names}
     for name in tqdm(list(runs) * repetitions, unit="run"):
         runs[name].append(measure(name, folder, num_proc))
         if (tokens := runs[name][-1].tokens) != (expected := runs[names[0]][0].tokens):
-            raise GPT2ModernError(f"{name} finds {tokens} tokens, {names[0]} {expected}: times cannot be compared")
+            counts = f"{name} counted {tokens} tokens, but {names[0]} counted {expected}"
+            raise GPT2ModernError(f"{counts}: times cannot be compared; check that --tokenizer_name is GPT-2's")
     return runs
 
 
 def measure_reading(data_dir: Path) -> list[float]:
-    """Return Mtok/s of each reading: batches of blocks drawn without replacement, (batch, block_size + 1) int64."""
+    """Measure READINGS times how fast random batches, (batch, block_size + 1) int64, are read; return 10^6 tokens/s."""
     blocks = PackedBlocks(data_dir, "train")
-    blocks.verify_checksums()  # of what was written, and the pages are in memory afterwards
+    blocks.verify_checksums()  # this also brings the files into the page cache
     rates = []
     for seed in range(READINGS):
         order = np.random.default_rng(seed).permutation(len(blocks))[: BATCH_SIZE * BATCHES_PER_READING].tolist()
@@ -182,11 +182,8 @@ def measure_reading(data_dir: Path) -> list[float]:
     return rates
 
 
-HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
-
-
 def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[str]]:
-    """Return a line for each program: medians, seconds with (fastest to slowest), the largest memory of all runs."""
+    """Return the report's table line for each program: medians over its runs, and the largest memory of any run."""
     rates = {name: megabytes / median(run.seconds for run in each) for name, each in runs.items()}
     peers = [name for name in runs if name in PEERS]
     work_rates = {name: megabytes / median(run.work_s for run in runs[name]) for name in peers}
@@ -201,7 +198,7 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
 
 
 def benchmark(config: DataBenchmarkConfig, report: measuring.Report, special_tokens: list[str], folder: Path) -> None:
-    """Write the text into `folder`, which has the tokenizer, run everything, write the report."""
+    """Write the text into `folder`, which holds the tokenizer already; time all programs on it and write the report."""
     documents = read_documents(config.text_dir, config.megabytes * MEGABYTE, special_tokens)
     texts = repeated(documents, config.repeat)
     write_text(texts, folder)
@@ -209,23 +206,23 @@ def benchmark(config: DataBenchmarkConfig, report: measuring.Report, special_tok
     runs = time_programs([*OURS, *dict.fromkeys(config.peers)], config.repetitions, folder, config.num_proc)
     reading = measuring.median_and_spread(measure_reading(folder / OURS[0]), ".1f", low=0, high=1)
     question = """\
-how fast, and in how much memory, does prepare_data.py turn files into blocks, against `datasets.map` with grouping
-(run_clm) and a pool of tiktoken workers?"""
+how fast does prepare_data.py turn text files into blocks, and with how much memory, compared with `datasets.map`
+and grouping (run_clm) and with a pool of tiktoken workers?"""
     method = f"""
-{config.num_proc} worker processes each. n = {config.repetitions} runs of each program, in turn over the programs.
-Seconds are those of the whole process, its start included: the median (fastest to slowest). Without start: after
-imports and the tokenizer. Memory is the largest of all runs: resident sets of all processes at once, looked at every
-{SECONDS_PER_POLL} s, shared pages counted in each.
+Each program has {config.num_proc} worker processes. n = {config.repetitions} runs of each program, in turn.
+Seconds: from the start to the end of the process, median (fastest to slowest). MB/s without start: imports and loading
+of the tokenizer are not counted. Peak GiB: the largest sum of the resident memory of all processes of a program in any
+run, read every {SECONDS_PER_POLL} s; a shared page counts in each process.
 
 Text: {megabytes:.1f} MB (10^6 bytes) in {NUM_FILES} files; {len(documents):,} documents, no two equal, each \
-{config.repeat} times. All programs found {runs[OURS[0]][0].tokens:,} tokens."""
+{config.repeat} times. All programs counted {runs[OURS[0]][0].tokens:,} tokens."""
     remarks = f"""
-Over a peer: MB/s of our whole process, its start included, over the work of the peer without its start.
+Columns `over ...`: MB/s of prepare_data.py with its start, divided by MB/s of the other program without its start.
 
-Reading: {reading} Mtok/s in one process, batches of {BATCH_SIZE} random blocks as int64 tensors, n = {READINGS}.
+Reading the blocks: {reading} 10^6 tokens/s in one process, random batches of {BATCH_SIZE}, int64, n = {READINGS}.
 
-Caveats: input comes from the page cache. run_clm writes no EOS; one a document is added to its count. Text that is
-repeated is easier than new text for an encoder that remembers words."""
+Limits: the input is read from the page cache. run_clm writes no EOS token; one per document is added to its count.
+Repeated text is easier than new text for an encoder that caches words."""
     report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks)
 
 
@@ -236,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
         except (OSError, ValueError) as error:
-            raise GPT2ModernError(f"--tokenizer_name {config.tokenizer_name}: not a tokenizer ({error})") from None
+            cause = f"--tokenizer_name {config.tokenizer_name} cannot be loaded ({first_line(error)})"
+            raise GPT2ModernError(f"{cause}; name a folder with tokenizer.json, or check name and network") from None
         Path(config.work_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="data_benchmark_", dir=config.work_dir) as folder:
             tokenizer.save_pretrained(Path(folder, "tokenizer"))

@@ -1,10 +1,10 @@
-"""From JSON lines to blocks as transformers' run_clm examples do; timed by benchmarks.data beside prepare_data.py.
+"""Turn JSON lines into blocks of token ids as transformers' run_clm example does. Run and timed by benchmarks.data.
 
     python -m benchmarks.data_run_clm TOKENIZER_DIR OUTPUT_DIR NUM_PROC FILE.jsonl ...
 
-`datasets.map` of the tokenizer, then of a function that joins and cuts lists; no EOS between documents; labels and
-attention mask are stored beside the ids. Prints one JSON object: tokens (before anything is dropped, and with one EOS a
-document, as all others have it), and work_s, the seconds after imports and the tokenizer.
+`datasets.map` applies the tokenizer, then a function that joins the ids and cuts them into blocks, without EOS tokens;
+labels and the attention mask are stored, too. Prints a JSON object: tokens (the number of ids before the incomplete
+block is dropped, plus one EOS per document), and work_s (the seconds after imports and loading of the tokenizer).
 """
 
 import itertools

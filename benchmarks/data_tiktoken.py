@@ -1,10 +1,10 @@
-"""From JSON lines to uint16 ids as build-nanogpt's fineweb.py does; timed by benchmarks.data beside prepare_data.py.
+"""Turn JSON lines into a file of uint16 token ids as build-nanogpt's fineweb.py does. Run and timed by benchmarks.data.
 
     python -m benchmarks.data_tiktoken TOKENIZER_DIR OUTPUT_DIR NUM_PROC FILE.jsonl ...
 
-A pool of workers encodes one document each, EOS before it, and the parent writes the ids. The workers parse the JSON,
-which the example leaves to the parent: the parent would hold them up. Prints one JSON object: tokens, and work_s, the
-seconds after imports and the tokenizer. Imports nothing of the project, whose imports would be timed.
+Each worker of a pool encodes one document at a time, with EOS before it; the parent process writes the ids. Unlike in
+fineweb.py, the workers parse the JSON, so that they need not wait for the parent. Prints a JSON object: tokens (the
+number of ids) and work_s (the seconds after imports and loading of the tokenizer). Imports nothing of this project.
 """
 
 import fileinput
@@ -22,9 +22,9 @@ DOCUMENTS_PER_TASK = 16
 
 
 def tiktoken_encoding(tokenizer_json: Path) -> tiktoken.Encoding:
-    """Make GPT-2's encoding from the file that `tokenizers` reads, so that nothing has to be downloaded.
+    """Build tiktoken's encoding from GPT-2's tokenizer.json, so that nothing has to be downloaded.
 
-    Right for a byte-level BPE whose ids follow its merges; any other would give another number of tokens, or KeyError.
+    With other kinds of tokenizer than byte-level BPE with ids in merge order, the ids are wrong or it raises KeyError.
     """
     content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -37,7 +37,7 @@ def tiktoken_encoding(tokenizer_json: Path) -> tiktoken.Encoding:
 
 
 def encode(line: bytes) -> np.ndarray:
-    """Encode the text of a JSON line, EOS first, with the encoding that this worker was forked with."""
+    """Return the ids of the text in a JSON line as uint16, EOS first, from the global `encoding` of this worker."""
     ids = [encoding.eot_token, *encoding.encode_ordinary(json.loads(line)["text"])]
     return np.array(ids, dtype=np.uint16)
 

@@ -1,9 +1,9 @@
-"""Time and peak memory of the chunked loss against logits + cross-entropy, forward and backward, side by side.
+"""Compare time and peak memory of the chunked loss and of cross-entropy over all logits, forward and backward.
 
     python -m benchmarks.loss [--cases fp32 bf16] [--num_tokens 8192] [--repetitions 5]
 
-Time: the two variants alternate in one process after one step each to warm up. Peak memory: what one step adds to its
-inputs, each figure in a fresh process, because an allocator that has once been full hides what comes after.
+Time: the two variants alternate in one process, after one warm-up step each. Peak memory: what one step needs in
+addition to its inputs, each value from a new process, because an allocator keeps the memory of earlier steps.
 """
 
 import time
@@ -23,11 +23,12 @@ from gpt2modern.training.speed import peak_memory_gib
 from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
 
 VARIANTS = ("logits", "chunked")
+HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both variants compute: the inputs' dtype, soft-cap of the logits, torch.compile around the whole loss."""
+    """Hold the settings of a comparison: dtype of the inputs, bf16 autocast, soft-cap of the logits, torch.compile."""
 
     dtype: torch.dtype = torch.float32
     autocast: bool = False
@@ -47,14 +48,14 @@ CASES = {
 
 @dataclass
 class LossBenchmarkConfig:
-    num_tokens: int = setting(8192, "tokens in the batch", least=1)
-    vocab_size: int = setting(50304, "rows of the head", least=1)
-    hidden_size: int = setting(768, "dimensions of the hidden states", least=1)
-    chunk_size: int | None = setting(None, "tokens per chunk; default: that of the model", least=1)
-    cases: list[str] = setting(default_factory=lambda: list(CASES), help="what to measure", choices=list(CASES))
-    repetitions: int = setting(5, "timed steps per variant", least=1)
-    device: str = setting("cpu", "cpu or cuda")
-    output: str = setting("eval/reports", "folder for the report")
+    num_tokens: int = setting(8192, "number of tokens in the batch", least=1)
+    vocab_size: int = setting(50304, "number of rows of the head's weight", least=1)
+    hidden_size: int = setting(768, "size of a hidden state", least=1)
+    chunk_size: int | None = setting(None, "tokens per chunk; default: the model's chunk size", least=1)
+    cases: list[str] = setting(default_factory=lambda: list(CASES), help="cases to measure", choices=list(CASES))
+    repetitions: int = setting(5, "number of timed steps of each variant", least=1)
+    device: str = setting("cpu", "cpu or cuda: where to measure")
+    output: str = setting("eval/reports", "folder that the report is written to")
 
     def __post_init__(self):
         check_ranges(self)
@@ -62,7 +63,7 @@ class LossBenchmarkConfig:
 
 
 def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Draw inputs and return a function that computes (loss, gradient of the hidden states, gradient of the head)."""
+    """Return a function that computes (loss, gradient of the hidden states, gradient of the head) on random inputs."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(config.num_tokens, config.hidden_size, generator=generator)
     weight = torch.randn(config.vocab_size, config.hidden_size, generator=generator) * 0.02
@@ -87,11 +88,11 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
 
 
 def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> float:
-    """Measure what one step needs on top of its inputs; for a process that does nothing else."""
+    """Return the peak memory in GiB that one step needs in addition to its inputs. Call it in a new process."""
     device = torch.device(config.device)
     step = make_step(case, variant, config)
     if case.compiled:
-        step()  # what the compiler needs is not the loss's
+        step()  # the compiler's own memory is not counted
     measuring.reset_peak_memory(device)
     before = peak_memory_gib(device)
     step()
@@ -99,7 +100,7 @@ def added_memory_gib(case: Case, variant: str, config: LossBenchmarkConfig) -> f
 
 
 def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[list[float]]]:
-    """Return the memory in GiB and the seconds of each repetition of both variants, whose steps are made in turn."""
+    """Return the GiB that a step of each variant adds to its inputs, and the seconds of its timed steps, in turn."""
     memory = [measuring.in_fresh_process(added_memory_gib, case, variant, config) for variant in VARIANTS]
     steps = [make_step(case, variant, config) for variant in VARIANTS]
     seconds: list[list[float]] = [[] for _ in VARIANTS]
@@ -109,22 +110,15 @@ def measure(case: Case, config: LossBenchmarkConfig) -> tuple[list[float], list[
             step()
             measuring.synchronize(torch.device(config.device))
             times.append(time.perf_counter() - start)
-    return memory, [times[1:] for times in seconds]  # the first warms up
-
-
-HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
+    return memory, [times[1:] for times in seconds]  # without the warm-up step
 
 
 def table_row(name: str, memory: Sequence[float], seconds: Sequence[Sequence[float]]) -> list[str]:
-    """Fill a line of the table: medians with (fastest to slowest), ratios chunked / logits of medians and of peaks."""
+    """Return the report's table line for one case: medians of the seconds, the GiB, and the ratios chunked / logits."""
     logits, chunked = map(median, seconds)
-    return [
-        name,
-        *(measuring.median_and_spread(times, ".2f", low=0, high=1) for times in seconds),
-        f"{chunked / logits:.2f}",
-        *(f"{gib:.2f}" for gib in memory),
-        f"{memory[1] / memory[0]:.3f}",
-    ]
+    times = [measuring.median_and_spread(each, ".2f", low=0, high=1) for each in seconds]
+    gib = [f"{each:.2f}" for each in memory]
+    return [name, *times, f"{chunked / logits:.2f}", *gib, f"{memory[1] / memory[0]:.3f}"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,11 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         report = measuring.Report("loss", config.output, measuring.choose_device(config.device), argv)
         rows = [table_row(name, *measure(CASES[name], config)) for name in tqdm(config.cases, unit="case")]
         question = f"""\
-what does `linear_cross_entropy` cost and save against `cross_entropy(linear(hidden_states, weight).float())`,
-forward and backward, at {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?"""
+how do time and memory of `linear_cross_entropy` compare with `cross_entropy(linear(hidden_states, weight).float())`,
+forward and backward, for {config.num_tokens} tokens, {config.vocab_size} rows and {config.hidden_size} dimensions?"""
         method = f"""
-n = {config.repetitions} steps per variant in turn, after one to warm up; CPU threads: {torch.get_num_threads()}.
-Seconds are the median (fastest to slowest). Memory: what one step adds to its inputs, in a fresh process (n = 1).
+n = {config.repetitions} steps of each variant, in turn, after one warm-up step; CPU threads: {torch.get_num_threads()}.
+Seconds: median (fastest to slowest). GiB: peak memory of one step in addition to its inputs, in a new process (n = 1).
 Ratios: chunked / logits."""
         report.write("Loss without logits", question, method, [HEADER, *rows])
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the device, processes of their own, medians with their spread, reports with provenance."""
+"""Functions that all benchmarks use: choose a device, run in a new process, format a median, write a report."""
 
 import datetime
 import multiprocessing
@@ -24,31 +24,31 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or the best there is; raises GPT2ModernError if it is not there."""
+    """Return the device `name`; None: the GPU, else the CPU. Raises GPT2ModernError if it cannot be used."""
     try:
         device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise GPT2ModernError(f"--device {name}: {first_line(error)}") from None
+        raise GPT2ModernError(f"--device {name} cannot be used ({first_line(error)}); try --device cpu") from None
     return device
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; a CPU always has."""
+    """Wait until the device has finished all its queued work. Does nothing for a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def in_fresh_process(function: Callable, *arguments: Any) -> Any:
-    """Return what `function` returns in a process that has done nothing but import: its memory is its own."""
+    """Call `function` in a new process, which has only done imports, and return its result: for clean memory values."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_accelerate"])  # imported once, not per process
+    context.set_forkserver_preload(["train_accelerate"])  # imported once for all processes
     with ProcessPoolExecutor(1, context) as process:
         return process.submit(function, *arguments).result()
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_gib` begin anew at what a fresh process holds now; not for a CPU outside of Linux."""
+    """Reset the peak that `peak_memory_gib` reads to the memory used now. Does nothing for a CPU without Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -56,15 +56,15 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.2, high: float = 0.8) -> str:
-    """Write 'median (p20 to p80)', interpolated between neighbours; low=0, high=1 for 'median (least to most)'."""
+    """Return 'median (p20 to p80)' as text; `low` and `high` are other quantiles. Interpolates between neighbours."""
     low, middle, high = (format(value, format_spec) for value in np.quantile(values, (low, 0.5, high)))
     return f"{middle} ({low} to {high})"
 
 
 class Report:
-    """What a benchmark found, as Markdown in folder/YYYY-MM-DD_HHMMSS_topic_device.md.
+    """Write a benchmark's result as Markdown to folder/YYYY-MM-DD_HHMMSS_topic_device.md.
 
-    Made before anything is measured, to record the machine at the start. Raises GPT2ModernError for a missing package.
+    Created before measuring, it records command, versions and load. Raises GPT2ModernError for a missing package.
     """
 
     def __init__(self, topic: str, folder: str, device: torch.device, argv: list[str] | None, *packages: str):
@@ -74,8 +74,8 @@ class Report:
         try:
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
         except PackageNotFoundError as error:
-            raise GPT2ModernError(f"{error.name} is not installed: python -m pip install -e '.[bench]'") from None
-        # An absolute path is cut to its last part: where things lie on a disk is not part of a report.
+            raise GPT2ModernError(f"{error.name} is not installed; run python -m pip install -e '.[bench]'") from None
+        # An absolute path is cut to its last part: a report does not show the folders of this machine.
         words = (Path(word).name if os.path.isabs(word) else word for word in (sys.argv[1:] if argv is None else argv))
         command = shlex.join(["python", "-m", f"benchmarks.{topic}", *words])
         git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
@@ -91,10 +91,10 @@ class Report:
         )
 
     def write(self, title: str, question: str, method: str, rows: Sequence[Sequence[str]], remarks: str = "") -> None:
-        """Print the report and write it. method: how, and with which n; rows: of its table, the header first."""
+        """Print the report and write it to the file. `rows` are the lines of its table, the header first."""
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
         parts = [f"# {title}: {self.device_name}", f"Question: {question}", self.provenance, method, table, remarks]
         text = "\n\n".join(part.strip() for part in parts).strip() + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(text, encoding="utf-8")
-        print(f"{text}\nwritten to {self.path}")
+        print(f"{text}\nreport written to {self.path}")

@@ -1,11 +1,11 @@
-"""Speed of the trainer's step: tokens per second, MFU and peak memory, with transformers' GPT-2 beside ours.
+"""Measure tokens per second, MFU and peak memory of the trainer's step, also with the GPT-2 model of transformers.
 
     python -m benchmarks.throughput --model_preset gpt2 modern speedrun --optimizer adamw muon
     python -m benchmarks.throughput --config_overrides hidden_size=128,num_hidden_layers=4 --block_size 256   # a CPU
 
-What is timed is `train_accelerate.train_step`. A row is one way to do it: model, optimizer, precision, compiled or not.
-The rows are timed in turn, `--steps` steps each, `--repetitions` times over, so that a machine that slows down slows
-all of them. Each time has a process of its own, so that memory is its own.
+A row of the report is one way to run `train_accelerate.train_step`: model, optimizer, precision, compiled or not. Rows
+are timed in turn, --steps steps each, and this is repeated --repetitions times, so that a slower machine slows all of
+them. Every measurement has its own process. The peer is transformers' GPT-2, timed next to presets of the same shape.
 """
 
 import contextlib
@@ -41,43 +41,44 @@ PRECISIONS = ["fp32", "tf32", "bf16"]
 PEER = "transformers GPT2LMHeadModel"
 GPT2_VOCAB_SIZE = 50257
 LEARNING_RATE_WARM_UP = 10  # steps
-WARM_UP_STEPS = 3  # compilation, the allocator's first blocks, the optimizer's state
+WARM_UP_STEPS = 3  # for compilation, the allocator's first blocks, the optimizer's state
+HEADER = ["model", "optimizer", "precision", "tokens/s (p20 to p80)", "over the peer", "MFU", "step, ms", "peak GiB"]
 
 
 @dataclass(kw_only=True)
 class StepConfig:
-    """What benchmarks of the training step measure; throughput and precision add to it."""
+    """Hold the flags that the throughput and the precision benchmark share: models, optimizers, precisions, sizes."""
 
-    model_preset: list[str] = setting(default_factory=lambda: ["gpt2", "modern"], help="models to measure")
-    config_overrides: str | None = setting(None, "model settings over each preset's: hidden_size=64,head_dim=32")
+    model_preset: list[str] = setting(default_factory=lambda: ["gpt2", "modern"], help="model presets to measure")
+    config_overrides: str | None = setting(None, "settings to change in every preset: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
-    per_device_train_batch_size: int = setting(8, "sequences per step", least=1)
+    per_device_train_batch_size: int = setting(8, "number of sequences in a step", least=1)
     optimizer: list[str] = setting(default_factory=lambda: ["adamw"], help="optimizers", choices=list(OPTIMIZERS))
     precision: list[str] = setting(
-        default_factory=lambda: ["fp32", "bf16"], help="bf16 is autocast over fp32 weights", choices=PRECISIONS
+        default_factory=lambda: ["fp32", "bf16"], help="bf16: autocast with fp32 weights", choices=PRECISIONS
     )
-    torch_compile: bool = setting(True, "add a compiled row in the last --precision")
-    attn_implementation: str = setting("sdpa", "attention kernel of every row")
-    device: str | None = setting(None, "cpu or cuda; default: the best there is")
-    output: str = setting("eval/reports", "folder for the report")
+    torch_compile: bool = setting(True, "also measure with torch.compile, in the last of --precision")
+    attn_implementation: str = setting("sdpa", "attention implementation of all models")
+    device: str | None = setting(None, "cpu or cuda; default: the GPU if there is one")
+    output: str = setting("eval/reports", "folder that the report is written to")
 
     def __post_init__(self):
         check_ranges(self)
         check_writable_folder("--output", self.output)
         self.device = str(measuring.choose_device(self.device))
         if self.device == "cpu" and "tf32" in self.precision:
-            raise ValueError("--precision tf32: only NVIDIA GPUs from Ampere on have it")
+            raise ValueError("--precision tf32 needs an NVIDIA GPU (Ampere or newer), but --device is cpu; omit tf32")
 
 
 @dataclass(kw_only=True)
 class ThroughputConfig(StepConfig):
-    steps: int = setting(10, "steps timed together", least=1)
-    repetitions: int = setting(3, "times that each row is timed", least=3)
+    steps: int = setting(10, "number of steps in one measurement", least=1)
+    repetitions: int = setting(3, "number of measurements of each model and setting", least=3)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to do a training step."""
+    """Represent one way to run a training step: one line of the report. is_peer: the model is transformers' GPT-2."""
 
     model_preset: str
     optimizer: str = "adamw"
@@ -95,7 +96,7 @@ class Row:
 
 
 def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
-    """List the rows of every preset and optimizer; peer: those with adamw once more for the peer, where it has one."""
+    """Return the training steps to compare; peer: those with adamw also with transformers' GPT-2, if it `has_peer`."""
     rows = []
     for preset, optimizer in itertools.product(dict.fromkeys(config.model_preset), dict.fromkeys(config.optimizer)):
         ours = [Row(preset, optimizer, precision) for precision in dict.fromkeys(config.precision)]
@@ -106,15 +107,15 @@ def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
 
 
 def has_peer(preset: str, config: StepConfig) -> bool:
-    """Say whether the preset is a GPT-2 and --config_overrides leave it so: the peer has as many parameters."""
+    """Return whether it is a gpt2 preset and, with --config_overrides, as large as transformers' GPT-2 of its shape."""
     rows = (Row(preset), Row(preset, is_peer=True))
     return preset.startswith("gpt2") and len({weightless_model(row, config).num_parameters() for row in rows}) == 1
 
 
 def settings_of(row: Row, config: StepConfig) -> TrainConfig:
-    """Return what a trainer of the row would be started with; after its warm-up the learning rate stays."""
+    """Return the trainer's settings for a row. The learning rate is constant after its warm-up."""
     return TrainConfig(
-        dry_run=True,  # which needs no folders
+        dry_run=True,  # so no folders are needed
         model_preset=row.model_preset,
         config_overrides=config.config_overrides,
         attn_implementation=config.attn_implementation,
@@ -127,12 +128,11 @@ def settings_of(row: Row, config: StepConfig) -> TrainConfig:
 
 
 def build_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> PreTrainedModel:
-    """Make the row's model with random weights on the default device, fitted to `data`, else to GPT-2's vocabulary."""
+    """Build the row's model on the default device, with random weights and the vocabulary of `data` (None: GPT-2's)."""
     shape = data or models.DataShape(GPT2_VOCAB_SIZE, eos_token_id=0, block_size=config.block_size)
     if not row.is_peer:
         return models.build_model(settings_of(row, config), shape)
-    with torch.device("meta"):
-        ours = models.build_model(settings_of(row, config), shape).config
+    ours = weightless_model(replace(row, is_peer=False), config, data).config
     same = "vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads initializer_range"
     peer = GPT2Config(
         **{name: getattr(ours, name) for name in (*same.split(), "tie_word_embeddings")},
@@ -146,27 +146,27 @@ def build_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) 
     return GPT2LMHeadModel._from_config(peer, attn_implementation=config.attn_implementation)
 
 
-def weightless_model(row: Row, config: StepConfig) -> PreTrainedModel:
+def weightless_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> PreTrainedModel:
     with torch.device("meta"):
-        return build_model(row, config)
+        return build_model(row, config, data)
 
 
 def peer_loss(model: torch.nn.Module, batch: torch.Tensor, *, num_items: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Compute the peer's own mean loss, from labels that it shifts itself: block_size - 1 targets per sequence."""
+    """Return the mean loss of transformers' GPT-2 twice, second detached: block_size - 1 targets per sequence."""
     loss = model(input_ids=batch[:, :-1], labels=batch[:, :-1], use_cache=False).loss
     return loss, loss.detach()
 
 
 @contextlib.contextmanager
 def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> Iterator[Callable]:
-    """Build a row as train_accelerate.build does, and give a function of a batch that makes the next update.
+    """Build the row's model and optimizer as the trainer does, and yield a function that trains on one batch.
 
-    A batch is (sequences, block_size + 1) token ids on the CPU; the function returns what `train_step` does. Weights
-    are drawn on the CPU: the same for every device, precision and optimizer.
+    The function takes token ids (sequences, block_size + 1) on the CPU and returns the StepResult of `train_step`. The
+    initial weights are drawn on the CPU, so they are the same for every device, precision and optimizer.
     """
     settings = settings_of(row, config)
     with (
-        patch_environment(ACCELERATE_TORCH_DEVICE=config.device),  # also for a CPU beside a GPU
+        patch_environment(ACCELERATE_TORCH_DEVICE=config.device),  # also for cpu on a machine with a GPU
         joined_processes(settings.mixed_precision, settings.ddp_timeout) as (accelerator, processes),
     ):
         torch.set_float32_matmul_precision("highest" if row.precision == "fp32" else "high")  # the trainer's: high
@@ -188,7 +188,7 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
 
 
 def time_steps(row: Row, config: ThroughputConfig) -> tuple[float, float]:
-    """Return (seconds, peak memory in GiB) of the row's steps after some to warm up; for a process of its own."""
+    """Return (seconds, peak memory in GiB) of --steps steps of a row, after warm-up steps. Call it in a new process."""
     logging.set_verbosity_error()
     device = torch.device(config.device)
     vocab_size = min(weightless_model(row, config).config.vocab_size, GPT2_VOCAB_SIZE)
@@ -206,27 +206,23 @@ def time_steps(row: Row, config: ThroughputConfig) -> tuple[float, float]:
     return seconds, peak_memory_gib(device)
 
 
-# Seconds and peak memory in GiB of each repetition of a row, or the error message of one that failed.
-Results = dict[Row, list[tuple[float, float]] | str]
+Results = dict[Row, list[tuple[float, float]] | str]  # (seconds, peak GiB) of each repetition, or an error message
 
 
 def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
-    """Time every row in turn, `config.repetitions` times over; one that fails is not tried again."""
+    """Time the rows in turn, --repetitions times each. A row that fails keeps its error message and is not retried."""
     results: Results = {row: [] for row in rows}
     for row in tqdm([*rows] * config.repetitions, unit="row"):
         if not isinstance(results[row], str):
             try:
                 results[row].append(measuring.in_fresh_process(time_steps, row, config))
-            except (GPT2ModernError, RuntimeError, ValueError) as error:  # out of memory, too, and a process that dies
+            except (GPT2ModernError, RuntimeError, ValueError) as error:  # also out of memory, or a process that died
                 results[row] = first_line(error)
     return results
 
 
-HEADER = ["model", "optimizer", "precision", "tokens/s (p20 to p80)", "over the peer", "MFU", "step, ms", "peak GiB"]
-
-
 def table(results: Results, config: ThroughputConfig, peak: float | None) -> list[list[str]]:
-    """Return the cells of the rows under HEADER. peak: of the device in FLOP/s; None: there is no MFU."""
+    """Return the report's table line for each row. `peak` is the device's peak in FLOP/s; if it is None, MFU is '-'."""
     tokens = config.steps * config.per_device_train_batch_size * config.block_size
     speeds = {row: [tokens / s for s, _ in each] for row, each in results.items() if not isinstance(each, str)}
     medians = {row: median(speed) for row, speed in speeds.items()}
@@ -235,8 +231,8 @@ def table(results: Results, config: ThroughputConfig, peak: float | None) -> lis
         cells = [result, "-", "-", "-", "-"]
         if row in medians:
             peers = [other for other in medians if other.is_peer and other.cells[-1] == row.cells[-1]]
-            peers.sort(key=lambda other: other.model_preset != row.model_preset)  # its own, else the first
-            ours = weightless_model(replace(row, is_peer=False), config)  # has as many FLOPs as the peer of its shape
+            peers.sort(key=lambda other: other.model_preset != row.model_preset)  # the same preset first
+            ours = weightless_model(replace(row, is_peer=False), config)  # the peer needs the same FLOPs
             cells = [
                 measuring.median_and_spread(speeds[row], ",.0f"),
                 f"{medians[row] / medians[peers[0]]:.2f}" if peers else "-",
@@ -251,28 +247,28 @@ def table(results: Results, config: ThroughputConfig, peak: float | None) -> lis
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(ThroughputConfig, argv, __doc__)
-        logging.set_verbosity_error()  # the special tokens of a preset mean nothing here
+        logging.set_verbosity_error()  # hides warnings about special tokens, which are not used
         device = torch.device(config.device)
         rows = rows_of(config, peer=True)
         parameters = {row.model_preset: weightless_model(row, config).num_parameters() for row in rows}
         report = measuring.Report("throughput", config.output, device, argv)
         results = measure(rows, config)
         peak = peak_flops(device)
-        peak_words = f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known"
+        peak_words = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown"
         method = f"""
-A step: `train_accelerate.train_step` on {config.per_device_train_batch_size} x {config.block_size} random tokens: to
-the device, forward, backward, clipping, a look for NaN, update. Attention: {config.attn_implementation}.
+A step: `train_accelerate.train_step` on {config.per_device_train_batch_size} x {config.block_size} random tokens: copy
+to the device, forward, backward, clipping, check for NaN, update. Attention: {config.attn_implementation}.
 Parameters: {", ".join(f"{name} {number:,}" for name, number in parameters.items())}.
-n = {config.repetitions} repetitions of {config.steps} steps per row, in turn over the rows, each in a process of its
-own after {WARM_UP_STEPS} steps to warm up."""
+n = {config.repetitions} repetitions of {config.steps} steps per row, rows in turn, each in a new process after \
+{WARM_UP_STEPS} warm-up steps."""
         remarks = f"""
-MFU: 6 N + 12 L D T over the device's dense bf16 peak in every row ({peak_words}).
-Memory: the most during the timed steps, allocated on a GPU, or resident in the process on a CPU.
+MFU: (6 N + 12 L D T) x tokens/s / the device's dense bf16 peak, in every row ({peak_words}).
+Peak GiB: the largest during the timed steps, allocated on a GPU, or resident in the process on a CPU.
 
-The peer makes the same step with the loss that it computes from `labels` and all logits; it has the shape of a gpt2
-preset, other presets have other numbers of parameters. `over the peer` divides medians by that of the peer in the same
-precision. Where p20 to p80 of two rows overlap, their order is not settled."""
-        question = f"how many tokens per second does one device train on, and how does that compare with {PEER}?"
+The peer is {PEER} in the shape of a gpt2 preset; it computes its own loss from `labels` and all logits. Other presets
+have other numbers of parameters. `over the peer`: the row's median tokens/s divided by the peer's in the same
+precision. Where p20 to p80 of two rows overlap, their order is uncertain."""
+        question = f"on how many tokens per second does one device train, compared with {PEER}?"
         report.write("Speed of a training step", question, method, [HEADER, *table(results, config, peak)], remarks)
 
 

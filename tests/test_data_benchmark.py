@@ -108,7 +108,7 @@ def test_programs_that_find_other_tokens_are_not_compared(monkeypatch, tmp_path)
     tokens = {"prepare_data jsonl": 51_000, "tiktoken": 51_000, "run_clm": 50_999}
     monkeypatch.setattr(data, "measure", lambda name, *_: TimedRun(1, 1, 1, tokens[name]))
     assert len(data.time_programs(["prepare_data jsonl", "tiktoken"], 2, tmp_path, 1)["tiktoken"]) == 2
-    with pytest.raises(GPT2ModernError, match="run_clm finds 50999 tokens, prepare_data jsonl 51000"):
+    with pytest.raises(GPT2ModernError, match="run_clm counted 50999 tokens, but prepare_data jsonl counted 51000"):
         data.time_programs(list(tokens), 1, tmp_path, 1)
 
 
@@ -123,7 +123,7 @@ def test_a_small_run_measures_every_program_on_the_same_tokens(data_dir, text_di
     tokens = sum(len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(DOCUMENTS, add_special_tokens=False))
     (path,) = (tmp_path / "reports").iterdir()
     report = path.read_text()
-    assert f"400 documents, no two equal, each 1 times. All programs found {tokens:,} tokens." in report
+    assert f"400 documents, no two equal, each 1 times. All programs counted {tokens:,} tokens." in report
     lines = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")][2:]
     assert [line[0] for line in lines] == ["| prepare_data jsonl", "| prepare_data parquet", "| tiktoken", "| run_clm"]
     assert all(float(cell.strip("| ")) >= 0 for line in lines[:2] for cell in line[-4:])

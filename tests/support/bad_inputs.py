@@ -354,12 +354,12 @@ BENCHMARKS = [
     BadInput(THROUGHPUT, "--attn_implementation fast", "fast"),
     BadInput(THROUGHPUT, "--output text.txt", "text.txt is a file, not a folder; name another place"),
     BadInput(PRECISION, "--data nowhere", "nowhere"),
-    BadInput(PRECISION, "--data data", "but --steps x --per_device_train_batch_size are 400; lower one of them"),
+    BadInput(PRECISION, "--data data", "--steps 50 x --per_device_train_batch_size 8 need 400; lower one of the two"),
     BadInput(PRECISION, "--steps 3", "--steps 3 must be at least 10"),
     BadInput(PRECISION, "--tolerance nan", "--tolerance nan must be a finite number"),
     BadInput(DATA_BENCHMARK, "--text_dir nowhere", "--text_dir nowhere: no such folder"),
     BadInput(DATA_BENCHMARK, "--repetitions 0", "--repetitions 0 must be at least 1"),
-    BadInput(DATA_BENCHMARK, "--tokenizer_name nowhere", "--tokenizer_name nowhere: not a tokenizer"),
+    BadInput(DATA_BENCHMARK, "--tokenizer_name nowhere", "--tokenizer_name nowhere cannot be loaded"),
     BadInput(DATA_BENCHMARK, "--output text.txt", "text.txt is a file, not a folder; name another place"),
 ]
 
