@@ -645,5 +645,5 @@ def test_an_output_folder_with_files_in_it_is_left_alone(exported, capsys):
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(SystemExit):
         main(["--model", str(folder), "--output_dir", str(folder)])
-    assert f"--output_dir {folder} exists" in capsys.readouterr().err
+    assert f"--output_dir {folder} is not empty" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
