@@ -163,9 +163,8 @@ _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_kee
 def linear_cross_entropy(
     hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options
 ) -> torch.Tensor:
-    """Return the mean cross-entropy of a linear head in nats per token, computed without holding all logits in memory.
-
-    The arguments are those of `linear_cross_entropy_and_z_loss`, whose first result this is."""
+    """Return the loss of a linear head in nats per token, computed without holding all logits in memory: the first
+    result of `linear_cross_entropy_and_z_loss`, which has the same arguments."""
     return linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)[0]
 
 
@@ -193,7 +192,7 @@ def linear_cross_entropy_and_z_loss(
     softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
     num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored.
     chunk_size: number of tokens whose logits exist at the same time; None means hidden_size, but at least 512. Logits
-    of that many tokens take no more memory than the fp32 gradient of weight; a smaller chunk only costs more time.
+    of hidden_size tokens take no more memory than the fp32 gradient of weight; a smaller chunk only costs more time.
 
     Both results are in nats per token and in fp32 (float64 for float64 inputs); the second one has no gradient. Matrix
     products run in the dtype of autocast if it is enabled, otherwise in that of hidden_states; softmax, loss and the

@@ -77,7 +77,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention, softmax(query @ key.T * scaling + mask) @ value, in plain PyTorch: the reference for kernels.
+    """Compute attention, softmax(query @ key.T * scaling + mask) @ value, in plain PyTorch. All others must match it.
 
     query: (batch, num_heads, query_len, head_dim); key, value: (batch, num_key_value_heads, key_len, head_dim).
     Returns the output (batch, query_len, num_heads, head_dim) and the weights (batch, num_heads, query_len, key_len).
@@ -198,7 +198,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
 
         hidden_states, skip_states, embedding_states: (batch, seq_len, hidden_size); first_value_states: (batch,
         num_key_value_heads, seq_len, head_dim). Tensors with gradients must be passed as positional arguments, because
-        reentrant gradient checkpointing ignores the others.
+        reentrant gradient checkpointing tracks no others.
         """
         hidden_states = self.unet_skip(hidden_states, skip_states)
         hidden_states = self.embedding_residual(hidden_states, embedding_states)

@@ -541,7 +541,7 @@ def test_the_exported_folder_keeps_its_tokenizer_and_generation_configuration(ex
 
 def test_the_card_says_where_the_model_came_from(exported):
     card = (exported[1] / "native" / "README.md").read_text()
-    assert "`mine`, GPT2ModernForCausalLM, as LlamaForCausalLM" in card
+    assert "`mine` (GPT2ModernForCausalLM) in the layout of LlamaForCausalLM" in card
     assert "trust_remote_code" not in card and str(exported[1]) not in card
 
 
