@@ -2,22 +2,21 @@
 
 | architecture          | GPT2-Modern models with the same logits, in addition to the rewrites below           |
 |-----------------------|--------------------------------------------------------------------------------------|
-| GPT2LMHeadModel       | learned positions, layernorm, MLP without a gate, all biases                         |
+| GPT2LMHeadModel       | learned positions, layernorm, MLP without a gate                                     |
 | Qwen2ForCausalLM      | rope, rmsnorm, gated MLP, biases of q, k and v only, any layer_types                 |
 | LlamaForCausalLM      | rope, rmsnorm, gated MLP, any biases                                                 |
-| MistralForCausalLM    | rope, rmsnorm, gated MLP, no biases, a sliding window in all layers or in none       |
-| Phi3ForCausalLM       | rope (also partial), rmsnorm, gated MLP, no biases, a window in all layers or in none|
+| MistralForCausalLM    | rope, rmsnorm, gated MLP, no biases, window in all layers or none                    |
+| Phi3ForCausalLM       | rope (also partial), rmsnorm, gated MLP, no biases, window in all layers or none     |
 | Qwen3ForCausalLM      | rope, rmsnorm, gated MLP, QK-norm, attention biases, any layer_types                 |
 | ArceeForCausalLM      | rope, rmsnorm, MLP without a gate, any biases                                        |
 | ApertusForCausalLM    | rope, rmsnorm, MLP without a gate, QK-norm, attention biases                         |
 | GPTNeoXForCausalLM    | rope (also partial), layernorm, MLP without a gate, any biases                       |
-| Starcoder2ForCausalLM | rope, layernorm, MLP without a gate, any biases, a window in all layers or in none   |
+| Starcoder2ForCausalLM | rope, layernorm, MLP without a gate, any biases, window in all layers or none        |
 | StableLmForCausalLM   | rope (also partial), layernorm, gated MLP, biases of q, k and v                      |
 
-Before an export, a model is rewritten (its weights and settings change, its logits do not) if the architecture needs
-it: padding rows of the vocabulary are removed; a norm after the embedding is applied to the embedding table (with
-rope); norms without a gain get gains of one; `attention_scale` becomes a factor of the query weights; missing biases
-become zeros.
+An export rewrites the model, which changes weights and settings but not the logits: padding rows of the vocabulary are
+removed; a norm after the embedding is applied to the embedding table (with rope); norms without a gain get gains of
+one; `attention_scale` becomes a factor of the queries; biases that the architecture needs are added as zeros.
 
 All other models are refused, and the error names the setting: U-Net skips, value and x0 residuals; a soft cap; learned
 positions with rmsnorm, a gated MLP, grouped heads, QK-norm, windows or an embedding norm; windows in some layers with
