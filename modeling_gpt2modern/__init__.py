@@ -1,4 +1,4 @@
-"""Provide configuration, models and presets of GPT2-Modern, and register them with transformers on import."""
+"""Provide the configuration, models and presets of GPT2-Modern; the import registers them with transformers."""
 
 from transformers import (
     AutoConfig,
@@ -19,7 +19,8 @@ from .modeling_gpt2modern import (
 
 
 def register() -> None:
-    """Register the models with the Auto classes, so that saved folders load without trust_remote_code."""
+    """Register the GPT2-Modern models with transformers' Auto classes, so that AutoModelForCausalLM and the others load
+    a saved model folder without trust_remote_code. A second call changes nothing."""
     AutoConfig.register(GPT2ModernConfig.model_type, GPT2ModernConfig, exist_ok=True)
     AutoModel.register(GPT2ModernConfig, GPT2ModernModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ModernConfig, GPT2ModernForCausalLM, exist_ok=True)

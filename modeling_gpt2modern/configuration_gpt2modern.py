@@ -1,4 +1,4 @@
-"""Configure GPT2-Modern: one field for each choice between GPT-2 (2019) and its modern descendants; presets."""
+"""Define the configuration of GPT2-Modern, a field for each choice between GPT-2 (2019) and Llama, and the presets."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Where the Auto classes find the code that is saved next to the weights; AutoModel is what vLLM asks for.
+# Where the Auto classes find the code that is saved next to the weights; vLLM loads the entry AutoModel.
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2modern.GPT2ModernConfig",
     "AutoModel": "modeling_gpt2modern.GPT2ModernModel",
@@ -48,17 +48,17 @@ TRANSFORMERS_KEYS = {
 
 
 class MLPKind(NamedTuple):
-    """Describe one kind of MLP: its activation function, by its name in transformers' ACT2FN, and its matrices.
+    """Describe one kind of MLP: the name of its activation function in transformers' ACT2FN, and whether it is gated.
 
-    Not gated: down(activation(up(x))), two matrices. Gated: down(activation(gate(x)) * up(x)), three matrices.
+    Without a gate it computes down(activation(up(x))), with a gate down(activation(gate(x)) * up(x)).
     """
 
     activation: str
     gated: bool = False
 
     def default_intermediate_size(self, hidden_size: int) -> int:
-        """Return 4 x hidden_size; for a gated MLP 8/3 x hidden_size rounded up to a multiple of 64, which gives its
-        three matrices as many parameters as the other two have."""
+        """Return the default MLP width: 4 x hidden_size without a gate; with a gate 8/3 x hidden_size, rounded up to a
+        multiple of 64, so that its three matrices have about as many parameters as the two without a gate."""
         return -(-hidden_size * 8 // (3 * 64)) * 64 if self.gated else 4 * hidden_size
 
 
@@ -75,13 +75,13 @@ ROPE_KEYS = tuple(RopeParameters.__annotations__)
 
 
 def _check_mlp_type(mlp_type: str) -> None:
-    """Raise ValueError for a name that is not in MLPS; called by `@strict` whenever `mlp_type` is set."""
+    """Raise ValueError if `mlp_type` is not a key of the table MLPS. `@strict` calls this whenever the field is set."""
     if mlp_type not in MLPS:
         raise ValueError(f"mlp_type={mlp_type!r} is unknown; choose from {', '.join(MLPS)}")
 
 
 def _as_value_error(method: Callable) -> Callable:
-    """Decorate a method of `@strict` to raise a ValueError of one line in place of `@strict`'s own exceptions."""
+    """Wrap a method that huggingface_hub's `@strict` has added: its exceptions become ValueErrors of one line."""
 
     @functools.wraps(method)
     def wrapped(*args, **kwargs):
@@ -95,29 +95,29 @@ def _as_value_error(method: Callable) -> Callable:
 
 @strict
 class GPT2ModernConfig(PreTrainedConfig):
-    """Hold every setting of the model; the defaults are the modern model in the size of the smallest GPT-2.
+    """Hold every setting of a GPT2-Modern model. The defaults are Llama's design in the size of GPT-2.
 
-    vocab_size: rows of the embedding and of the head. `unpadded_vocab_size`: number of token ids (None: as many as
-        rows); the rows beyond it are padding for the hardware and their tokens have probability 0.
-    intermediate_size: None means `MLPKind.default_intermediate_size`.
+    vocab_size: number of rows of the embedding and of the head. `unpadded_vocab_size`: number of token ids (None means
+        vocab_size). The remaining rows only make the matrices faster; their tokens have probability 0.
+    intermediate_size: width of the MLP; None means the value of `MLPKind.default_intermediate_size`.
     head_dim: None means hidden_size / num_attention_heads. `num_key_value_heads`: None means num_attention_heads.
     position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), configured by `rope_parameters` as for any
         model of transformers; `partial_rotary_factor` is the rotated fraction of each head.
-    norm_type: "layernorm" (arXiv:1607.06450) or "rmsnorm" (arXiv:1910.07467). `norm_affine`: with learned gain (and
-        bias, for layernorm). `norm_eps`: added to the variance.
+    norm_type: "layernorm" (arXiv:1607.06450) or "rmsnorm" (arXiv:1910.07467). `norm_affine`: norms have a learned gain
+        (and a bias, for layernorm). `norm_eps`: a small number that is added to the variance.
     mlp_type: a key of MLPS: "gelu_new" (GPT-2's tanh form), "gelu" (arXiv:1606.08415), "relu2" (arXiv:2109.08668),
         "swiglu" (arXiv:2002.05202).
     attention_scale: factor of the attention scores; None means 1 / sqrt(head_dim).
-    use_qk_norm: normalise queries and keys per head before RoPE (arXiv:2010.04245); `qk_norm_affine`: with gain.
-    sliding_window: number of tokens, itself included, that a token sees in a layer of type "sliding_attention"
-        (arXiv:2004.05150). `layer_types` lists the type of each layer; None means that all layers slide if there is a
-        window, and that all have full attention otherwise.
+    use_qk_norm: normalise queries and keys per head before RoPE (arXiv:2010.04245). `qk_norm_affine`: with a gain.
+    sliding_window: number of tokens, including the token itself, that a token attends to in a layer of the type
+        "sliding_attention" (arXiv:2004.05150). `layer_types` lists the type of each layer; None means
+        "sliding_attention" for all layers if sliding_window is set, and "full_attention" for all layers otherwise.
     use_unet_skips, use_value_residual (arXiv:2410.17897), use_x0_residual, use_embedding_norm: the residual stream of
         the GPT-2 speedrun (github.com/KellerJordan/modded-nanogpt, record of 2024-11-10).
-    final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means none.
-    initializer_range: standard deviation of all matrices; `embedding_initializer_range`: that of the token embedding
-        (None: the same). Output matrices of attention and MLP get initializer_range / sqrt(2 x num_hidden_layers), as
-        in GPT-2; with `zero_init_projections` they start at zero, and so does an untied head.
+    final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means no soft cap.
+    initializer_range: standard deviation with which all matrices start. `embedding_initializer_range`: that of the
+        token embedding (None: the same). Output matrices of attention and MLP use initializer_range / sqrt(2 x
+        num_hidden_layers), as in GPT-2; with `zero_init_projections` they and an untied head start at zero.
 
     Raises ValueError for an unknown key, for a value of the wrong type, and for values that contradict each other.
     """
@@ -197,12 +197,12 @@ class GPT2ModernConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "GPT2ModernConfig":
-        """Return the configuration called `name` in PRESETS, with the fields in `overrides` replaced.
+        """Return the configuration of the preset `name` (a key of PRESETS), with the fields in `overrides` replaced.
 
-        Fields that depend on an overridden one, and are not overridden themselves, are derived again: heads keep their
-        size where hidden_size is a multiple of it, a new vocab_size has no padding, and special token ids beyond it
-        are dropped.
-        Raises ValueError for an unknown preset or field, and whatever the constructor raises.
+        Fields that depend on an overridden field, and are not overridden themselves, are derived again: the number of
+        heads changes so that the heads keep their size, if hidden_size is a multiple of it; a new vocab_size has no
+        padding rows; special token ids that are not below it are removed. Raises ValueError for an unknown preset or
+        field and for values that the configuration refuses.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
@@ -225,12 +225,12 @@ class GPT2ModernConfig(PreTrainedConfig):
             if alias in kwargs:
                 value = kwargs.pop(alias)
                 if getattr(self, name) not in (defaults[name], value):
-                    raise ValueError(f"{alias}={value} contradicts {name}={getattr(self, name)}; give one of them")
+                    raise ValueError(f"{alias}={value} contradicts {name}={getattr(self, name)}; remove one of them")
                 setattr(self, name, value)
         for key in ("rope_theta", "rope_scaling"):  # older names for keys of rope_parameters
             value = kwargs.get(key)
             if value is not None and self.rope_parameters and self.rope_parameters.get(key) != value:
-                raise ValueError(f"{key}={value} contradicts rope_parameters={self.rope_parameters}; give one of them")
+                raise ValueError(f"{key}={value} contradicts rope_parameters={self.rope_parameters}; remove one")
         is_loaded = self.transformers_version is not None  # from a config.json
         self._refuse_unknown_keys(kwargs, is_loaded)
 
@@ -238,7 +238,7 @@ class GPT2ModernConfig(PreTrainedConfig):
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
                     f"hidden_size={self.hidden_size} is not a multiple of "
-                    f"num_attention_heads={self.num_attention_heads}; change one, or set head_dim"
+                    f"num_attention_heads={self.num_attention_heads}; change one of them, or set head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -248,11 +248,11 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
-        # Not a validation method, which also runs before saving: transformers' own tools set a window on models whose
-        # layers do not use it, and save them.
+        # Not in a validation method, which also runs before saving: transformers' own tools set a window on models
+        # whose layers do not use it, and save them.
         if self.sliding_window is not None and "sliding_attention" not in self.layer_types and not is_loaded:
             raise ValueError(
-                f"sliding_window={self.sliding_window}, but layer_types has no sliding_attention; change one of them"
+                f"sliding_window={self.sliding_window}, but layer_types has no 'sliding_attention'; change one of them"
             )
 
         self.auto_map = AUTO_MAP | (kwargs.pop("auto_map", None) or {})
@@ -262,10 +262,11 @@ class GPT2ModernConfig(PreTrainedConfig):
             self.partial_rotary_factor = self.rope_parameters.get("partial_rotary_factor", 1.0)
 
     def _choose_parallel_plans(self) -> None:
-        """Remove modules that this model lacks from the tensor-parallel plan, and the pipeline plan where it is wrong.
+        """Remove from the tensor-parallel plan (how transformers splits each module over GPUs) the modules that this
+        model does not have, and set the pipeline-parallel plan to None if stages would compute wrong logits.
 
-        A pipeline stage gets only the output of the stage before, as `inputs_embeds`. Residuals from earlier layers
-        are then missing, and learned positions or an embedding norm would be applied again.
+        A pipeline stage receives only the output of the stage before it, as `inputs_embeds`. Residuals from earlier
+        layers are then missing, and learned positions or an embedding norm would be applied a second time.
         """
         absent = {
             "gate_proj": not MLPS[self.mlp_type].gated,
@@ -281,10 +282,10 @@ class GPT2ModernConfig(PreTrainedConfig):
             self.base_model_pp_plan = None
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any], is_loaded: bool) -> None:
-        """Raise ValueError for a key that no field has, which transformers would keep as an attribute without effect.
+        """Raise ValueError for a key that is not a configuration field; transformers would keep it without effect.
 
-        In a config.json a key that resembles no field is kept, with a warning: other tools write keys of their own
-        there, and the checkpoint should still load.
+        A key in a config.json (`is_loaded`) only causes a warning, unless it looks like a misspelt field: other tools
+        write keys of their own into this file, and the checkpoint should still load.
         """
         for key in kwargs:
             if self._is_known(key):
@@ -292,9 +293,9 @@ class GPT2ModernConfig(PreTrainedConfig):
             names = [field.name for field in dataclasses.fields(self)]
             nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
             if is_loaded and not nearest:
-                logger.warning(f"configuration key {key!r} is unknown to GPT2ModernConfig and has no effect")
+                logger.warning(f"config.json has the key {key!r}, which is unknown to GPT2-Modern and has no effect")
                 continue
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; remove it"
             raise ValueError(f"unknown configuration key {key!r}{hint}")
 
     def _is_known(self, key: str) -> bool:
@@ -302,27 +303,28 @@ class GPT2ModernConfig(PreTrainedConfig):
         return key in fields or key in self.attribute_map or key in TRANSFORMERS_KEYS or key.startswith("_")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as transformers does, without other attributes that were set on the configuration."""
+        """Return the configuration as a dict, as transformers does, but without attributes that are not fields."""
         return {key: value for key, value in super().to_dict().items() if self._is_known(key)}
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
-        """Complete `rope_parameters` (a hook of transformers); refuse RoPE settings beside learned positions."""
+        """Fill in the missing entries of `rope_parameters` and return the keyword arguments that are left. Raises
+        ValueError for an unknown or contradicting RoPE setting, and for any such setting with learned positions."""
         if self.position_embedding_type == "rope":
             # A copy, because the dict belongs to the caller. `type` is the older name of rope_type.
             parameters = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
             rope_type = parameters.setdefault("rope_type", parameters.pop("type", "default"))
             if rope_type not in ROPE_TYPES:
                 raise ValueError(
-                    f"rope_parameters has unknown rope_type={rope_type!r}; choose from {', '.join(ROPE_TYPES)}"
+                    f"rope_parameters has the unknown rope_type={rope_type!r}; choose from {', '.join(ROPE_TYPES)}"
                 )
             for key in parameters:
                 if key not in ROPE_KEYS:
-                    raise ValueError(f"rope_parameters has unknown key {key!r}; choose from {', '.join(ROPE_KEYS)}")
+                    raise ValueError(f"rope_parameters has the unknown key {key!r}; choose from {', '.join(ROPE_KEYS)}")
             fraction = parameters.setdefault("partial_rotary_factor", self.partial_rotary_factor)
             if self.partial_rotary_factor not in (1.0, fraction):
                 raise ValueError(
                     f"partial_rotary_factor={self.partial_rotary_factor} contradicts the "
-                    f"partial_rotary_factor={fraction} in rope_parameters"
+                    f"partial_rotary_factor={fraction} in rope_parameters; remove one of them"
                 )
             self.rope_parameters = parameters
             return super().convert_rope_params_to_dict(**kwargs)
@@ -338,10 +340,11 @@ class GPT2ModernConfig(PreTrainedConfig):
         return kwargs
 
     def validate_rope(self):
-        """Check `rope_parameters` as transformers does, and raise ValueError also for values that give wrong angles.
+        """Check `rope_parameters` as transformers does, and also raise ValueError for values that give wrong angles:
+        numbers that are not positive and finite, and lists of factors of the wrong length.
 
-        For some of them transformers 5.23 logs a warning and for others nothing; the angles would be NaN or turn
-        backwards, and a list of one factor would be taken for all dimensions.
+        transformers 5.23 only logs a warning for some of them, and accepts the others: the angles would be NaN or turn
+        backwards, and a list of one factor would be used for all dimensions.
         """
         try:
             super().validate_rope()
@@ -352,15 +355,15 @@ class GPT2ModernConfig(PreTrainedConfig):
         for key in (*numbers, "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             value = parameters.get(key)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a number above 0")
+                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a finite number above 0")
         count = int(self.head_dim * self.partial_rotary_factor) // 2
         for key in ("short_factor", "long_factor"):
             if parameters.get(key) is not None and len(parameters[key]) != count:
                 raise ValueError(f"rope_parameters has {key}={parameters[key]!r}; it must be a list of {count} numbers")
 
     def validate_architecture(self):
-        """Raise ValueError for values out of range or in contradiction; `@strict` calls this after construction and
-        before saving."""
+        """Raise ValueError if a field is out of range or contradicts another field. `@strict` calls this after the
+        configuration is built and before it is saved."""
         for name in type(self).__annotations__:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -387,13 +390,13 @@ class GPT2ModernConfig(PreTrainedConfig):
         slides = "sliding_attention" in self.layer_types
         if slides and not (self.sliding_window and self.sliding_window > 0):
             raise ValueError(
-                f"layer_types has sliding_attention, but sliding_window={self.sliding_window}; give a number of tokens"
+                f"layer_types has 'sliding_attention', but sliding_window={self.sliding_window}; set it to at least 1"
             )
         if unknown := set(self.layer_types) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"layer_types has unknown {sorted(unknown)}; choose full_attention or sliding_attention")
+            raise ValueError(f"layer_types has unknown {sorted(unknown)}; choose full_attention, sliding_attention")
         for name in ("attention_scale", "final_logit_softcapping"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive, or None")
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, or None")
         for name in ("norm_eps", "initializer_range", "embedding_initializer_range"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -403,12 +406,12 @@ class GPT2ModernConfig(PreTrainedConfig):
         rotary_dim = int(self.head_dim * self.partial_rotary_factor)
         if self.position_embedding_type == "rope" and (rotary_dim < 2 or rotary_dim > self.head_dim or rotary_dim % 2):
             raise ValueError(
-                f"head_dim={self.head_dim} x partial_rotary_factor={self.partial_rotary_factor} must be an even number "
-                f"between 2 and head_dim, not {rotary_dim}"
+                f"head_dim={self.head_dim} x partial_rotary_factor={self.partial_rotary_factor} is {rotary_dim} "
+                "rotated dimensions per head; it must be an even number between 2 and head_dim; change one of them"
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Save as transformers does, with an `auto_map` that names the code files saved beside the configuration."""
+        """Write config.json as transformers does; its `auto_map` names the model code files saved next to it."""
         self.auto_map = self.auto_map | AUTO_MAP
         super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Provide the parts of GPT2-Modern: norms, MLPs, rotary embedding, residual mixes and packed documents."""
+"""Provide the parts of a GPT2-Modern layer: norms, MLPs, RoPE, learned residual weights, masks between documents."""
 
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ from .configuration_gpt2modern import MLPS, GPT2ModernConfig
 
 
 class GPT2ModernRMSNorm(nn.Module):
-    """Normalise to x / sqrt(mean(x^2) + eps), times a learned gain if `elementwise_affine` (arXiv:1910.07467).
+    """Compute x / sqrt(mean(x^2) + eps) over the last dimension, times a learned gain if `elementwise_affine`
+    (RMSNorm, arXiv:1910.07467).
 
-    Computes in fp32 and returns the dtype of the input; with a gain identical to Llama's.
+    Computes in fp32 and returns the dtype of the input. With a gain, the result is the same as that of Llama's norm.
     """
 
     def __init__(self, normalized_shape: int, eps: float, elementwise_affine: bool = True):
@@ -38,12 +39,12 @@ NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": GPT2M
 
 
 def build_norm(config: GPT2ModernConfig) -> nn.Module:
-    """Build a norm of the residual stream."""
+    """Return a new norm over hidden_size, of the kind and with the settings of the configuration."""
     return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
 class GPT2ModernMLP(nn.Module):
-    """Compute down(activation(up(x))), as in GPT-2."""
+    """Compute down(activation(up(x))), the MLP without a gate that GPT-2 has."""
 
     def __init__(self, config: GPT2ModernConfig):
         super().__init__()
@@ -57,7 +58,7 @@ class GPT2ModernMLP(nn.Module):
 
 
 class GPT2ModernGatedMLP(nn.Module):
-    """Compute down(activation(gate(x)) * up(x)) (arXiv:2002.05202); identical to Llama's."""
+    """Compute down(activation(gate(x)) * up(x)), the gated MLP of arXiv:2002.05202 that Llama has."""
 
     def __init__(self, config: GPT2ModernConfig):
         super().__init__()
@@ -72,16 +73,16 @@ class GPT2ModernGatedMLP(nn.Module):
 
 
 def build_mlp(config: GPT2ModernConfig) -> nn.Module:
-    """Build the MLP that `config.mlp_type` names in MLPS."""
+    """Return a new MLP, gated or not, of the kind `config.mlp_type` (a key of the table MLPS)."""
     return GPT2ModernGatedMLP(config) if MLPS[config.mlp_type].gated else GPT2ModernMLP(config)
 
 
 class GPT2ModernRotaryEmbedding(nn.Module):
     """Compute cos and sin of position x frequency (RoPE, arXiv:2104.09864), for every `rope_type` of transformers.
 
-    Identical to Llama's except that `partial_rotary_factor` applies to the default type too, and that cos and sin stay
-    in fp32. Class name, buffers and `compute_default_rope_parameters` are what transformers looks for when it restores
-    the non-persistent frequencies of a model that was built on the meta device.
+    Differs from Llama's module in two points: `partial_rotary_factor` applies to the default type too, and cos and sin
+    stay in fp32. transformers relies on the names of the class, of its buffers and of
+    `compute_default_rope_parameters` to compute the frequencies again in a model that was built on the meta device.
     """
 
     def __init__(self, config):
@@ -97,15 +98,15 @@ class GPT2ModernRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config, *args, **kwargs) -> tuple[torch.Tensor, float]:
-        """Return the frequencies theta^(-2i / rotary_dim), (rotary_dim / 2,), and the factor 1 of cos and sin."""
+        """Return RoPE's frequencies theta^(-2i / rotary_dim), (rotary_dim / 2,), and 1.0, the factor of cos and sin."""
         rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        """Move the frequencies to another device but keep them in fp32, even in `model.bfloat16()`.
+        """Move the RoPE frequencies to another device, but keep them in fp32 even if `fn` converts the model to bf16.
 
-        Rounded to bf16, with 128 dimensions per head, the angle at position 1,000 would be wrong by up to 1.2 radians.
+        In bf16, with 128 dimensions per head, the angle at position 1,000 would be wrong by up to 1.2 radians.
         """
 
         def move(buffer: torch.Tensor) -> torch.Tensor:
@@ -117,7 +118,8 @@ class GPT2ModernRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin, each (batch, seq_len, rotary_dim) in fp32, for position_ids of shape (batch, seq_len)."""
+        """Return the cos and sin of RoPE for position_ids (batch, seq_len): two fp32 tensors (batch, seq_len,
+        rotary_dim). Of hidden_states only the device is used."""
         inv_freq = self.inv_freq.to(device=hidden_states.device, dtype=torch.float)
         angles = position_ids[..., None].float() * inv_freq  # (batch, seq_len, rotary_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)  # (batch, seq_len, rotary_dim)
@@ -127,11 +129,12 @@ class GPT2ModernRotaryEmbedding(nn.Module):
 def apply_rotary(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first rotary_dim dimensions of query and key by their position (RoPE, arXiv:2104.09864).
+    """Return query and key with the first rotary_dim dimensions of each head rotated according to the position of the
+    token (RoPE, arXiv:2104.09864); the other dimensions do not change.
 
-    The layout is half-split as in Llama: dimension i is paired with i + rotary_dim / 2.
-    query: (batch, num_heads, seq_len, head_dim); key: same with num_key_value_heads; cos, sin: (batch, seq_len,
-    rotary_dim), fp32, with an even rotary_dim <= head_dim. Rotates in fp32 and returns both in their input dtype.
+    Dimension i is paired with dimension i + rotary_dim / 2, as in Llama. query: (batch, num_heads, seq_len, head_dim);
+    key: the same with num_key_value_heads; cos, sin: (batch, seq_len, rotary_dim), fp32, with an even
+    rotary_dim <= head_dim. Rotates in fp32 and returns both tensors in the dtype of the input.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (batch, 1, seq_len, rotary_dim)
     return _rotate(query, cos, sin), _rotate(key, cos, sin)
@@ -146,16 +149,17 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class FirstArgument(nn.Module):
-    """Return the first of two tensors: stands in for a residual mix that is switched off, as nn.Identity would."""
+    """Return the first of two tensors unchanged: the placeholder for a disabled module that would mix the two."""
 
     def forward(self, states: torch.Tensor, other_states: torch.Tensor | None) -> torch.Tensor:
         return states
 
 
 class ResidualMix(nn.Module):
-    """Hold the learned weights of a mix of two tensors; they start at `initial_weight`.
+    """Hold the learned weights of a sum of two tensors: the base class of the modules that compute such sums.
 
-    A single weight is a vector of length 1, because FSDP2 does not shard 0-dimensional parameters.
+    `initial_weight` lists the values with which training starts. A single weight is a vector of length 1, because FSDP2
+    cannot shard 0-dimensional parameters.
     """
 
     initial_weight: tuple[float, ...]
@@ -166,7 +170,8 @@ class ResidualMix(nn.Module):
 
 
 class UNetSkip(ResidualMix):
-    """Compute x + w * y, where y is the output of the mirror layer in the first half of the model."""
+    """Compute x + w * y with a learned w, where x is the input of a layer in the second half of the model and y is the
+    output of the layer at the same distance from the middle in the first half (a U-Net skip connection)."""
 
     initial_weight = (1.0,)
 
@@ -175,7 +180,7 @@ class UNetSkip(ResidualMix):
 
 
 class EmbeddingResidual(ResidualMix):
-    """Compute a * x + b * x0, where x0 is the input of the first layer."""
+    """Compute a * x + b * x0 with learned a and b, where x is the input of a layer and x0 that of the first layer."""
 
     initial_weight = (1.0, 0.0)
 
@@ -184,9 +189,10 @@ class EmbeddingResidual(ResidualMix):
 
 
 class ValueResidual(ResidualMix):
-    """Compute (1 - w) * v + w * v1, where v1 are the values of the first layer (arXiv:2410.17897, with a learned w).
+    """Compute (1 - w) * v + w * v1 with a learned w, where v are the attention values of a layer and v1 those of the
+    first layer (value residual, arXiv:2410.17897).
 
-    Returns the dtype of v: w is fp32 under autocast, and flash attention needs values in the dtype of the queries.
+    Returns the dtype of v, although w is fp32 under autocast: flash attention needs values in the dtype of the queries.
     """
 
     initial_weight = (0.5,)
@@ -197,9 +203,10 @@ class ValueResidual(ResidualMix):
 
 
 def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:
-    """Return position_ids (batch, seq_len) that restart at 0 with each document.
+    """Return position_ids (batch, seq_len) that restart at 0 at the first token of each document.
 
-    cu_seq_lens: (documents + 1,), the index in the flattened batch at which each document begins and the last one ends.
+    cu_seq_lens: (documents + 1,), the index in the flattened batch at which each document starts, and then the index
+    after the last token.
     """
     index = torch.arange(batch_size * seq_len, device=cu_seq_lens.device)  # (batch * seq_len,)
     document = torch.searchsorted(cu_seq_lens[1:].contiguous(), index.to(cu_seq_lens.dtype), right=True)
@@ -207,16 +214,16 @@ def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: 
 
 
 class PackedDocuments(NamedTuple):
-    """Describe rows that hold several documents, so that a token attends only to tokens of its own document.
+    """Describe where documents start in rows that contain several, so that a token attends only to its own document.
 
-    The `rank` of a token is its index among the tokens of its row, without padding and including those in the cache.
-    A new document begins where the position does not increase from one token to the next; a jump to a higher position,
-    which padding inside a row leaves, begins none. The document of the first new token began `position` ranks before
-    it, or at rank 0 where there are fewer.
+    The `rank` of a token is its index in its row, counting the tokens in the cache but not the padding. A new document
+    starts at each token whose position is not higher than that of the token before it; a jump to a higher position,
+    which padding inside a row causes, starts no document. The document of the first new token started `position` ranks
+    before that token, or at rank 0 if there are fewer ranks.
 
-    starts: (batch, seq_len), rank of the first token of each token's document.
-    ranks: (batch, past_length + seq_len), rank of each token, including those in the cache; None without padding, where
-        the rank is the index.
+    starts: (batch, seq_len), for each token the rank of the first token of its document.
+    ranks: (batch, past_length + seq_len), the rank of each token, including those in the cache; None if there is no
+        padding, because the rank is then the index.
     past_length: number of tokens in the cache.
     """
 
@@ -228,10 +235,10 @@ class PackedDocuments(NamedTuple):
     def find(
         cls, position_ids: torch.Tensor, past_length: int | torch.Tensor, attention_mask: torch.Tensor | None
     ) -> "PackedDocuments | None":
-        """Find the documents in each row; return None where every row is one document.
+        """Return the start of each document, found from the positions; return None if every row is a single document.
 
-        position_ids: (batch, seq_len); attention_mask: (batch, past_length + seq_len), 0 for padding, or None.
-        A traced graph cannot depend on values, so that tracing never returns None.
+        position_ids: (batch, seq_len); attention_mask: (batch, past_length + seq_len), 0 for padding, or None if there
+        is no padding. Never returns None while a graph is traced, because a graph cannot depend on values.
         """
         batch_size, seq_len = position_ids.shape
         index = torch.arange(seq_len, device=position_ids.device).expand(batch_size, -1)
@@ -242,12 +249,12 @@ class PackedDocuments(NamedTuple):
             ranks = attention_mask.long().cumsum(-1) - 1  # (batch, past_length + seq_len)
             query_ranks, is_token = ranks[:, -seq_len:], attention_mask[:, -seq_len:].bool()
 
-        # Padding gets position and rank of the token before it, or at the start of a row of the first token after it.
+        # Padding gets the position and rank of the token before it; at the start of a row, of the first token after it.
         source = torch.where(is_token, index, -1).cummax(-1).values
         source = torch.where(source < 0, is_token.int().argmax(-1, keepdim=True), source)  # (batch, seq_len)
         positions = position_ids.expand(batch_size, -1).gather(1, source)
         ranks_of_tokens = query_ranks.gather(1, source)
-        # (batch, seq_len - 1): whether a new document begins at each token but the first.
+        # (batch, seq_len - 1): whether a new document starts at each token except the first.
         begins = (positions[:, 1:] <= positions[:, :-1]) & (source[:, 1:] != source[:, :-1])
         first_start = (ranks_of_tokens - positions)[:, :1].clamp(min=0)
         starts = torch.cat((first_start, torch.where(begins, ranks_of_tokens[:, 1:], 0)), dim=-1)
@@ -257,31 +264,33 @@ class PackedDocuments(NamedTuple):
         return None
 
     def mask_function(self, batch_idx, head_idx, query_idx, key_idx) -> torch.Tensor:
-        """Say whether a query and a key are in the same document; the `and_mask_function` of transformers' masks."""
+        """Return whether the key at key_idx is in the document of the query at query_idx, or in a later one; the causal
+        mask excludes the later ones. It has the signature of `and_mask_function` in transformers' masking functions."""
         start = self.starts[batch_idx, query_idx - self.past_length]
         if self.ranks is None:
             return key_idx >= start
         return self.ranks[batch_idx, key_idx.clamp(max=self.ranks.shape[1] - 1)] >= start
 
     def flash_arguments(self, key_length: int, key_offset: int) -> dict[str, Any]:
-        """Return the arguments of flash attention, which takes lengths of documents instead of a mask.
+        """Return the keyword arguments with which flash attention separates documents: it takes the lengths of the
+        documents instead of a mask.
 
-        key_length: keys per row that the layer's cache will hold; key_offset: index of the first of them, above 0 where
-        a sliding window has dropped some. Keys without a query, before the first document and after the last, become
-        documents without queries. Raises ValueError if there is padding as well.
+        key_length: number of keys per row that the layer's cache will hold; key_offset: index of the first of these
+        keys, above 0 if a sliding window has removed earlier ones. Keys before the first document and after the last
+        one become documents without queries. Raises ValueError if the rows also contain padding.
         """
         batch_size, seq_len = self.starts.shape
         if self.ranks is not None and (self.ranks[:, -1] + 1 < self.ranks.shape[1]).any():
             raise ValueError(
-                "flash attention takes packed documents or padding, not both: leave out attention_mask and let the "
-                "padding be a document of its own in position_ids, or use attn_implementation='sdpa'"
+                "flash attention supports several documents in a row or padding, not both; omit attention_mask and "
+                "restart position_ids at 0 where padding starts, or use attn_implementation='sdpa'"
             )
         index = torch.arange(seq_len, device=self.starts.device).expand(batch_size, -1)  # (batch, seq_len)
         rows = torch.arange(batch_size, device=self.starts.device).unsqueeze(1)  # (batch, 1)
         zero, one = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool)
 
         # (batch, seq_len + 2) each: the keys before the first document, the tokens, and the keys after the last one;
-        # whether a document begins there, and its first query and key in the flattened batch.
+        # whether a document starts there, and its first query and key in the flattened batch.
         is_first = torch.cat((one, one, self.starts[:, 1:] != self.starts[:, :-1], one), dim=1)
         queries = torch.cat((zero, index, zero + seq_len), dim=1) + rows * seq_len
         first_keys = (self.starts - key_offset).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Compute the loss: cross-entropy of a linear head without holding all logits, soft cap of logits, z-loss."""
+"""Compute the loss of a linear head without holding all logits: cross-entropy, soft cap (bound of logits), z-loss."""
 
 import re
 
@@ -6,7 +6,7 @@ import torch
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Bound logits to +-cap by cap * tanh(logits / cap) (arXiv:2408.00118); return them unchanged if cap is None."""
+    """Return cap * tanh(logits / cap), which is between -cap and cap (arXiv:2408.00118); if cap is None, the logits."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -28,11 +28,12 @@ def _summed_loss_and_gradients(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the summed loss, the z-loss in it, and the gradients of the loss, a chunk of tokens at a time.
+    """Return the loss summed over the tokens, the z-loss (a penalty on large logits) contained in it, and the gradients
+    of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens at a time.
 
     hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64.
-    Returns two scalars in at least fp32, the gradient with respect to hidden_states in compute_dtype, and that with
-    respect to weight in at least fp32, both in the shape of their tensor. A gradient that is not needed is empty.
+    The two losses are scalars in at least fp32. The gradients have the shapes of their tensors; that of hidden_states
+    is in compute_dtype, that of weight in at least fp32. A gradient that is not needed is an empty tensor.
     """
     num_tokens = hidden_states.shape[0]
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
@@ -104,7 +105,7 @@ def _empty_outputs(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Allocate the results of the operator without setting their values."""
+    """Return uninitialised tensors for loss, z-loss and two gradients; a gradient that is not needed is empty."""
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
     return (
         hidden_states.new_empty((), dtype=loss_dtype),
@@ -140,12 +141,14 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
-    """Multiply the stored gradients, which are those of the sum, by the factor that arrives in the backward pass.
+    """Return the gradients that the forward pass has computed, times `total_gradient`, and None for other arguments.
 
-    It holds 1 / num_items and, in fp16, the loss scale.
+    `total_gradient` contains 1 / num_items, and in fp16 the loss scale. Raises RuntimeError for a second derivative.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("linear_cross_entropy is differentiable once only; for create_graph=True compute all logits")
+        raise RuntimeError(
+            "linear_cross_entropy is differentiable once only; for create_graph=True use skip_logits=False"
+        )
     # Multiply in the loss dtype, then round: in bf16 the factor 1 / num_items alone is wrong by up to 0.2 %.
     hidden_gradient, weight_gradient = (
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
@@ -160,7 +163,8 @@ _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_kee
 def linear_cross_entropy(
     hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options
 ) -> torch.Tensor:
-    """Compute the first result of `linear_cross_entropy_and_z_loss`, which has the same arguments."""
+    """Return the loss of a linear head in nats per token, computed without holding all logits in memory: the first
+    result of `linear_cross_entropy_and_z_loss`, which has the same arguments."""
     return linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)[0]
 
 
@@ -176,33 +180,34 @@ def linear_cross_entropy_and_z_loss(
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) and never hold all logits.
+    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) without holding all logits in
+    memory, and add the z-loss. Returns two scalars: this total loss, and the part of it that is z-loss.
 
     hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
-    labels: (num_tokens,), int64, aligned with hidden_states (the caller shifts); `ignore_index` has no loss.
-    z_loss_coefficient: this times the square of log(sum(exp(logits))), averaged over tokens as the cross-entropy is, is
-    added. It keeps all logits from growing together, which does not change a softmax (PaLM, arXiv:2204.02311, section
-    5, has 1e-4).
+    labels: (num_tokens,), int64, already shifted by the caller; tokens with the label `ignore_index` have no loss.
+    z_loss_coefficient: factor of the square of log(sum(exp(logits))), averaged over the tokens as the cross-entropy is.
+    This term prevents a growth of all logits by the same amount, which the softmax does not notice (PaLM,
+    arXiv:2204.02311, section 5, uses 1e-4).
     vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
     softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
-    num_items_in_batch: divides the summed loss; None means the number of labels that are not ignored.
-    chunk_size: number of tokens whose logits exist at once; by default hidden_size, and at least 512. The sum of the
-    weight gradient is fp32, (vocab_size, hidden_size), and the logits of hidden_size tokens take no more memory than
-    it does; a smaller chunk only adds passes over that sum.
+    num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored.
+    chunk_size: number of tokens whose logits exist at the same time; None means hidden_size, but at least 512. Logits
+    of hidden_size tokens take no more memory than the fp32 gradient of weight; a smaller chunk only costs more time.
 
-    Returns the loss in nats per token, and the z-loss in it without a gradient, fp32 for every dtype of the inputs
-    (float64 for float64). Matrix products run in the dtype of autocast where it is on, otherwise in that of
-    hidden_states; softmax, loss and the sum of the weight gradient stay in fp32. As in
-    `torch.nn.functional.cross_entropy`, the mean over no labels is NaN with zero gradients. Gradients are computed in
-    the forward pass (as in Liger Kernel, arXiv:2410.10989), so that backward only scales them; differentiating twice
-    raises RuntimeError. Raises ValueError for shapes or sizes that do not fit.
+    Both results are in nats per token and in fp32 (float64 for float64 inputs); the second one has no gradient. Matrix
+    products run in the dtype of autocast if it is enabled, otherwise in that of hidden_states; softmax, loss and the
+    sum of the weight gradient stay in fp32. As in `torch.nn.functional.cross_entropy`, the mean over no labels is NaN,
+    with gradients of zero. The forward pass computes the gradients (as Liger Kernel does, arXiv:2410.10989) and the
+    backward pass only scales them; a second derivative raises RuntimeError. Raises ValueError for shapes that do not
+    match, a vocab_size out of range, and a chunk_size or softcap that is not positive.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     chunk_size = max(512, weight.shape[1]) if chunk_size is None else chunk_size
     is_2d = hidden_states.dim() == weight.dim() == 2
     if not is_2d or hidden_states.shape != (*labels.shape, weight.shape[1]):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden_states, weight, labels))
-        raise ValueError(f"shapes must be (num_tokens, hidden_size), (rows, hidden_size), (num_tokens,); got {shapes}")
+        expected = "(num_tokens, hidden_size), (rows, hidden_size), (num_tokens,)"
+        raise ValueError(f"shapes must be {expected} for hidden_states, weight and labels, got {shapes}")
     if not 1 <= vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size must be between 1 and the {weight.shape[0]} rows of weight, got {vocab_size}")
     if chunk_size < 1 or (softcap is not None and softcap <= 0):
@@ -236,7 +241,10 @@ def logits_z_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
 ) -> torch.Tensor:
-    """Compute the z-loss from all logits (..., vocab_size), with a gradient; labels: (...)."""
+    """Return the z-loss, z_loss_coefficient times the mean of log(sum(exp(logits)))^2, with a gradient.
+
+    logits: (..., vocab_size); labels: (...). The mean is over the tokens whose label is not `ignore_index`, or the sum
+    is divided by num_items_in_batch if that is given."""
     log_sum = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)  # (...)
     total = z_loss_coefficient * log_sum.square().masked_fill(labels == ignore_index, 0).sum()
     return _mean_over_labels(total, labels, num_items_in_batch, ignore_index)
@@ -247,7 +255,7 @@ def _mean_over_labels(
 ) -> torch.Tensor:
     if num_items_in_batch is None:
         num_labels = (labels != ignore_index).sum()
-        # Dividing by zero would make the gradients NaN too; nn.functional.cross_entropy gives zeros.
+        # Dividing by zero would make the gradients NaN too; those of nn.functional.cross_entropy are zero.
         return torch.where(num_labels > 0, total / num_labels.clamp(min=1), torch.nan)
     if isinstance(num_items_in_batch, torch.Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)

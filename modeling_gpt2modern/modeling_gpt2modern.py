@@ -1,8 +1,8 @@
-"""Define GPT2-Modern, a decoder-only transformer between GPT-2 (2019) and its modern descendants.
+"""Define the GPT2-Modern models: a decoder-only transformer that can be GPT-2 (2019), Llama or models in between.
 
-The file goes from the inside out: attention, decoder layer, model, heads. Each choice of the configuration becomes a
-module in `__init__`; no forward reads a flag. Module names are those of Llama. Norms, MLPs and the rotary embedding are
-in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
+The file is ordered from the inner to the outer parts: attention, decoder layer, model, models with a head. `__init__`
+turns each choice of the configuration into a module; no `forward` reads a flag. Modules have the same names as in
+Llama. Norms, MLPs and the rotary embedding are in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
 
 import functools
@@ -53,10 +53,10 @@ from .loss_gpt2modern import linear_cross_entropy_and_z_loss, logits_z_loss, sof
 
 try:
     from transformers.modeling_utils import slice_logits_to_keep
-except ImportError:  # transformers 5.17 has none
+except ImportError:  # transformers 5.17 does not have it
 
     def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        """Return the hidden states that need logits: the last `logits_to_keep` (0: all), or those a 1D tensor lists."""
+        """Return the hidden states of the last `logits_to_keep` tokens (0: all), or of those that a 1D tensor lists."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, kept, :]
 
@@ -77,7 +77,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute softmax(query @ key.T * scaling + mask) @ value in plain PyTorch, the reference for all other kernels.
+    """Compute attention, softmax(query @ key.T * scaling + mask) @ value, in plain PyTorch. All others must match it.
 
     query: (batch, num_heads, query_len, head_dim); key, value: (batch, num_key_value_heads, key_len, head_dim).
     Returns the output (batch, query_len, num_heads, head_dim) and the weights (batch, num_heads, query_len, key_len).
@@ -93,9 +93,9 @@ def eager_attention_forward(
 
 
 class GPT2ModernAttention(nn.Module):
-    """Attend from each token to those before it, with grouped heads (arXiv:2305.13245) and optional QK-norm.
+    """Compute causal self-attention with grouped key and value heads (arXiv:2305.13245).
 
-    Identical to Qwen3's except that QK-norm and RoPE are optional, and for the value residual.
+    Differs from Qwen3's: query and key norms and RoPE are optional, and so is a mix with the first layer's values.
     """
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
@@ -122,7 +122,7 @@ class GPT2ModernAttention(nn.Module):
             else nn.Identity()
             for _ in range(2)
         )
-        # Layer 0 has nothing to mix in: its own values are those that the other layers read.
+        # Layer 0 mixes nothing in: the other layers read its values.
         self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else FirstArgument()
 
     def forward(
@@ -134,8 +134,8 @@ class GPT2ModernAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Return the output (batch, seq_len, hidden_size), the attention weights (eager only), and the values of the
-        new tokens (batch, num_key_value_heads, seq_len, head_dim), which later layers may mix into theirs.
+        """Return the output (batch, seq_len, hidden_size), the attention weights (None unless attention is eager), and
+        the values of the new tokens (batch, num_key_value_heads, seq_len, head_dim), which later layers may read.
         """
         input_shape = hidden_states.shape[:-1]  # (batch, seq_len)
         head_shape = (*input_shape, -1, self.head_dim)
@@ -171,7 +171,7 @@ class GPT2ModernAttention(nn.Module):
 
 
 class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
-    """Add attention, then an MLP, each behind a norm of its own, to the residual stream."""
+    """Add the output of attention, then that of an MLP, to the hidden states; each has a norm of its own before it."""
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
         super().__init__()
@@ -194,11 +194,11 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         first_value_states: torch.Tensor | None = None,
         **attention_kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Return the new hidden_states; layer 0 of a model with value residuals returns a pair with its values.
+        """Return the new hidden_states; layer 0 of a model with value residuals also returns its attention values.
 
         hidden_states, skip_states, embedding_states: (batch, seq_len, hidden_size); first_value_states: (batch,
-        num_key_value_heads, seq_len, head_dim). Reentrant gradient checkpointing needs tensors with gradients to be
-        positional arguments.
+        num_key_value_heads, seq_len, head_dim). Tensors with gradients must be passed as positional arguments, because
+        reentrant gradient checkpointing tracks no others.
         """
         hidden_states = self.unet_skip(hidden_states, skip_states)
         hidden_states = self.embedding_residual(hidden_states, embedding_states)
@@ -211,7 +211,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
 
 
 class GPT2ModernPreTrainedModel(PreTrainedModel):
-    """Initialise weights, and declare to transformers what the models can do."""
+    """Initialise the weights of all GPT2-Modern models, and declare to transformers which features they support."""
 
     config: GPT2ModernConfig
     config_class = GPT2ModernConfig
@@ -228,27 +228,26 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GPT2ModernConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        # Saving copies the file of `self.__module__`, but FSDP2 replaces the class by one that is defined in torch.
+        # Saving copies the file of `self.__module__`, but FSDP2 replaces the class by one that torch defines.
         self.__module__ = type(self).__module__
 
     @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args, **kwargs) -> nn.Module:
-        """Distribute the model as transformers does, but raise ValueError for pipeline stages that give wrong logits.
-
-        transformers cuts any model into stages, even one without a pipeline plan.
+        """Distribute the model over devices as transformers does, which splits even a model without a pipeline plan.
+        Raises ValueError if pipeline stages are requested but would make the logits of this model wrong.
         """
         if getattr(distributed_config, "pp_size", None) not in (None, 1) and model.config.base_model_pp_plan is None:
             raise ValueError(
-                f"pp_size={distributed_config.pp_size}, but a stage gets only the output of the stage before it, and "
-                "this model has learned positions, an embedding norm or residuals across layers; leave out pp_size"
+                f"pp_size={distributed_config.pp_size}, but a stage gets only the output of the stage before it, and a "
+                "model with learned positions, an embedding norm or residuals across layers needs more; omit pp_size"
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module as transformers does, except for output projections, residual mixes and embeddings.
+        """Initialise a module as transformers does, except output projections, residual weights and token embeddings.
 
-        transformers calls this only on modules with parameters or buffers of their own. Attention and MLP therefore
-        mark the projections that write to the residual stream (`writes_residual`) and do not initialise them.
+        transformers calls this only for modules with parameters or buffers of their own. Attention and MLP therefore
+        only mark the projections that add to the residual stream, by the attribute `writes_residual`.
         """
         super()._init_weights(module)
         config = self.config
@@ -267,7 +266,8 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize as transformers does; rows that `pad_to_multiple_of` adds are padding and not token ids."""
+        """Resize the token embedding and the head as transformers does, and return the embedding. Rows that
+        `pad_to_multiple_of` adds are not token ids: `unpadded_vocab_size` does not count them."""
         real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
@@ -275,7 +275,7 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
 
 
 class GPT2ModernModel(GPT2ModernPreTrainedModel):
-    """Turn token ids into hidden states by embeddings, decoder layers and a final norm."""
+    """Compute hidden states from token ids with embeddings, decoder layers and a final norm; this model has no head."""
 
     _auto_class = "AutoModel"
 
@@ -306,13 +306,13 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Return the hidden states (batch, seq_len, hidden_size); arguments and output are those of LlamaModel.
+        """Return the final hidden states (batch, seq_len, hidden_size); arguments and output are those of LlamaModel.
 
-        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and for more tokens than learned
-        positions.
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and if a model with learned
+        positions gets more tokens than it has positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("the model needs exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -334,16 +334,16 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         if self.embed_positions is not None:
             if seq_len > self.embed_positions.num_embeddings:
                 longest = self.embed_positions.num_embeddings
-                raise ValueError(f"{seq_len} tokens, but max_position_embeddings={longest}; shorten the input")
+                raise ValueError(f"the input has {seq_len} tokens, but max_position_embeddings={longest}; shorten it")
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
         embedding_states = hidden_states = self.dropout(self.embedding_norm(hidden_states))
 
         first_value_states = None
-        # Outputs of the layers of the first half; the last one is read first, by the first layer of the second half.
+        # Outputs of the layers of the first half. The first layer of the second half reads the last of them.
         skips: list[torch.Tensor] = []
-        # The number in the configuration may be lower than that of the layers: generate(assistant_early_exit=...).
+        # The configuration may name fewer layers than there are: generate(assistant_early_exit=...).
         # A slice of self.layers, as in Llama, would build a new ModuleList in every forward: 50 us for 12 layers.
         for index, layer in zip(range(self.config.num_hidden_layers), self.layers, strict=False):
             skip_states = skips.pop() if index >= len(self.layers) - self.unet_depth else None
@@ -376,12 +376,12 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         past_length: int | torch.Tensor,
         document_positions: torch.Tensor | None,
     ) -> dict[str, dict[str, Any]]:
-        """Return, for each type of layer, the arguments that restrict its attention to the tokens it may see.
+        """Return, for each type of layer, the keyword arguments that restrict its attention to the permitted tokens: a
+        mask, or for flash attention, which takes no mask, the lengths of the documents in the rows.
 
-        They are a mask, or under flash attention the lengths of packed documents, because it takes no masks.
-        document_positions: (batch, seq_len), restarting with each document; None if the caller gave no positions.
-        An attention implementation that transformers makes no masks for, as in vLLM, separates documents itself. A
-        traced graph cannot compute lengths, so that flash attention needs `cu_seq_lens_*` from the caller there.
+        document_positions: (batch, seq_len), restarting at each document; None if the caller passed no positions. If
+        transformers makes no masks for the attention implementation, as in vLLM, this must separate documents itself. A
+        traced graph cannot compute lengths: with flash attention the caller must then pass `cu_seq_lens_*`.
         """
         if isinstance(attention_mask, dict):  # generate() prepares the masks itself for a cache of fixed size
             return {attention_type: {"attention_mask": mask} for attention_type, mask in attention_mask.items()}
@@ -415,13 +415,14 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
 
 @dataclass
 class GPT2ModernCausalLMOutput(CausalLMOutputWithPast):
-    """Add to transformers' output `z_loss`: the part of `loss` that is z-loss, detached; None without z-loss."""
+    """Hold the fields of transformers' CausalLMOutputWithPast and `z_loss`, the part of `loss` that is z-loss (a
+    penalty on large logits), without a gradient. It is None without labels or if z_loss_coefficient is 0."""
 
     z_loss: torch.FloatTensor | None = None
 
 
 class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
-    """Predict the next token: GPT2ModernModel, a linear head, and the loss."""
+    """Predict the next token with GPT2ModernModel and a linear head, and compute the loss if labels are given."""
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -454,15 +455,14 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         z_loss_coefficient: float = 0.0,
         **kwargs,
     ) -> GPT2ModernCausalLMOutput:
-        """Return logits (batch, seq_len, number of token ids) and, given labels, the loss in nats/token in fp32.
+        """Return the logits (batch, seq_len, number of token ids) and, with labels, the fp32 loss in nats per token.
 
-        labels: (batch, seq_len), shifted here as everywhere in transformers; -100 is ignored. `shift_labels`: labels
-            that the caller has shifted. `num_items_in_batch`: divides the summed loss; None means the number of labels.
-        skip_logits: with labels, compute the loss without ever holding all logits, and return no logits.
-        pad_logits: return one column per row of the head, those beyond the token ids at the dtype's minimum; generate()
-            sets it, because transformers sizes its buffers by config.vocab_size.
-        z_loss_coefficient: this times the square of log(sum(exp(logits))) is added to the loss, see
-            `linear_cross_entropy_and_z_loss`.
+        labels: (batch, seq_len), not shifted, as everywhere in transformers; -100 is ignored. `shift_labels`: labels
+            that are already shifted. `num_items_in_batch`: divisor of the summed loss; None means the number of labels.
+        skip_logits: if labels are given, compute the loss without holding all logits in memory, and return no logits.
+        pad_logits: return one column per row of the head, with the dtype's minimum in columns that are not token ids;
+            generate() sets this, because transformers sizes its buffers by config.vocab_size.
+        z_loss_coefficient: factor of the mean of log(sum(exp(logits)))^2, which is added to the loss.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -522,7 +522,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         )
 
     def _head_is_a_matrix(self) -> bool:
-        """Say whether the head is still one full matrix, which LoRA, quantisation and tensor parallelism change."""
+        """Return whether the head is a plain unsharded matrix: False with LoRA, quantisation or tensor parallelism."""
         weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
         return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape[0] == self.config.vocab_size
 
@@ -531,18 +531,18 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
 
 
-# Trainer's label smoothing shifts the labels of the classes in this list only.
+# Label smoothing of transformers' Trainer shifts labels only for the classes in this list.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ModernConfig.model_type, GPT2ModernForCausalLM.__name__)
 
 
 class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2ModernPreTrainedModel):
-    """Predict a label for each sequence from the hidden state of its last token that is not padding."""
+    """Predict one label for each sequence, from the hidden state of its last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
     accepts_loss_kwargs = False  # its loss is always a mean over the batch; num_items_in_batch is ignored
 
     def __init__(self, config: GPT2ModernConfig):
-        # Not the __init__ of the mixin: it calls AutoModel, which needs trust_remote_code.
+        # The __init__ of the mixin is not called: it uses AutoModel, which needs trust_remote_code.
         GPT2ModernPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = GPT2ModernModel(config)
@@ -551,7 +551,7 @@ class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2
 
 
 class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2ModernPreTrainedModel):
-    """Predict a label for each token."""
+    """Predict one label for each token, from its hidden state."""
 
     _auto_class = "AutoModelForTokenClassification"
     accepts_loss_kwargs = False  # as above

@@ -541,7 +541,7 @@ def test_the_exported_folder_keeps_its_tokenizer_and_generation_configuration(ex
 
 def test_the_card_says_where_the_model_came_from(exported):
     card = (exported[1] / "native" / "README.md").read_text()
-    assert "`mine`, GPT2ModernForCausalLM, as LlamaForCausalLM" in card
+    assert "`mine` (GPT2ModernForCausalLM) in the layout of LlamaForCausalLM" in card
     assert "trust_remote_code" not in card and str(exported[1]) not in card
 
 
@@ -645,5 +645,5 @@ def test_an_output_folder_with_files_in_it_is_left_alone(exported, capsys):
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(SystemExit):
         main(["--model", str(folder), "--output_dir", str(folder)])
-    assert f"--output_dir {folder} exists" in capsys.readouterr().err
+    assert f"--output_dir {folder} is not empty" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before

@@ -1,4 +1,4 @@
-"""Convert between GPT2-Modern and the stock architectures of transformers that compute the same logits."""
+"""Convert GPT2-Modern models to stock classes of transformers that compute the same logits, and back."""
 
 from gpt2modern.conversion.architectures import ARCHITECTURES
 from gpt2modern.conversion.convert import convert_folder, from_native, to_native

@@ -1,4 +1,4 @@
-"""Run the conversion as `python -m gpt2modern.conversion`."""
+"""Run the conversion between GPT2-Modern and stock models for `python -m gpt2modern.conversion`."""
 
 from gpt2modern.conversion.convert import main
 

@@ -1,27 +1,27 @@
-"""List the stock architectures of transformers that a GPT2-Modern model can be converted to and from.
+"""List the stock architectures (model classes of transformers) that a GPT2-Modern model can be converted to and from.
 
-| architecture          | our models that it can be, besides the rewrites below                                |
+| architecture          | GPT2-Modern models with the same logits, in addition to the rewrites below           |
 |-----------------------|--------------------------------------------------------------------------------------|
 | GPT2LMHeadModel       | learned positions, layernorm, MLP without a gate                                     |
-| Qwen2ForCausalLM      | rope, rmsnorm, gated MLP, attention biases without o_proj's, any layer_types         |
+| Qwen2ForCausalLM      | rope, rmsnorm, gated MLP, biases of q, k and v only, any layer_types                 |
 | LlamaForCausalLM      | rope, rmsnorm, gated MLP, any biases                                                 |
-| MistralForCausalLM    | rope, rmsnorm, gated MLP, no biases, every layer sliding or none                     |
-| Phi3ForCausalLM       | rope, partial too, rmsnorm, gated MLP, no biases, every layer sliding or none        |
+| MistralForCausalLM    | rope, rmsnorm, gated MLP, no biases, window in all layers or none                    |
+| Phi3ForCausalLM       | rope (also partial), rmsnorm, gated MLP, no biases, window in all layers or none     |
 | Qwen3ForCausalLM      | rope, rmsnorm, gated MLP, QK-norm, attention biases, any layer_types                 |
 | ArceeForCausalLM      | rope, rmsnorm, MLP without a gate, any biases                                        |
 | ApertusForCausalLM    | rope, rmsnorm, MLP without a gate, QK-norm, attention biases                         |
-| GPTNeoXForCausalLM    | rope, partial too, layernorm, MLP without a gate, any biases                         |
-| Starcoder2ForCausalLM | rope, layernorm, MLP without a gate, any biases, every layer sliding or none         |
-| StableLmForCausalLM   | rope, partial too, layernorm, gated MLP, biases of q, k and v                        |
+| GPTNeoXForCausalLM    | rope (also partial), layernorm, MLP without a gate, any biases                       |
+| Starcoder2ForCausalLM | rope, layernorm, MLP without a gate, any biases, window in all layers or none        |
+| StableLmForCausalLM   | rope (also partial), layernorm, gated MLP, biases of q, k and v                      |
 
-Rewrites are exact: padded vocabulary rows are cut; a norm after the embedding is applied to its table (with rope);
-weightless norms get gains of one; `attention_scale` moves into the queries; biases that the architecture needs become
-zeros.
+An export rewrites the model, which changes weights and settings but not the logits: padding rows of the vocabulary are
+removed; a norm after the embedding is applied to the embedding table (with rope); norms without a gain get gains of
+one; `attention_scale` becomes a factor of the queries; biases that the architecture needs are added as zeros.
 
-Everything else is refused by name: U-Net skips, value and x0 residuals; soft-cap; learned positions beside rmsnorm, a
-gated MLP, grouped heads, QK-norm, windows or an embedding norm; windows per layer beside MLP biases; QK-norm beside
-layernorm or MLP biases. On import also parallel residuals, QK-norm with a gain per head, and activation functions that
-no entry of MLPS has.
+All other models are refused, and the error names the setting: U-Net skips, value and x0 residuals; a soft cap; learned
+positions with rmsnorm, a gated MLP, grouped heads, QK-norm, windows or an embedding norm; windows in some layers with
+MLP biases; QK-norm with layernorm or MLP biases. An import also refuses parallel residuals, QK-norm with a separate
+gain for each head, and activation functions that no `mlp_type` has.
 """
 
 from gpt2modern.conversion.traits import (
@@ -51,12 +51,12 @@ FULL = Ours(sliding_window=None)
 UNIFORM_WINDOW = (Needs(layer_types=lambda config: len(set(config.layer_types)) == 1), Same("sliding_window"))
 UNGROUPED = Needs(num_key_value_heads=lambda config: config.num_key_value_heads == config.num_attention_heads)
 HEADS = (Same("num_key_value_heads"), Same("head_dim", optional=True))
-# Configuration classes without a head_dim, and those that insist on hidden_size being a multiple of the heads.
+# For configuration classes without a head_dim, and for those that need hidden_size to be a multiple of the heads.
 USUAL_HEAD_SIZE = Needs(head_dim=lambda config: config.head_dim * config.num_attention_heads == config.hidden_size)
 WHOLE_HEADS = (*HEADS, Needs(num_attention_heads=lambda config: config.hidden_size % config.num_attention_heads == 0))
 GATED, UNGATED = Mlp(gated=True), Mlp(gated=False)
 RMSNORM = (Ours(norm_type="rmsnorm"), Same(norm_eps="rms_norm_eps"))
-# These classes rotate the fraction that their configuration names, whatever the type.
+# These classes rotate the fraction that their configuration names, for every rope_type.
 PARTIAL_DEFAULT = Rotary(partial=True, rope_types=("default",))
 
 COMMON = (
@@ -75,12 +75,12 @@ LLAMA = (*USUAL, Rotary(), *RMSNORM, GATED, NO_QK_NORM)
 
 
 def layernorm(eps: str) -> tuple[Trait, ...]:
-    """Return the traits of a LayerNorm with gain and bias, whose epsilon the stock configuration calls `eps`."""
+    """Return the traits (rules that translate settings) of a LayerNorm whose stock epsilon setting is called `eps`."""
     return (Ours(norm_type="layernorm"), Same(norm_eps=eps))
 
 
-# Name of the class in transformers -> its traits, in the order in which they turn our weights into stock ones. Of those
-# that are exact at the same cost, an export takes the first.
+# Name of the class in transformers -> its traits, in the order in which they turn GPT2-Modern weights to stock weights.
+# If several are exact and need the same biases of zero, an export takes the first.
 # fmt: off
 ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
     "GPT2LMHeadModel": (
@@ -89,7 +89,7 @@ ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
         *layernorm("layer_norm_epsilon"), Mlp(gated=False, setting="activation_function"), UNGROUPED, USUAL_HEAD_SIZE,
         Theirs(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         Same(hidden_size="n_embd", num_hidden_layers="n_layer", num_attention_heads="n_head"),
-        # transformers has dropped n_ctx, and llama.cpp's converter still asks for it.
+        # transformers has removed n_ctx, but llama.cpp's converter still reads it.
         Same(max_position_embeddings="n_ctx", optional=True),
         Same(max_position_embeddings="n_positions", intermediate_size="n_inner"),
         Same(embedding_dropout="embd_pdrop", attention_dropout="attn_pdrop", hidden_dropout="resid_pdrop"),
@@ -146,5 +146,5 @@ ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
 
 
 def in_the_way(name: str, config: GPT2ModernConfig, weights: Weights) -> list[str]:
-    """List our settings and weights that the architecture called `name` cannot have."""
+    """Return the names of settings and weights that the stock class `name` does not support; [] allows the export."""
     return list(dict.fromkeys(key for trait in ARCHITECTURES[name] for key in trait.in_the_way(config, weights)))

@@ -1,10 +1,10 @@
-"""Convert a GPT2-Modern model to a stock architecture of transformers with the same logits, or a stock model to ours.
+"""Convert a GPT2-Modern model to a stock class of transformers with the same logits, or a stock model to GPT2-Modern.
 
-python -m gpt2modern.conversion --model DIR --output_dir STOCK [--architecture NAME]
+python -m gpt2modern.conversion --model DIR --output_dir CONVERTED [--architecture NAME]
 
-A folder of GPT2-Modern is exported, so that it loads without trust_remote_code; a folder of a stock architecture is
-imported. A model without an exact counterpart is refused, and the error names the settings. The logits differ by at
-most 1e-5 in fp32; dropout probabilities that the other configuration lacks are lost.
+A GPT2-Modern folder is exported: the result loads without trust_remote_code. A folder of a stock architecture is
+imported as GPT2-Modern. A model without an exact counterpart is refused, and the error names the settings. The logits
+differ by at most 1e-5 in fp32. Dropout probabilities that the other configuration cannot hold are lost.
 """
 
 import copy
@@ -35,7 +35,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def add_neutral_weights(weights: Weights, config: GPT2ModernConfig) -> Weights:
-    """Add the gains of one and the biases of zero that a model with this configuration has and `weights` lack."""
+    """Return `weights` and, for norm gains and biases of the configured model that are missing, ones and zeros."""
     with torch.device("meta"):
         tensors = GPT2ModernForCausalLM(config).state_dict()
     missing = {name: tensor.shape for name, tensor in tensors.items() if name not in weights}
@@ -46,7 +46,8 @@ def add_neutral_weights(weights: Weights, config: GPT2ModernConfig) -> Weights:
 
 
 def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2ModernConfig]:
-    """Return an equal model without what no stock architecture has, as far as that is possible."""
+    """Return weights and settings that compute the same logits and that more stock architectures support, for example
+    without padding rows in the vocabulary. What cannot be replaced exactly does not change."""
     config = copy.deepcopy(config)
     weights = weights | {name: weights[name][: config.unpadded_vocab_size] for name in (HEAD, EMBEDDING)}
     config.update({"vocab_size": len(weights[HEAD]), "unpadded_vocab_size": None})
@@ -66,16 +67,15 @@ def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2Mo
 
 
 def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTrainedModel:
-    """Export `model` (GPT2ModernForCausalLM) to a stock class with the same logits, in evaluation mode.
+    """Return a new model of a stock class, in evaluation mode, with the logits of `model`, a GPT2ModernForCausalLM.
 
-    Of the classes in ARCHITECTURES that are exact, the one that needs the fewest biases of zero is taken, of those the
-    first; `architecture` names another. Weights keep their dtype, or become fp32 where a rewrite would round them. The
-    generation configuration comes along. The model itself is not changed.
-
-    Raises ValueError if no class, or not `architecture`, is exact, naming the settings or weights in the way.
+    The class is `architecture`, or if that is None the class in ARCHITECTURES that has the same logits and needs the
+    fewest added biases of zero. The weights keep their dtype, or become fp32 if the conversion would round them. The
+    generation configuration is copied; `model` does not change. Raises ValueError, with the unsupported settings or
+    weights, if `architecture`, or any class if that is None, cannot have the same logits.
     """
     if type(model).__name__ != GPT2ModernForCausalLM.__name__:
-        raise ValueError(f"a {type(model).__name__} cannot be exported, only a {GPT2ModernForCausalLM.__name__}")
+        raise ValueError(f"a {type(model).__name__} cannot be exported; only a {GPT2ModernForCausalLM.__name__} can")
     if architecture not in (None, *ARCHITECTURES):
         raise ValueError(f"architecture={architecture!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
     weights, config = rewrite(_in_full_precision(model), model.config)
@@ -85,9 +85,9 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
         candidate.update(dict.fromkeys(added, True))
         for name in ARCHITECTURES if architecture is None else [architecture]:
             candidates.append((in_the_way(name, candidate, weights), name, candidate))
-    problems, name, config = min(candidates, key=lambda candidate: len(candidate[0]))  # the first of the nearest
+    problems, name, config = min(candidates, key=lambda candidate: len(candidate[0]))  # the first of the closest
     if problems:
-        subject = name if architecture else f"no stock architecture has the same logits; the nearest, {name},"
+        subject = name if architecture else f"no stock architecture has the same logits; the closest, {name},"
         values = [f"{key}={getattr(config, key)!r}" if hasattr(config, key) else key for key in problems]
         raise ValueError(f"{subject} does not allow {', '.join(values)}")
     weights = add_neutral_weights(weights, config)
@@ -100,16 +100,17 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
 
 
 def from_native(model: PreTrainedModel | str | os.PathLike) -> GPT2ModernForCausalLM:
-    """Import a stock model, or a folder of one, with the same logits, in evaluation mode.
+    """Return a new GPT2ModernForCausalLM, in evaluation mode, with the same logits as `model`: a stock model of
+    transformers, or the folder of one. The weights keep their dtype, and the generation configuration is copied.
 
-    Weights keep their dtype and the generation configuration comes along. Raises ValueError for an architecture that is
-    not in ARCHITECTURES and for a setting without a counterpart here, GPT2ModernError for a folder that cannot be read.
+    Raises ValueError if the architecture is not in ARCHITECTURES or a setting has no counterpart in GPT2-Modern, and
+    GPT2ModernError if the folder cannot be read.
     """
     if not isinstance(model, PreTrainedModel):
         model = load_model(str(model), dtype="auto")
     name = type(model).__name__
     if name not in ARCHITECTURES:
-        raise ValueError(f"a {name} cannot be imported; choose from {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"a {name} cannot be imported; supported are {', '.join(ARCHITECTURES)}")
     settings: dict[str, Any] = {}
     try:
         for trait in ARCHITECTURES[name]:
@@ -124,7 +125,7 @@ def from_native(model: PreTrainedModel | str | os.PathLike) -> GPT2ModernForCaus
 
 
 def _in_full_precision(model: PreTrainedModel) -> Weights:
-    """Copy all weights, in fp32 if they have less, so that rewrites round at most once."""
+    """Return a copy of all weights by name, in at least fp32, so that later changes round them at most once."""
     dtype = torch.promote_types(model.dtype, torch.float32)
     return {name: weight.detach().to(dtype, copy=True) for name, weight in model.state_dict().items()}
 
@@ -132,31 +133,33 @@ def _in_full_precision(model: PreTrainedModel) -> Weights:
 def _build(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: Weights, source: PreTrainedModel
 ) -> PreTrainedModel:
-    """Build the model with exactly these weights, in `source`'s dtype if that loses nothing."""
+    """Return a model of this class with exactly these weights, and the device and generation configuration of `source`;
+    also its dtype if that rounds no weight. Raises ValueError if the class lacks or needs a weight."""
     fits = all(torch.equal(weight.to(source.dtype).to(weight.dtype), weight) for weight in weights.values())
     dtype = source.dtype if fits else weights[next(iter(weights))].dtype
     model, report = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
     )
     if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
-        raise ValueError(f"weight {wrong[0]} has no counterpart; merge adapters and undo quantisation first")
+        raise ValueError(f"the weight {wrong[0]} has no counterpart; merge adapters and undo quantisation first")
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device)
 
 
 @dataclass
 class ConversionConfig:
-    """Hold and check the arguments of the command."""
+    """Hold the arguments of the conversion command. Raises ValueError if --model has no config.json, or if --output_dir
+    is not empty or cannot be written."""
 
     model: str = setting(help="folder of a GPT2-Modern model to export, or of a stock model to import")
-    output_dir: str = setting(help="folder to write, which must not exist yet")
-    architecture: str | None = setting(None, "stock class to export to; by default the nearest that is exact")
+    output_dir: str = setting(help="folder to write; it must not exist, or must be empty")
+    architecture: str | None = setting(None, "stock class to export to; by default one with the same logits")
 
     def __post_init__(self):
         if not Path(self.model, "config.json").is_file():
             raise ValueError(f"--model {self.model} is not a model folder: it has no config.json")
         if os.path.isdir(self.output_dir) and os.listdir(self.output_dir):
-            raise ValueError(f"--output_dir {self.output_dir} exists; delete it, or name another folder")
+            raise ValueError(f"--output_dir {self.output_dir} is not empty; delete it, or name another folder")
         check_writable_folder("--output_dir", self.output_dir)
 
 
@@ -167,7 +170,7 @@ CARD = """\
 
 # {{ name }}
 
-`{{ source }}`, {{ source_class }}, as {{ architecture }}: the same model in another layout, converted by GPT2-Modern.
+The model `{{ source }}` ({{ source_class }}) in the layout of {{ architecture }}, converted by GPT2-Modern.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -175,7 +178,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{{ name }}"{{ "" if is_export else ", trust_remote_code=True" }})
 ```
 
-In fp32 the logits of the two differ by at most {{ difference }} on {{ tokens }} random tokens (largest: {{ largest }}).
+In fp32, the logits of the two models differ by at most {{ difference }} on {{ tokens }} random tokens; the largest
+logit is {{ largest }}.
 """
 
 # Letters, digits, spaces, line breaks and other scripts, which tokenizers of different classes split differently.
@@ -183,16 +187,20 @@ TOKENIZER_SAMPLE = "Hello  World's 12345\n\n\tdef f(x): return x+1  # \u00e9t\u0
 
 
 def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None = None) -> dict[str, Any]:
-    """Export or import the folder `model_dir` to `output_dir`, with tokenizer, generation configuration and a card.
+    """Convert the model in `model_dir` and write it to `output_dir` with tokenizer, generation configuration and model
+    card. A GPT2-Modern model is exported, a stock model is imported. `output_dir` appears complete or not at all.
 
-    Returns what the card says: name, source, source_class, architecture, tokens, difference and largest (of logits).
-    `output_dir` appears complete or not at all. Raises GPT2ModernError for what is wrong with the folder or the disk,
-    and RuntimeError if the written model computes other logits, which would be a defect of this module.
+    Returns the facts in the card: name, source, source_class, architecture, tokens, difference and largest (of logits).
+    Raises GPT2ModernError if the model cannot be read, converted or written, and RuntimeError if the written model
+    computes other logits, which would be a defect of this module.
     """
     original = load_model(str(model_dir), dtype="auto")
     is_export = original.config.model_type == GPT2ModernConfig.model_type
     if architecture and not is_export:
-        raise GPT2ModernError(f"--architecture {architecture} is for exports, but --model {model_dir} is a stock model")
+        raise GPT2ModernError(
+            f"--architecture {architecture} works only for a GPT2-Modern model, but --model {model_dir} is a "
+            f"{type(original).__name__}; omit --architecture"
+        )
     try:
         converted = to_native(original, architecture) if is_export else from_native(original)
     except ValueError as error:
@@ -211,12 +219,13 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
             card.save(temporary / "README.md")
             apply_umask(temporary)
     except OSError as error:
-        raise GPT2ModernError(f"--output_dir {output_dir}: {error.strerror or error}") from None
+        raise GPT2ModernError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from None
     return facts
 
 
 def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> None:
-    """Save the tokenizer if there is one, and check that it splits text as before: model_type may change its class."""
+    """Copy the tokenizer of `model_dir`, if it has one, to `output_dir`. Raises GPT2ModernError if the copy splits text
+    differently, because transformers chooses the tokenizer class by the model_type, which has changed."""
     if not any((model_dir / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")):
         return
     tokenizer = load_tokenizer(model_dir)
@@ -224,13 +233,14 @@ def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> Non
     kept = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
     if kept(TOKENIZER_SAMPLE).input_ids != tokenizer(TOKENIZER_SAMPLE).input_ids:
         raise GPT2ModernError(
-            f"--model {model_dir}: transformers loads this tokenizer as a {type(kept).__name__} beside a "
-            f"{architecture}, and that class splits text differently; choose another class with --architecture"
+            f"--model {model_dir}: for a {architecture}, transformers loads the tokenizer of this model as a "
+            f"{type(kept).__name__}, which splits text differently; choose another class with --architecture"
         )
 
 
 def _compare(original: PreTrainedModel, converted: PreTrainedModel) -> dict[str, Any]:
-    """Measure on random tokens, in fp32, the largest difference between two models' logits and the largest logit."""
+    """Return the largest difference between the fp32 logits of two models on random tokens, the largest logit, and the
+    number of tokens, for the card. Raises RuntimeError if the difference is more than rounding."""
     config = original.config
     length = min(config.max_position_embeddings, 2 * (getattr(config, "sliding_window", None) or 64))
     vocab_size = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
@@ -240,14 +250,14 @@ def _compare(original: PreTrainedModel, converted: PreTrainedModel) -> dict[str,
     largest, difference = expected.abs().max().item(), (expected - actual).abs().max().item()
     # fp32 has 7 digits and a deep model loses some of them; a wrong layout changes the first.
     if not difference <= 1e-4 * max(1.0, largest):
-        raise RuntimeError(f"logits of the converted model differ by {difference}, the largest is {largest}")
+        raise RuntimeError(f"logits of the converted model differ by {difference}; the largest logit is {largest}")
     return {"tokens": length, "difference": f"{difference:.1e}", "largest": f"{largest:.3g}"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command and print what was converted and how far the logits differ."""
+    """Convert the folder that the command line names; print both classes and the largest difference of the logits."""
     with one_line_errors():
         config = parse_arguments(ConversionConfig, argv, f"{__doc__}\n{table_of_architectures}")
         facts = convert_folder(Path(config.model), Path(config.output_dir), config.architecture)
         print(f"{facts['source_class']} -> {facts['architecture']}: {config.output_dir}")
-        print("logits differ by at most {difference} on {tokens} tokens (largest: {largest})".format(**facts))
+        print("logits differ by at most {difference} on {tokens} tokens (largest logit: {largest})".format(**facts))

@@ -1,7 +1,7 @@
-"""Translate settings and weights between GPT2-Modern and stock architectures of transformers.
+"""Translate settings and weights between GPT2-Modern and stock architectures (model classes of transformers).
 
-A trait translates one part of a model in both directions; an architecture is a tuple of traits (architectures.py).
-"Ours" means GPT2-Modern, "stock" a class of transformers.
+A trait is a rule that translates one part of a model in both directions; an architecture is a tuple of traits, see
+architectures.py. In names, `our` means GPT2-Modern; `stock` and `their` mean transformers.
 """
 
 import re
@@ -17,46 +17,48 @@ from modeling_gpt2modern.configuration_gpt2modern import MLPS, ROPE_TYPES, GPT2M
 
 Weights = dict[str, torch.Tensor]
 
-# The forms of GELU with a tanh differ by rounding only, and swish is another name of silu.
+# The forms of GELU with a tanh differ only by rounding, and swish is another name of silu.
 ACTIVATION_SYNONYMS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 
 
 def of_layers(weights: Weights, modules: Iterable[str], kinds: Iterable[str] = ("weight", "bias")) -> list[str]:
-    """List the names of the weights and biases of these modules in every layer."""
+    """Return the names of the weights and biases (`kinds`) of these modules in every layer, as far as they exist."""
     endings = tuple(f".{module}.{kind}" for module in modules for kind in kinds)
     return [name for name in weights if name.startswith("model.layers.") and name.endswith(endings)]
 
 
 class Trait:
-    """Translate one part of a model; a method that a trait does not override leaves settings and weights unchanged.
+    """Translate one part of a model between GPT2-Modern and a stock class; the base class translates nothing.
 
-    Weights are passed all at once: to `stock_weights` under our names, which it may change, to `our_weights` under
-    the names that `stock_weights` returns.
+    `stock_weights` gets all weights of the model under GPT2-Modern's names and may rename them; `our_weights` gets all
+    under the names that `stock_weights` returns.
     """
 
     def in_the_way(self, config: GPT2ModernConfig, weights: Weights) -> list[str]:
-        """List our settings and weights whose values the architecture cannot have."""
+        """Return the names of GPT2-Modern settings and weights whose values the stock class does not support."""
         return []
 
     def stock_settings(self, config: GPT2ModernConfig) -> dict[str, Any]:
-        """Return fields of the stock configuration."""
+        """Return the fields of the stock configuration that this trait derives from a GPT2-Modern configuration."""
         return {}
 
     def our_settings(self, stock: PreTrainedConfig) -> dict[str, Any]:
-        """Return fields of our configuration. Raises ValueError for a stock setting that we do not have."""
+        """Return the fields of the GPT2-Modern configuration that this trait derives from a stock configuration. Raises
+        ValueError for a stock value that GPT2-Modern does not support."""
         return {}
 
     def stock_weights(self, weights: Weights, config: GPT2ModernConfig) -> Weights:
-        """Return the weights as the stock architecture has them."""
+        """Return all weights; those of this trait get the stock class's names and layout instead of GPT2-Modern's."""
         return weights
 
     def our_weights(self, weights: Weights, config: GPT2ModernConfig) -> Weights:
-        """Return the weights as our model has them; biases that are absent from them will be zero."""
+        """Return all weights; those of this trait get GPT2-Modern's names and layout instead of the stock class's.
+        Missing biases are added later, as zeros."""
         return weights
 
 
 class Ours(Trait):
-    """Require these values of our fields: the architecture has no others."""
+    """Require that GPT2-Modern fields have these values, because the stock class supports no others."""
 
     def __init__(self, **values: Any):
         self.values = values
@@ -69,7 +71,7 @@ class Ours(Trait):
 
 
 class Theirs(Trait):
-    """Require these values of stock fields: our model has no others."""
+    """Require that stock fields have these values, because GPT2-Modern supports no others."""
 
     def __init__(self, **values: Any):
         self.values = values
@@ -80,14 +82,13 @@ class Theirs(Trait):
     def our_settings(self, stock):
         for name, value in self.values.items():
             if (found := getattr(stock, name, value)) != value:
-                raise ValueError(f"{name}={found!r} has no counterpart here; only {name}={value!r} has")
+                raise ValueError(f"{name}={found!r} has no counterpart in GPT2-Modern; only {name}={value!r} has")
         return {}
 
 
 class Same(Trait):
-    """Copy fields, given as one name for both sides or as our_name="stock_name".
-
-    optional: stock configurations may lack the field, and ours then keeps its default.
+    """Copy fields between the two configurations: `shared` names are the same in both, `names` map the GPT2-Modern name
+    to the stock name. optional: if the stock configuration lacks the field, GPT2-Modern keeps its default.
     """
 
     def __init__(self, *shared: str, optional: bool = False, **names: str):
@@ -103,7 +104,7 @@ class Same(Trait):
 
 
 class Needs(Trait):
-    """Require that our fields pass a test of the configuration; `Same` or another trait translates their values."""
+    """Require that a test of the GPT2-Modern configuration returns True for each named field. Translates no values."""
 
     def __init__(self, **tests: Callable[[GPT2ModernConfig], bool]):
         self.tests = tests
@@ -114,7 +115,8 @@ class Needs(Trait):
 
 @dataclass(frozen=True)
 class Rotary(Trait):
-    """Translate RoPE. partial: a fraction of each head may be rotated. rope_types: those that behave as ours do."""
+    """Translate the RoPE settings. partial: the stock class can rotate a fraction of each head only. rope_types: those
+    that compute the same in the stock class as in GPT2-Modern; all others are refused."""
 
     partial: bool = False
     rope_types: tuple[str, ...] = ROPE_TYPES
@@ -124,7 +126,7 @@ class Rotary(Trait):
             return ["position_embedding_type"]
         rope_type = config.rope_parameters["rope_type"]
         names = ["rope_parameters"] if rope_type not in self.rope_types else []
-        # The proportional type rotates whole heads, some pairs of dimensions by an angle of zero.
+        # The proportional type rotates all dimensions of a head, some of them by an angle of zero.
         is_partial = config.partial_rotary_factor != 1.0 and rope_type != "proportional"
         return [*names, "partial_rotary_factor"] if is_partial and not self.partial else names
 
@@ -134,14 +136,14 @@ class Rotary(Trait):
     def our_settings(self, stock):
         parameters = dict(stock.rope_parameters)
         if (rope_type := parameters["rope_type"]) not in self.rope_types:
-            raise ValueError(f"rope_parameters with rope_type={rope_type!r} has no counterpart here")
+            raise ValueError(f"rope_parameters with rope_type={rope_type!r} has no counterpart in GPT2-Modern")
         if not self.partial and rope_type != "proportional":
-            parameters.pop("partial_rotary_factor", None)  # the stock class ignores it, ours would rotate less
+            parameters.pop("partial_rotary_factor", None)  # the stock class ignores it, GPT2-Modern would not
         return {"position_embedding_type": "rope", "rope_parameters": parameters}
 
 
 class WindowPerLayer(Trait):
-    """Translate `layer_types`, beside which there is a switch `use_sliding_window`, as in Qwen."""
+    """Translate `layer_types` and `sliding_window` for stock classes with `use_sliding_window` too, such as Qwen2."""
 
     def stock_settings(self, config):
         window = {"sliding_window": config.sliding_window, "use_sliding_window": config.sliding_window is not None}
@@ -154,9 +156,9 @@ class WindowPerLayer(Trait):
 
 @dataclass(frozen=True)
 class Mlp(Trait):
-    """Translate the MLP kind to the activation function that the stock field `setting` names.
+    """Translate `mlp_type` to and from the stock field `setting`, which names the activation function.
 
-    Every entry of MLPS is translated, except for an activation function that stock transformers does not have.
+    Supports every entry of the table MLPS that is gated as required and whose activation is part of transformers.
     """
 
     gated: bool
@@ -174,12 +176,13 @@ class Mlp(Trait):
         activation = getattr(stock, self.setting)
         name = names.get(ACTIVATION_SYNONYMS.get(activation, activation))
         if name is None:
-            raise ValueError(f"{self.setting}={activation!r} has no counterpart here; only {', '.join(names)} have")
+            known = ", ".join(names)
+            raise ValueError(f"{self.setting}={activation!r} has no counterpart in GPT2-Modern; only {known} have one")
         return {"mlp_type": name}
 
 
 class Renamed(Trait):
-    """Rename modules: our path = stock path, by whole components; the pairs are applied one after the other."""
+    """Rename modules in the names of weights: `names` maps GPT2-Modern paths to stock paths and is applied in order."""
 
     def __init__(self, names: dict[str, str]):
         self.names = names
@@ -196,7 +199,8 @@ class Renamed(Trait):
 
 @dataclass(frozen=True)
 class Fused(Trait):
-    """Concatenate the rows of several matrices of a layer to one, `into`; per_head: all parts of head 0 come first."""
+    """Concatenate the rows of several matrices of a layer, `parts`, to one matrix of the stock class, `into`, and split
+    them on import. per_head: the rows of all parts of head 0 come first, then those of head 1."""
 
     parts: tuple[str, ...]
     into: str
@@ -224,7 +228,7 @@ class Fused(Trait):
 
 @dataclass(frozen=True)
 class Transposed(Trait):
-    """Transpose matrices to shape (inputs, outputs), as GPT-2's Conv1D has them."""
+    """Transpose the matrices of these modules to the shape (inputs, outputs), which GPT-2's Conv1D has, and back."""
 
     modules: tuple[str, ...]
 
@@ -235,7 +239,7 @@ class Transposed(Trait):
 
 
 class WithoutOutputBias(Trait):
-    """Drop the bias of o_proj, which must be 0: the stock class has biases of q, k and v only."""
+    """Remove the bias of o_proj for stock classes that have biases only of q, k and v. Refuses a bias that is not 0."""
 
     def in_the_way(self, config, weights):
         return [name for name in of_layers(weights, ["self_attn.o_proj"], ["bias"]) if weights[name].any()][:1]
