@@ -74,5 +74,5 @@ def test_steps_may_be_given_as_a_share_of_the_run():
 
 
 def test_parts_longer_than_the_run_are_refused():
-    with pytest.raises(ValueError, match="30 steps of warm-up and 80 of decay are more than --max_steps 100"):
+    with pytest.raises(ValueError, match="30 warm-up steps and 80 decay steps are in total more than --max_steps 100"):
         Schedule("warmup_stable_decay", max_steps=100, warmup_steps=30, decay_steps=80)

@@ -103,8 +103,8 @@ class Publisher:
             write_json(self.output_dir / "summary.json", summary)
         except (OSError, SafetensorError) as error:
             raise GPT2ModernError(
-                f"the finished model cannot be written to {self.output_dir}: {error}; its checkpoints are unchanged, so "
-                "fix the cause and run the same command again to export the model"
+                f"the finished model cannot be written to {self.output_dir}: {error}; its checkpoints are unchanged; "
+                "fix the cause and run the same command again to export it"
             ) from None
         where = f"model in {self.output_dir}"
         if has_adapters(model):
@@ -112,8 +112,8 @@ class Publisher:
         print(f"training finished: validation loss {summary['eval_loss']:.4f} nats/token, {where}")
 
     def upload_final(self, summary: dict[str, Any]) -> None:
-        """Upload the exported model, wait at most `WAIT_S` seconds, and print its URL or how to upload it by hand. Does
-        nothing without --push_to_hub."""
+        """Upload the exported model, wait at most `WAIT_S` seconds, and print its URL or how to upload it by hand.
+        Does nothing without --push_to_hub."""
         if self.uploader is not None:
             paths = [self.output_dir / name for name in (*self.model_files, *RECORDS)]
             message = self.uploader.finish(

@@ -75,8 +75,8 @@ class Schedule:
 
 
 def steps_from(name: str, steps: int | None, ratio: float | None, max_steps: int) -> int | None:
-    """Return `steps`, or `ratio` times `max_steps` rounded, or None if both are None. Raises ValueError, which names the
-    flags --{name}_steps and --{name}_ratio, if both are given."""
+    """Return `steps`, or `ratio` times `max_steps` rounded, or None if both are None. Raises ValueError, which names
+    the flags --{name}_steps and --{name}_ratio, if both are given."""
     if steps is not None and ratio is not None:
         raise ValueError(f"--{name}_steps {steps} and --{name}_ratio {ratio} set the same value; give only one of them")
     return round(ratio * max_steps) if ratio is not None else steps

@@ -23,8 +23,8 @@ SAME_REQUEST_S = 2.0  # one request can come twice: from the scheduler, and from
 class StopRequest:
     """Receive requests to stop this process, from its creation to the end of a `with` block.
 
-    deadline: the time.monotonic() value at which `--max_train_time` is over. Signals are received only if this object is
-    created in the main thread; a run in another thread is stopped by its deadline only.
+    deadline: the time.monotonic() value at which `--max_train_time` is over. Signals are received only if this object
+    is created in the main thread; a run in another thread is stopped by its deadline only.
     """
 
     def __init__(self, deadline: float):
