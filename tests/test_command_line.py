@@ -110,7 +110,7 @@ def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
     ("error", "code", "line"),
     [
         (GPT2ModernError("first\n  second"), 2, "error: first second\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted by the user (Ctrl-C)\n"),
     ],
 )
 def test_errors_and_interruptions_are_one_line(capsys, error, code, line):
