@@ -114,8 +114,7 @@ def parse_arguments(
 
     If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags, or a
     recipe that is installed with this project. YAML values are parsed and checked in the same way as flags. Raises
-    GPT2ModernError for an unknown flag or key, for a value of the wrong type, and for each ValueError that
-    `__post_init__` of the dataclass raises.
+    GPT2ModernError for an unknown flag or key, a wrong value, and a ValueError of the dataclass's `__post_init__`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(arguments, description=description)
@@ -140,9 +139,7 @@ def find_recipe(name: str) -> Path:
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
     recipes = {recipe.stem: recipe for recipe in sorted(folder.glob("*.yaml"))}
     if name not in recipes:
-        raise GPT2ModernError(
-            f"--config {name}: no such file, and no recipe of this name; the recipes are {', '.join(recipes)}"
-        )
+        raise GPT2ModernError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")
     return recipes[name]
 
 

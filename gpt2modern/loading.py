@@ -89,9 +89,7 @@ def check_model_name(name: str, flag: str) -> None:
             f"{flag} {name} is not a model folder: it has no config.json; name the folder that has it"
         )
     if not folder.is_dir() and not is_hub_name(name):
-        raise GPT2ModernError(
-            f"{flag} {name} is neither an existing folder nor a Hub repository id (owner/name); check the spelling"
-        )
+        raise GPT2ModernError(f"{flag} {name} is neither a folder nor a Hub repository id (owner/name); check the name")
 
 
 def loading_problem(error: Exception) -> str:

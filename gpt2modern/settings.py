@@ -46,9 +46,7 @@ def check_ranges(config: Any) -> None:
 
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
     """Raise ValueError, which names the flag `name`, unless `value` is None or a finite number in [least, most].
-
-    Without `most`, a float has no upper limit, and a whole number may be at most 2^31 - 1.
-    """
+    Without `most`, a float has no upper limit, and a whole number may be at most 2^31 - 1."""
     if value is None:
         return
     if isinstance(value, float) and not math.isfinite(value):

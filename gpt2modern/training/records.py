@@ -42,9 +42,8 @@ def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: in
         set_aside_later_checkpoints(checkpoints, state.step)
         _write_settings(output_dir / SETTINGS_FILE, config.chosen(), num_processes)
     except OSError as error:
-        raise GPT2ModernError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror}); fix the cause or choose another folder"
-        ) from None
+        message = f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder"
+        raise GPT2ModernError(message) from None
 
 
 def _write_settings(path: Path, settings: dict[str, Any], num_processes: int) -> None:
@@ -155,13 +154,9 @@ class RowLog:
             self.rows = [row for row in rows if row["step"] <= resumed_step]
             self._write_all()
         except OSError as error:
-            raise GPT2ModernError(
-                f"{self.path} cannot be read or written ({error.strerror}); fix the cause and run the command again"
-            ) from None
+            raise GPT2ModernError(f"{self.path} cannot be written ({error.strerror}); make it writable") from None
         except (KeyError, TypeError, UnicodeDecodeError) as error:
-            raise GPT2ModernError(
-                f"{self.path} is not a log of a training run ({error!r}); move the file to another folder"
-            ) from None
+            raise GPT2ModernError(f"{self.path} is not a log of a training run ({error!r}); move it away") from None
 
     def add(self, row: dict[str, Any], *, amend: bool = True) -> None:
         """Append `row` to the file, or add its values to the last row if `amend` and that row has the same step."""

@@ -157,9 +157,7 @@ SETTINGS_OF_THE_MODEL = [
 ]
 
 RECIPES = [
-    train(
-        "--config dmeo", "--config dmeo: no such file, and no recipe of this name; the recipes are chat-finetune, demo,"
-    ),
+    train("--config dmeo", "--config dmeo: no such file or recipe; the recipes are chat-finetune, demo,"),
     train("--config nowhere.yaml", "--config nowhere.yaml cannot be read (No such file or directory)"),
     train("--config data", "--config data cannot be read (Is a directory); name a YAML file"),
     train("--config loop", "--config loop cannot be read (Too many levels of symbolic links)"),
@@ -248,10 +246,10 @@ MODELS = [
         "--model_name_or_path model --lora_rank 2 --lora_target_modules c_attn",
         "--lora_target_modules c_attn is not in this model; its layers have down_proj,",
     ),
-    finetune("--model_name_or_path model --lora_rank 2 --optimizer muon", "use adamw with --lora_rank"),
+    finetune("--model_name_or_path model --lora_rank 2 --optimizer muon", "use --optimizer adamw with --lora_rank"),
     train("--model_name_or_path model", "--config_overrides hidden_size is fixed by --model_name_or_path"),
     BadInput(GENERATE, "", "required: --model, --prompt", bare=True),
-    BadInput(GENERATE, "--model nowhere/at/all", "--model nowhere/at/all is neither an existing folder nor a Hub"),
+    BadInput(GENERATE, "--model nowhere/at/all", "--model nowhere/at/all is neither a folder nor a Hub repository id"),
     BadInput(GENERATE, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(GENERATE, "--model no_weights", "--model no_weights cannot be loaded: Error no file"),
     BadInput(GENERATE, "--model half_weights", "--model half_weights cannot be loaded", "copy it again"),
