@@ -1,4 +1,4 @@
-"""Continue a prompt with a trained model.
+"""Generate text after one or more prompts with a trained model, and print it.
 
 python -m eval.generate --model DIR --prompt "def " "class " [--max_new_tokens 100] [--seed 1]
 """
@@ -15,18 +15,20 @@ from gpt2modern.settings import check_ranges, setting
 
 @dataclass
 class GenerateConfig:
-    model: str = setting(help="model folder, or a repository id on the Hub")
+    model: str = setting(help="model folder, or Hub repository id (owner/name)")
     prompt: list[str] = setting(help="one or more texts to continue", may_be_empty=True)
-    max_new_tokens: int = setting(100, "tokens to write at most", least=1)
-    temperature: float = setting(0.8, "0 takes the likeliest token each time", least=0)
-    top_k: int = setting(50, "sample among this many likeliest tokens; 0: all", least=0)
-    top_p: float = setting(1.0, "sample among the likeliest tokens of this total probability", least=0.0, most=1.0)
-    seed: int = setting(0, "the same seed gives the same text", least=0, most=2**63 - 1)
-    output: str | None = setting(None, "also write prompts and texts to this JSON file")
+    max_new_tokens: int = setting(100, "maximum number of new tokens per prompt", least=1)
+    temperature: float = setting(0.8, "sampling temperature; 0 always takes the most likely token", least=0)
+    top_k: int = setting(50, "sample among this number of most likely tokens; 0 means all tokens", least=0)
+    top_p: float = setting(
+        1.0, "sample among the most likely tokens that have this probability in total", least=0.0, most=1.0
+    )
+    seed: int = setting(0, "random seed; the same seed gives the same text", least=0, most=2**63 - 1)
+    output: str | None = setting(None, "JSON file to which prompts and texts are also written")
 
     def __post_init__(self):
         check_ranges(self)
-        if 0 < self.temperature < 0.01:  # logits divided by less overflow
+        if 0 < self.temperature < 0.01:  # logits divided by a smaller number overflow
             raise ValueError(f"--temperature {self.temperature} must be 0 or at least 0.01")
         check_writable_file("--output", self.output)
 

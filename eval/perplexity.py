@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on the held-out split of prepared data.
+"""Compute loss (nats/token), perplexity and bits per byte of a model on a split of prepared data, and print them.
 
 python -m eval.perplexity --model DIR --data DATA [--output FILE.json]
 """
@@ -20,12 +20,12 @@ from gpt2modern.settings import check_ranges, setting
 
 @dataclass
 class PerplexityConfig:
-    model: str = setting(help="model folder, or a repository id on the Hub")
-    data: str = setting(help="folder written by prepare_data.py, or its name on the Hub")
-    split: Literal["train", "validation"] = setting("validation", "split of the data")
-    block_size: int | None = setting(None, "tokens of context; default: that of the data", least=1)
-    per_device_eval_batch_size: int = setting(8, "blocks per forward pass", least=1)
-    output: str | None = setting(None, "also write the result to this JSON file")
+    model: str = setting(help="model folder, or Hub repository id (owner/name)")
+    data: str = setting(help="folder written by prepare_data.py, or its Hub dataset id (owner/name)")
+    split: Literal["train", "validation"] = setting("validation", "split of the data to evaluate on")
+    block_size: int | None = setting(None, "context length in tokens; default: the block size of the data", least=1)
+    per_device_eval_batch_size: int = setting(8, "number of blocks per forward pass", least=1)
+    output: str | None = setting(None, "JSON file to which the result is also written")
 
     def __post_init__(self):
         check_ranges(self)
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         longest = longest_sequence(model)
         if longest is not None and blocks.block_size > longest:
             raise GPT2ModernError(
-                f"--block_size {blocks.block_size} is longer than the {longest} positions that {config.model} has "
-                f"learned; use --block_size {longest}"
+                f"--block_size {blocks.block_size} is more than the {longest} positions of --model {config.model}; use "
+                f"--block_size {longest}"
             )
         loss = evaluate_loss(model, blocks, batch_size=config.per_device_eval_batch_size)
         result = {

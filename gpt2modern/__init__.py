@@ -1,4 +1,4 @@
-"""The parts of GPT2-Modern that are used from Python. Each is imported when it is first asked for."""
+"""Provide the public Python API of GPT2-Modern. Each name is imported from its module when it is first used."""
 
 import importlib
 from typing import Any

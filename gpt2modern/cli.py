@@ -1,8 +1,8 @@
-"""Command lines: typed arguments from a dataclass and a YAML recipe, errors in one line, exit codes.
+"""Parse command lines and YAML recipes into dataclasses, and report errors in one line.
 
-The fields are made by `gpt2modern.settings.setting`. A YAML file given with `--config` is read before the command
-line, which wins. A mistake of the user is one line on stderr, `error: ...`, that names the flag, file or value and the
-way out, and exit code 2; a traceback is a defect of ours.
+The dataclass fields are made by `gpt2modern.settings.setting`. Flags override values of the YAML file given with
+`--config`. For a mistake of the user, one line `error: ...` on stderr names the flag, file or value and how to fix it,
+and the exit code is 2. A traceback is a bug of this project.
 """
 
 import argparse
@@ -25,30 +25,31 @@ Arguments = TypeVar("Arguments")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line and exit code 2 for a GPT2ModernError, 130 for Ctrl-C."""
+    """Print one line and exit if the `with` block raises: with code 2 for a GPT2ModernError, with 130 for Ctrl-C."""
     try:
         yield
     except GPT2ModernError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("error: interrupted by the user (Ctrl-C)", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, keep the line breaks of the description."""
+    """Format --help with the default of each flag and with the line breaks of the description."""
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser with groups, without abbreviations, whose errors are GPT2ModernErrors."""
+    """Parse flags as HfArgumentParser does, but raise GPT2ModernError for errors, accept no abbreviated flags, and
+    show the flags in groups."""
 
     def __init__(self, arguments: type, **kwargs):
         self.groups: dict[str, argparse._ArgumentGroup] = {}
         super().__init__(arguments, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def add_argument(self, *flags, **metadata):
-        """Add one flag; its keywords are those of argparse among the field's metadata."""
+        """Add one flag to its group. Of the field's metadata, only what argparse knows is passed to argparse."""
         known = {
             "help",
             "type",
@@ -67,7 +68,7 @@ class _Parser(HfArgumentParser):
         if metadata.get("group"):
             title = metadata["group"]
             place = self.groups[title] = self.groups.get(title) or self.add_argument_group(title)
-        # HfArgumentParser adds a hyphenated twin to every flag, which doubles each line of --help and of an error.
+        # HfArgumentParser adds a second, hyphenated name to every flag, which doubles each line of --help and errors.
         action = place.add_argument(*(flag for flag in flags if "-" not in flag[2:]), **keywords)
         action.may_be_empty = metadata.get("may_be_empty", False)
         return action
@@ -82,7 +83,7 @@ class _Parser(HfArgumentParser):
         raise GPT2ModernError(f"{message} (--help lists every flag)")
 
     def parse_strict(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse as `parse_args` does; the error for an unknown flag names the nearest known one."""
+        """Parse `argv` as `parse_args` does. Raises GPT2ModernError, with the closest flag, for an unknown flag."""
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
@@ -95,13 +96,13 @@ class _Parser(HfArgumentParser):
 
     def _check_text(self, flag: str, text: str) -> None:
         if not text.strip() and not self._option_string_actions[flag].may_be_empty:
-            raise GPT2ModernError(f"{flag} {text!r} is empty; give it a value, or leave the flag out")
+            raise GPT2ModernError(f"{flag} {text!r} is empty; give it a value or omit the flag")
         if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
-            raise GPT2ModernError(f"{flag} {text!r} has bytes that are not text (UTF-8)")
+            raise GPT2ModernError(f"{flag} {text!r} contains bytes that are not valid UTF-8 text; type it in UTF-8")
 
 
 def nearest(name: str, known: Sequence[str], otherwise: str = " (--help lists every flag)") -> str:
-    """Return ' (did you mean X?)' for the closest of `known`, or `otherwise` where none is close."""
+    """Return " (did you mean X?)" with the entry of `known` closest to `name`, or `otherwise` if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else otherwise
 
@@ -109,12 +110,11 @@ def nearest(name: str, known: Sequence[str], otherwise: str = " (--help lists ev
 def parse_arguments(
     arguments: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None
 ) -> Arguments:
-    """Parse `argv` (default: the process's own) into the dataclass `arguments`.
+    """Parse `argv` (default: that of the process) into the dataclass `arguments`.
 
-    If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags, or
-    one of the recipes that are installed with this project. YAML values go through the same parser as flags do, so
-    both are typed and checked alike. Raises GPT2ModernError for an unknown or mistyped flag or key, and for whatever
-    the dataclass's `__post_init__` refuses with ValueError.
+    If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags, or a
+    recipe that is installed with this project. YAML values are parsed and checked in the same way as flags. Raises
+    GPT2ModernError for an unknown flag or key, a wrong value, and a ValueError of the dataclass's `__post_init__`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(arguments, description=description)
@@ -128,9 +128,9 @@ def parse_arguments(
 
 
 def find_recipe(name: str) -> Path:
-    """Return the YAML file `name`, or, if there is none and it is a bare word, the shipped recipe of that name.
+    """Return the path of the YAML file `name`, or of the installed recipe `name` if it has no suffix and no folder.
 
-    Raises GPT2ModernError, listing the shipped ones, for a bare word that is neither.
+    Raises GPT2ModernError, which lists the recipes, if a name without suffix and folder is neither.
     """
     path = Path(name)
     if os.path.lexists(path) or path.suffix or len(path.parts) != 1:
@@ -139,18 +139,18 @@ def find_recipe(name: str) -> Path:
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
     recipes = {recipe.stem: recipe for recipe in sorted(folder.glob("*.yaml"))}
     if name not in recipes:
-        raise GPT2ModernError(f"--config {name}: no such file, and no shipped recipe; there are {', '.join(recipes)}")
+        raise GPT2ModernError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")
     return recipes[name]
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a second value for a key, of which YAML loaders silently take the last."""
+    """Load YAML, but raise GPT2ModernError for a repeated key, of which other loaders silently use the last value."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key) for key, _ in node.value]
         repeated = [key for position, key in enumerate(keys) if key in keys[:position]]
         if repeated:
-            raise GPT2ModernError(f"{repeated[0]!r} is given twice; keep one")
+            raise GPT2ModernError(f"the key {repeated[0]!r} is given twice; keep only one of them")
         return super().construct_mapping(node, deep)
 
 
@@ -160,13 +160,14 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
     except GPT2ModernError as error:
         raise GPT2ModernError(f"--config {path}: {error}") from None
     except OSError as error:
-        raise GPT2ModernError(f"--config {path}: {error.strerror}") from None
+        raise GPT2ModernError(f"--config {path} cannot be read ({error.strerror}); name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GPT2ModernError(f"--config {path}: not valid YAML: {error}") from None
+        raise GPT2ModernError(f"--config {path} is not valid YAML: {error}") from None
     except RecursionError:
-        raise GPT2ModernError(f"--config {path}: nested too deeply; expected 'flag: value' lines") from None
+        raise GPT2ModernError(f"--config {path} is nested too deeply; write one 'flag: value' per line") from None
     if not isinstance(values, dict):
-        raise GPT2ModernError(f"--config {path}: expected 'flag: value' lines, found {type(values).__name__}")
+        found = type(values).__name__
+        raise GPT2ModernError(f"--config {path} must have 'flag: value' lines, but its content is of type {found}")
 
     known = [field.name for field in dataclasses.fields(arguments) if field.name != "config"]
     flags: list[str] = []
@@ -178,7 +179,7 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
         is_list = parser.takes_a_list(f"--{key}")
         each = value if is_list and isinstance(value, list) else [value]
         if not each or any(one is None or isinstance(one, dict | list) for one in each):
-            raise GPT2ModernError(f"--config {path}: {key}: expected a value, found {value!r}")
+            raise GPT2ModernError(f"--config {path}: the key {key!r} needs a value, but it has {value!r}")
         # `flag=value` keeps a negative number or a leading dash from being read as a flag.
         flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
         try:

@@ -1,4 +1,4 @@
-"""The error that a user can mend, and warnings: one line each."""
+"""Define the exception for errors that the user can fix, and print warnings of one line."""
 
 import sys
 
@@ -6,18 +6,17 @@ from tqdm import tqdm
 
 
 class GPT2ModernError(Exception):
-    """A mistake or a failure that the user can mend: the message is one line that says what is wrong and the way out.
+    """Report a mistake or failure that the user can fix. The message says in one line what is wrong and how to fix it.
 
-    The command line prints it after `error: ` and exits with code 2; Python code catches it.
+    The command line prints it after `error: ` and exits with code 2. Code that calls this package can catch it.
     """
 
 
 def warn(message: str) -> None:
-    """Print one line on stderr, `warning: ...`, above a progress bar if one is drawn: something failed, the work
-    goes on."""
+    """Print `warning: ` and `message` as one line on stderr, without damaging a progress bar. The program continues."""
     tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error message, or the name of its class where the message is empty."""
+    """Return the first line of the message of `error`, or the name of its class if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or not there, their checksums and names, checks of where one may write."""
+"""Write files and folders so that they are complete or absent, compute checksums, lock, and check output paths."""
 
 import contextlib
 import hashlib
@@ -21,18 +21,18 @@ except ImportError:  # not on Windows
 
 
 def is_hub_name(name: str | Path | None) -> bool:
-    """Whether `name` reads owner/name, as repositories of the Hub are called, and is not a folder or file here."""
+    """Return whether `name` has the form owner/name of a Hub repository and is not a local folder or file."""
     return bool(name) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
 
 
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal; raises OSError where the file cannot be read."""
+    """Return the SHA-256 of a file's bytes as a hexadecimal string. Raises OSError if the file cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk (fsync); raises OSError where the disk fails."""
+    """Wait until a file, or the list of names in a folder, is on disk (fsync). Raises OSError if that fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,23 +41,24 @@ def flush_to_disk(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: readers see the old content or all of the new, also after a crash.
+    """Write `content` to `path` so that readers see the complete old or the complete new file, even after a crash.
 
-    Text is written as UTF-8. Raises OSError for what the disk answers; nothing is left behind then.
+    A string is encoded as UTF-8. Raises OSError if the file cannot be written; `path` is then unchanged.
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write `values` as indented JSON, as `write_file` does."""
+    """Write `values` to `path` as indented JSON, complete or not at all. Raises OSError if it cannot be written."""
     write_file(path, json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give the name of a temporary file beside `path`, which replaces `path` when the block ends without an error."""
-    # Machines that share the folder may have processes of the same number.
+    """Yield the path of a temporary file that replaces `path` when the `with` block ends without an exception. After
+    an exception the temporary file is deleted and `path` is unchanged."""
+    # A random name, since machines that share the folder may have processes with the same id.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -71,10 +72,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, build_in: Path | None = None) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path`, flushed to disk, when the block ends without an error.
+    """Yield a new temporary folder that is flushed to disk and renamed to `path` when the `with` block ends.
 
-    build_in: where the temporary folder is made, on the same file system; default: beside `path`. One that a killed
-    process has left is replaced. After an error nothing is left of it.
+    build_in: parent of the temporary folder, on the same file system; default: the parent of `path`. A temporary folder
+    left by a killed process is deleted first. After an exception the temporary folder is deleted.
     """
     temporary = (build_in or path.parent) / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,8 +98,8 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def apply_umask(folder: Path) -> None:
-    """Give a folder and all in it the modes that the user's umask asks for: safetensors makes files that only their
-    owner can read."""
+    """Set the permissions of a folder and everything in it to the default of the user's umask, because safetensors
+    creates files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
@@ -107,10 +108,10 @@ def apply_umask(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> Iterator[None]:
-    """Hold a folder, or a file that is made if it is missing, against other processes that lock it.
+    """Lock `path` against other processes that call this function, until the `with` block ends (flock).
 
-    shared: others may hold it so too. seconds: how long to wait for it before BlockingIOError. A killed process holds
-    no lock; on a file system or system without locks nothing is held.
+    path: a folder, or a file that is created if it is missing. shared: several processes may hold a shared lock. Raises
+    BlockingIOError after waiting for `seconds`. Locks nothing where locks are unsupported (Windows, some file systems).
     """
     if fcntl is None:
         yield
@@ -135,27 +136,35 @@ def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> It
 
 
 def check_writable_folder(flag: str, path: str | None) -> None:
-    """Raise ValueError unless `path` is None, a folder that one may write to, or can become one. Makes nothing."""
+    """Raise ValueError unless `path` is None, a writable folder, or a folder that can be created. Creates nothing."""
     if path is not None:
         _check_writable(f"{flag} {path}", Path(os.path.abspath(path)))
 
 
 def check_writable_file(flag: str, path: str | None) -> None:
-    """Raise ValueError unless `path` is None or a file can be written there. Makes nothing."""
+    """Raise ValueError unless `path` is None or a file that can be written. Creates nothing."""
     if path is None:
         return
     if os.path.isdir(path):
-        raise ValueError(f"{flag} {path}: is a folder; name a file in it")
+        raise ValueError(f"{flag} {path} is a folder; give the path of a file")
     _check_writable(f"{flag} {path}", Path(os.path.abspath(path)).parent)
 
 
 def _check_writable(given: str, place: Path) -> None:
     try:
-        while not os.path.lexists(place):
+        while not _exists(place):
             place = place.parent
         if not stat.S_ISDIR(place.stat().st_mode):
-            raise ValueError(f"{given}: {place} is a file, not a folder; name another place")
+            raise ValueError(f"{given}: {place} is a file, not a folder; choose another path")
     except OSError as error:
-        raise ValueError(f"{given}: {error.strerror}; name another place") from None
+        raise ValueError(f"{given} cannot be used ({error.strerror}); choose another path") from None
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"{given}: {place} is not a folder that you may write to; name another place")
+        raise ValueError(f"{given}: you have no permission to write to {place}; choose another path")
+
+
+def _exists(path: Path) -> bool:
+    # os.path.lexists would also say no to a name that is too long.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
+        return True
+    return False

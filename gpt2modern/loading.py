@@ -1,4 +1,4 @@
-"""Load a checked model or tokenizer from a folder or the Hub."""
+"""Load and check a model, configuration or tokenizer from a folder or the Hub."""
 
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,14 @@ from gpt2modern.files import is_hub_name
 
 
 def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrainedModel:
-    """Load the causal language model `name` in eval mode, on the CPU, in fp32 unless `kwargs` name a dtype.
+    """Load the causal language model `name`, a folder or Hub repository, on the CPU in eval mode; fp32 by default.
 
-    name: folder or Hub repository; flag: the one that named it, for messages; kwargs: those of `from_pretrained`.
-    Code from the folder is never run: the architecture is this package's or one of transformers'. Raises
-    GPT2ModernError, naming one, unless the file's tensors are exactly those of the architecture and finite, where
-    transformers would fill in random ones.
+    flag: the command-line flag that error messages name. kwargs: passed to `from_pretrained`. Code from the folder is
+    never run: the architecture must be GPT2-Modern or one of transformers. Raises GPT2ModernError if the model cannot
+    be loaded, or a tensor is missing, unexpected, of another shape, NaN or infinite.
     """
     check_model_name(name, flag)
-    transformers_logging.set_verbosity_error()  # a damaged file is one line of ours
+    transformers_logging.set_verbosity_error()  # a damaged file is reported below, in one line
     transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -46,15 +45,17 @@ def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrained
 
 
 def load_config(name: str, *, flag: str = "--model") -> PreTrainedConfig:
-    """Load the configuration of a folder or Hub repository; raises GPT2ModernError where there is none."""
+    """Load the configuration of the model folder or Hub repository `name`. Raises GPT2ModernError if that fails."""
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with the folder
-        raise GPT2ModernError(f"{flag} {name}: {loading_problem(error)}") from error
+        raise GPT2ModernError(
+            f"{flag} {name} has no configuration that can be loaded: {loading_problem(error)}"
+        ) from error
 
 
 def load_tokenizer(name: str | Path, *, flag: str = "--model") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or Hub repository; raises GPT2ModernError where there is none."""
+    """Load the tokenizer of the folder or Hub repository `name`. Raises GPT2ModernError if that fails."""
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with its files
@@ -62,47 +63,48 @@ def load_tokenizer(name: str | Path, *, flag: str = "--model") -> PreTrainedToke
 
 
 def best_device() -> torch.device:
-    """Return the accelerator that torch finds, or the CPU."""
+    """Return the accelerator device that torch finds, or the CPU if there is none."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model with learned positions takes at most; None where positions have no end."""
+    """Return the maximum sequence length (tokens) of a model with learned position embeddings, None for others."""
     config = model.config
     learned = getattr(config, "position_embedding_type", None) == "learned" or config.model_type == "gpt2"
     return config.max_position_embeddings if learned else None
 
 
 def check_model_name(name: str, flag: str) -> None:
-    """Raise GPT2ModernError for a folder without a model, and for what is neither a folder nor a Hub name."""
+    """Raise GPT2ModernError if `name` is a folder without config.json, or neither a folder nor of the form owner/name.
+    flag: the command-line flag that the message names. This does not connect to the Hub."""
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise GPT2ModernError(f"{flag} {name} is not a model folder: it has no config.json")
+        raise GPT2ModernError(
+            f"{flag} {name} is not a model folder: it has no config.json; name the folder that has it"
+        )
     if not folder.is_dir() and not is_hub_name(name):
-        raise GPT2ModernError(f"{flag} {name}: no such folder, and not a Hub repository id (owner/name)")
+        raise GPT2ModernError(f"{flag} {name} is neither a folder nor a Hub repository id (owner/name); check the name")
 
 
 def loading_problem(error: Exception) -> str:
-    """Say in one line why transformers could not load a folder, with a way out where its own message has none."""
+    """Return a message of one line that says why transformers could not load a folder, given the `error` it raised."""
     text = str(error)
     if "trust_remote_code" in text:
-        return "its architecture is neither gpt2modern nor one of transformers, and code from the folder is never run"
+        return "its architecture is neither GPT2-Modern nor one of transformers, and code from the folder is never run"
     if "Couldn't instantiate the backend tokenizer" in text:
-        return "it has no tokenizer.json; save the tokenizer beside the model"
+        return "it has no tokenizer.json; save the tokenizer in the model folder"
     return first_line(error)
 
 
 def tensor_problem(model: PreTrainedModel, report: dict) -> str | None:
-    """Say what is wrong with the tensors a model was loaded from, naming one; None if all are there and finite.
-
-    report: from `from_pretrained` with `output_loading_info`.
-    """
+    """Return a message about the first tensor of a loaded model that is missing, unexpected, of another shape than in
+    config.json, NaN or infinite; None if there is none. report: from `from_pretrained` with `output_loading_info`."""
     for name, in_file, here in sorted(report["mismatched_keys"]):
-        return f"tensor {name} is {tuple(in_file)} in the file, {tuple(here)} by config.json"
-    for key, what in {"missing_keys": "is missing", "unexpected_keys": "does not belong to it"}.items():
+        return f"tensor {name} has shape {tuple(in_file)} in the file, but {tuple(here)} according to config.json"
+    for key, what in {"missing_keys": "is missing", "unexpected_keys": "does not belong to this model"}.items():
         if names := sorted(report[key]):
-            return f"tensor {names[0]} {what} ({model.config.model_type} by config.json)"
+            return f"tensor {names[0]} {what} (config.json describes a {model.config.model_type} model)"
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            return f"tensor {name} has values that are not finite numbers; use an earlier checkpoint"
+            return f"tensor {name} has NaN or infinite values; use an earlier checkpoint"
     return None

@@ -1,6 +1,6 @@
-"""Dataclass fields that are settings: with a help text, a group and a range; the checks that read them.
+"""Define dataclass fields that are settings, with a help text, a group and a range, and check their values.
 
-Imports nothing heavy, so that a configuration can be made, checked and tested without torch.
+This module does not import torch, so that a configuration can be created and checked quickly.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-LARGEST_COUNT = 2**31 - 1  # of whole numbers without a limit of their own
+LARGEST_COUNT = 2**31 - 1  # the limit of whole numbers that have no limit of their own
 
 
 def setting(
@@ -22,18 +22,18 @@ def setting(
     may_be_empty: bool = False,
     **metadata: Any,
 ) -> Any:
-    """Make a dataclass field that is a flag of the command line and a key of the YAML file.
+    """Return a dataclass field that is also a flag of the command line and a key of the YAML file.
 
-    group: heading in --help. least, most: range of a number, checked by `check_ranges`. may_be_empty: whether the empty
-    text is a value. metadata: what else the owner of the dataclass keeps about the field, found in `field.metadata`.
+    group: heading in --help. least, most: smallest and largest value of a number, checked by `check_ranges`.
+    may_be_empty: whether an empty string is accepted. metadata: further entries for `field.metadata`.
     """
     metadata |= {"help": help, "group": group, "least": least, "most": most, "may_be_empty": may_be_empty}
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ValueError naming the flag of the first field whose value is none of its Literal type's choices, or lies
-    outside of its `setting`'s range."""
+    """Raise ValueError for the first field of the dataclass `config` whose value is not one of the choices of its
+    Literal type or is outside the range given to `setting`. The message names the flag."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -45,7 +45,8 @@ def check_ranges(config: Any) -> None:
 
 
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
-    """Raise ValueError unless `value` is None or a finite number in [least, most]; counts end at 2^31 - 1 anyway."""
+    """Raise ValueError, which names the flag `name`, unless `value` is None or a finite number in [least, most].
+    Without `most`, a float has no upper limit, and a whole number may be at most 2^31 - 1."""
     if value is None:
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -59,12 +60,12 @@ def check_range(name: str, value: float | None, least: float, most: float | None
 
 
 def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
-    """Read a whole number from 1 on, or the word auto; raises ValueError for anything else."""
+    """Return `value` as an integer of at least 1, or "auto". Raises ValueError, naming the flag `name`, otherwise."""
     if value == "auto":
         return "auto"
     try:
         number = int(value)
     except ValueError:
-        raise ValueError(f"{name} {value!r} is neither a number nor auto") from None
+        raise ValueError(f"{name} {value!r} must be a whole number or auto") from None
     check_range(name, number, 1)
     return number

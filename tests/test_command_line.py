@@ -54,12 +54,12 @@ def test_a_bare_no_is_the_choice_and_not_false(tmp_path):
         ("steps: 2.5", "invalid int value: '2.5'"),
         ("steps: true", "invalid int value: 'True'"),
         ("schedule: wsd", "invalid choice: 'wsd'"),
-        ("steps: [1, 2]", "steps: expected a value, found [1, 2]"),
-        ("steps: [1]", "steps: expected a value, found [1]"),
-        ("files: []", "files: expected a value, found []"),
+        ("steps: [1, 2]", "the key 'steps' needs a value, but it has [1, 2]"),
+        ("steps: [1]", "the key 'steps' needs a value, but it has [1]"),
+        ("files: []", "the key 'files' needs a value, but it has []"),
         ("steps: 1\nsteps: 2", "'steps' is given twice"),
-        ("steps:", "steps: expected a value, found None"),
-        ("- 1", "expected 'flag: value' lines, found list"),
+        ("steps:", "the key 'steps' needs a value, but it has None"),
+        ("- 1", "must have 'flag: value' lines, but its content is of type list"),
         ("a: [", "not valid YAML"),
         ("steps: 0", "--steps 0 must be at least 1"),
     ],
@@ -77,7 +77,7 @@ def test_a_wrong_recipe_is_refused_with_the_reason(tmp_path, yaml_text, expected
         (["--step", "3"], "unknown argument '--step' (did you mean '--steps'?)"),
         (["--learning_rte=3"], "(did you mean '--learning_rate'?)"),
         (["--steps", "x"], "argument --steps: invalid int value: 'x'"),
-        (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file or directory"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml cannot be read (No such file or directory)"),
     ],
 )
 def test_a_wrong_flag_is_refused_with_the_nearest_one(flags, expected):
@@ -102,7 +102,7 @@ def test_a_file_wins_over_a_shipped_recipe_and_a_path_is_never_one(tmp_path, mon
 
 @pytest.mark.fault("F15 a wrong flag, recipe or batch size")
 def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
-    with pytest.raises(GPT2ModernError, match=r"--config dmeo: no such file, and no shipped recipe; .*\bdemo\b"):
+    with pytest.raises(GPT2ModernError, match=r"--config dmeo: no such file or recipe; .*\bdemo\b"):
         parse_arguments(Example, ["--config", "dmeo"])
 
 
@@ -110,7 +110,7 @@ def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
     ("error", "code", "line"),
     [
         (GPT2ModernError("first\n  second"), 2, "error: first second\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted by the user (Ctrl-C)\n"),
     ],
 )
 def test_errors_and_interruptions_are_one_line(capsys, error, code, line):

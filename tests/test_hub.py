@@ -128,7 +128,7 @@ def test_uploads_that_fail_are_one_warning_and_the_command_to_type(fake, data_di
     output = capsys.readouterr()
     (warning,) = warnings_in(output.err)
     assert "someone/run: ConnectionError: refused for hf_...; training continues" in warning
-    assert "not on the Hub" in output.out and "by hand: hf upload someone/run" in output.out
+    assert "was not uploaded to the Hub" in output.out and "upload it with: hf upload someone/run" in output.out
     assert TOKEN not in output.out + output.err
     assert (tmp_path / "run" / "model.safetensors").exists()
 
@@ -152,7 +152,7 @@ def test_the_end_does_not_wait_for_ever(fake, data_dir, tmp_path, capsys, monkey
     fake.gate.clear()
     monkeypatch.setattr(publish, "WAIT_S", 0.2)
     train(data_dir, tmp_path, push_to_hub=True, max_steps=2)
-    assert "not on the Hub (not done after 0 s); by hand: hf upload" in capsys.readouterr().out
+    assert "to the Hub (the upload was not finished after 0 s); upload it with: hf upload" in capsys.readouterr().out
     fake.gate.set()
 
 
@@ -169,7 +169,7 @@ def test_a_run_without_a_network_ends_well(data_dir, tmp_path):
     )
     (warning,) = warnings_in(result.stderr.replace("\r", "\n"))
     assert "offline mode is enabled" in warning
-    assert "not on the Hub" in result.stdout and TOKEN not in result.stdout + result.stderr
+    assert "was not uploaded to the Hub" in result.stdout and TOKEN not in result.stdout + result.stderr
 
 
 def test_a_name_that_no_repository_can_have_is_an_error_before_anything_starts():

@@ -11,7 +11,7 @@ from gpt2modern.training.records import RowLog, bar_numbers, on_one_line, plot_t
 @pytest.mark.parametrize("content", ['{"a": 1}', "[1]"])
 def test_a_file_that_is_not_a_log_is_refused(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content + "\n")
-    with pytest.raises(GPT2ModernError, match="is not a log of metrics"):
+    with pytest.raises(GPT2ModernError, match="is not a log of a training run"):
         RowLog(tmp_path / "metrics.jsonl", resumed_step=0)
 
 

@@ -74,7 +74,7 @@ def test_a_failure_is_a_warning(data_dir, tmp_path, capsys):
 
     flags = flags_for(data_dir, tmp_path, **settings(max_steps=2))
     train_with(parse_arguments(TrainConfig, [*flags, *PROMPTS]), callback)
-    assert "warning: no samples: RuntimeError: out of memory" in capsys.readouterr().err
+    assert "warning: the samples could not be generated (RuntimeError: out of memory)" in capsys.readouterr().err
     assert (tmp_path / "model.safetensors").exists()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2modern.training.schedules import DECAYS, SCHEDULES, Schedule, steps_from
+from gpt2modern.training.schedules import DECAYS, Schedule, steps_from
 
 
 def rate(step, schedule="cosine", **changes):
@@ -57,12 +57,12 @@ def test_the_stable_part_does_not_depend_on_the_length_of_the_run():
     assert rates[0] == rates[1]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "warmup_stable_decay"])
 def test_no_warmup_starts_at_the_peak(schedule):
     assert rate(0, schedule, warmup_steps=0) == 1.0
 
 
-@pytest.mark.parametrize("decay", DECAYS.values())
+@pytest.mark.parametrize("decay", [decay for name, decay in DECAYS.items() if name != "constant"])
 def test_every_decay_goes_from_one_to_zero(decay):
     assert (decay(0.0), decay(1.0)) == (1.0, 0.0)
 
@@ -74,5 +74,5 @@ def test_steps_may_be_given_as_a_share_of_the_run():
 
 
 def test_parts_longer_than_the_run_are_refused():
-    with pytest.raises(ValueError, match="30 steps of warm-up and 80 of decay are more than --max_steps 100"):
+    with pytest.raises(ValueError, match="30 warm-up steps and 80 decay steps are in total more than --max_steps 100"):
         Schedule("warmup_stable_decay", max_steps=100, warmup_steps=30, decay_steps=80)

@@ -1,4 +1,4 @@
-"""Text that a model writes after a prompt: by hand, and as the samples of a training run."""
+"""Generate text from prompts: for the eval.generate command and for the samples of a training run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ def generate_text(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> str:
-    """Continue `prompt` and return the new text; sampled with `seed`, ended early by the end-of-text token.
+    """Return the text that the model generates after `prompt`: at most `max_new_tokens` tokens, without the prompt.
 
-    An empty prompt starts from the end-of-text token, which is what precedes a document in training. Raises
-    GPT2ModernError for more tokens than a model with learned positions has, and for a tokenizer of another model.
+    Sampling uses `seed`; temperature 0 is greedy. Generation stops at the end-of-text token, which also replaces an
+    empty prompt. Raises GPT2ModernError if the tokens exceed the model's learned positions or its vocabulary.
     """
     input_ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt else None
     if input_ids is None or input_ids.shape[1] == 0:
@@ -32,14 +32,14 @@ def generate_text(
     vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
     if input_ids.max() >= vocab_size:
         raise GPT2ModernError(
-            f"the tokenizer gives token id {input_ids.max()}, the model's vocab_size is only {vocab_size}; use the "
-            "tokenizer that it was trained with"
+            f"the tokenizer returns token id {input_ids.max()}, but the model's vocab_size is only {vocab_size}; use "
+            "the tokenizer that the model was trained with"
         )
     longest = longest_sequence(model)
     if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
         raise GPT2ModernError(
-            f"the prompt's {input_ids.shape[1]} tokens and --max_new_tokens {max_new_tokens} are more than the "
-            f"{longest} positions that the model has learned; shorten one of them"
+            f"the prompt's {input_ids.shape[1]} tokens and --max_new_tokens {max_new_tokens} are in total more than "
+            f"the model's {longest} positions; shorten the prompt or lower --max_new_tokens"
         )
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     torch.manual_seed(seed)
@@ -56,7 +56,8 @@ def generate_text(
 def check_prompts(
     prompts: Sequence[str] | None, max_new_tokens: int, tokenizer_path: Path, model: PreTrainedModel
 ) -> None:
-    """Raise GPT2ModernError for a prompt that leaves a model with learned positions no room for `max_new_tokens`."""
+    """Raise GPT2ModernError if a prompt of --sample_prompts and `max_new_tokens` exceed the model's learned positions.
+    Does nothing for a model without learned position embeddings, or without prompts."""
     longest = longest_sequence(model)
     if prompts and longest is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
@@ -65,17 +66,17 @@ def check_prompts(
             if length + max_new_tokens > longest:
                 raise GPT2ModernError(
                     f"--sample_prompts {prompt[:30]!r}: its {length} tokens and --sample_max_new_tokens "
-                    f"{max_new_tokens} are more than the {longest} positions that the model has learned"
+                    f"{max_new_tokens} are in total more than the model's {longest} positions; shorten one of them"
                 )
 
 
 def generate_samples(
     model: PreTrainedModel, tokenizer_path: Path, prompts: Sequence[str], *, max_new_tokens: int, seeds: Sequence[int]
 ) -> list[dict[str, str]]:
-    """Continue each prompt with its seed and return rows of `prompt` and `text`; a failure is a warning, without rows.
+    """Generate a text for each prompt with its seed, and return one {"prompt": ..., "text": ...} per prompt.
 
-    The random generators are put back as they were; the model is left in eval mode. A sharded model is asked on all
-    processes, since each holds a part.
+    Warns and returns [] if generation fails. The state of the random generators is unchanged afterwards; the model is
+    left in eval mode. If the model is sharded, every process must call this.
     """
     device = model.device
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
@@ -90,5 +91,5 @@ def generate_samples(
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
     except Exception as error:
-        warn(f"no samples: {type(error).__name__}: {error}")
+        warn(f"the samples could not be generated ({type(error).__name__}: {error}) and are skipped this time")
         return []

@@ -1,4 +1,4 @@
-"""The next-token loss of a batch, for training and evaluation, and its mean over prepared blocks."""
+"""Compute the next-token loss of a batch, for training and evaluation, and its mean over prepared blocks."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +19,14 @@ def batch_loss(
     separator: int | None = None,
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the next-token losses of `batch` and divide by `num_items`; no logits are kept.
+    """Return the sum of the next-token losses of `batch` divided by `num_items`, with and without z-loss.
 
-    Returns what is minimised, the loss plus z-loss with the coefficient `z_loss`, and the loss alone, detached: scalars
-    in nats, fp32.
-    batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only. Padding, -100, is no
-    target, and as an input it is id 0: what attends to it comes after it and has no target either.
-    separator: the token that ends a document; tokens then attend to none of the documents before their own in the
-    block, and the separator itself still predicts what follows it. None: every token attends to all before it.
+    The first result is minimised: the loss plus the z-loss with coefficient `z_loss`. The second is the loss alone,
+    detached. Both are fp32 scalars in nats. No logits are kept.
+    batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only. Padding (-100) is never a
+    target; as an input it becomes id 0, which is harmless because only padding follows padding.
+    separator: id of the token that ends a document; each token then attends to its own document only, and the separator
+    still has the next document's first token as target. None: each token attends to all tokens before it.
     """
     input_ids = batch[:, :-1].clamp(min=0)  # (sequences, block_size)
     output = model(
@@ -42,21 +42,22 @@ def batch_loss(
 
 
 def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
-    """Number the tokens of each row from 0, and again from 0 after each `separator`: (batch, seq_len) to the same."""
+    """Return the position of each token in its document: positions restart at 0 after each `separator` token.
+    input_ids and result: (batch, seq_len) integers."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    begins = torch.nn.functional.pad(input_ids[:, :-1] == separator, (1, 0))
-    return positions - torch.where(begins, positions, 0).cummax(dim=1).values
+    starts = torch.nn.functional.pad(input_ids[:, :-1] == separator, (1, 0))
+    return positions - torch.where(starts, positions, 0).cummax(dim=1).values
 
 
 class Metric(NamedTuple):
-    """A result of an evaluation. label: with its unit, as the model card shows it; of: from the mean loss (nats/token)
-    and the blocks that were evaluated."""
+    """Describe a result of an evaluation. label: its name and unit in the model card. of: computes it from the mean
+    loss (nats/token) and the evaluated blocks."""
 
     label: str
     of: Callable[[float, PackedBlocks], float]
 
 
-# In metrics.jsonl, summary.json, the checkpoints and the model card of every run, by these names.
+# The results in metrics.jsonl, summary.json, the checkpoints and the model card of every run, under these names.
 METRICS = {
     "eval_loss": Metric("validation loss (nats/token)", lambda loss, blocks: loss),
     "bits_per_byte": Metric(
@@ -66,12 +67,14 @@ METRICS = {
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Convert nats per token to bits per UTF-8 byte of the text, which does not depend on the tokenizer."""
+    """Convert a loss in nats per token to bits per UTF-8 byte of the text, a value that is comparable between
+    tokenizers. bytes_per_token: mean number of bytes of text per token."""
     return loss / math.log(2) / bytes_per_token
 
 
 def evaluated_blocks(num_blocks: int, *, max_blocks: int | None, from_start: bool) -> list[int]:
-    """List the blocks of a split that an evaluation uses: all, or `max_blocks` at equal distances or from its start."""
+    """Return the indices of the blocks that an evaluation uses: all `num_blocks`, or only `max_blocks` of them, which
+    are the first ones if `from_start`, and otherwise spread at equal distances."""
     count = min(num_blocks, max_blocks or num_blocks)
     return [index if from_start else index * num_blocks // count for index in range(count)]
 
@@ -89,10 +92,10 @@ def evaluate_loss(
 ) -> float | None:
     """Return the mean next-token loss (nats/token) of `model` over the `evaluated_blocks`, the same on every process.
 
-    The blocks are divided over the processes without padding, each sums in float64, and one reduction ends it. All make
-    the same number of forward passes, because a sharded model is gathered by all together: a process that has run out
-    of blocks repeats one without counting it. The train/eval mode is put back.
-    should_stop: asked before each pass, and answered alike on every process; after a yes the result is None.
+    Every process must call this. Each evaluates its share of the blocks, and the float64 sums are added at the end. All
+    make the same number of forward passes, as a sharded model requires: a process without blocks left repeats one that
+    is not counted. The train or eval mode of the model is unchanged afterwards.
+    should_stop: called before each pass, must return the same on every process; if it returns True, None is returned.
     """
     chosen = evaluated_blocks(len(blocks), max_blocks=max_blocks, from_start=from_start)
     mine = chosen[process_index::num_processes]

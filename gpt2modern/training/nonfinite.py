@@ -1,4 +1,4 @@
-"""Record the NaN and infinite losses and gradients for which an update is skipped; warn of loss spikes."""
+"""Record each update that has a NaN or infinite loss or gradient, then skip it or end the run; warn of loss spikes."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from gpt2modern.training.state import TrainState
 
 NONFINITE_LOG = "nonfinite_steps.jsonl"
 SPIKE_WINDOW = 20  # logged losses that a new one is compared with
-SPIKE_DEVIATIONS, SPIKE_NATS = 6.0, 0.2  # above their median, in robust standard deviations and at least
+SPIKE_DEVIATIONS, SPIKE_NATS = 6.0, 0.2  # a spike is above their median by more than either of these
 
 
 def handle_nonfinite(
@@ -29,28 +29,28 @@ def handle_nonfinite(
     loss: torch.Tensor,
     grad_norm: torch.Tensor,
 ) -> None:
-    """Record an update that was skipped for its NaN or infinite loss or gradient. Called on all processes.
+    """Record an update whose loss or gradient norm is NaN or infinite, and print a warning that it is skipped.
 
-    samples: (samples_of_step,) block indices, over all processes. Raises GPT2ModernError where --on_nonfinite or
-    --max_nonfinite_steps says that the run ends here.
+    Every process must call this. samples: (samples_of_step,), the block indices of the update over all processes.
+    Raises GPT2ModernError under --on_nonfinite stop, and after more than --max_nonfinite_steps such updates in a row.
     """
     log = Path(config.output_dir) / NONFINITE_LOG
     worst = _record(log, accelerator, plan, state.step + 1, samples, float(loss), float(grad_norm))
     what = (
         f"the loss is {worst['loss']} and the gradient norm is {worst['grad_norm']} at step {state.step + 1} on "
-        f"process {worst['process']} (its blocks: {log})"
+        f"process {worst['process']} (the blocks of the step are listed in {log})"
     )
     if config.on_nonfinite == "stop":
         raise GPT2ModernError(
-            f"{what}: resume from the newest checkpoint with a lower learning rate or --max_grad_norm, or skip such "
+            f"{what}; resume from the newest checkpoint with a lower --learning_rate or --max_grad_norm, or skip such "
             "updates with --on_nonfinite skip"
         )
     if state.nonfinite_steps + 1 > config.max_nonfinite_steps:
         raise GPT2ModernError(
-            f"{what}; steps in a row: {state.nonfinite_steps + 1}, --max_nonfinite_steps {config.max_nonfinite_steps}: "
-            "the weights themselves may be broken; resume from an earlier checkpoint with a lower learning rate"
+            f"{what}; {state.nonfinite_steps + 1} such steps in a row are more than --max_nonfinite_steps "
+            f"{config.max_nonfinite_steps}; resume from an earlier checkpoint with a lower --learning_rate"
         )
-    accelerator.print(f"warning: {what}: update skipped")
+    accelerator.print(f"warning: {what}; this update is skipped")
 
 
 def _record(
@@ -62,8 +62,8 @@ def _record(
     loss: float,
     grad_norm: float,
 ) -> dict[str, Any]:
-    """Append to nonfinite_steps.jsonl what each process saw and which blocks it had; return what the first process saw
-    whose loss, or else whose gradient, is not finite."""
+    """Append loss, gradient norm and block indices of each process to nonfinite_steps.jsonl, and return those of the
+    first process whose loss, or otherwise gradient norm, is NaN or infinite. Warns if the file cannot be written."""
     # A step's blocks are divided into passes, a pass into the processes' micro-batches.
     mine = samples.reshape(-1, plan.num_processes, plan.micro_batch_size)[:, accelerator.process_index]
     seen = {
@@ -79,20 +79,21 @@ def _record(
             with log.open("a", encoding="utf-8") as file:
                 file.write(row + "\n")
         except OSError as error:
-            warn(f"{log} cannot be written ({error.strerror}): {row}")
-    # NaN and infinity are strings here. A sum over processes is broken on all of them, the loss of one only there.
+            warn(f"{log} cannot be written ({error.strerror}); this row is missing there: {row}")
+    # NaN and infinity are strings here. The gradient norm is NaN on all processes, the loss only where it occurred.
     return max(everybody, key=lambda seen: (isinstance(seen["loss"], str), isinstance(seen["grad_norm"], str)))
 
 
 def json_number(value: float) -> float | str:
-    """Return a finite number as it is, and NaN or infinity, which JSON does not have, as a string."""
+    """Return a finite number unchanged, and NaN or infinity, which JSON cannot represent, as a string."""
     return value if math.isfinite(value) else str(value)
 
 
 def spike_warning(rows: list[dict[str, Any]], loss: float) -> str | None:
-    """Describe a loss far above those of the last rows of metrics.jsonl; None for any other.
+    """Return a warning if `loss` is far above the last `SPIKE_WINDOW` losses of `rows`; otherwise return None.
 
-    Robust, since one spike must not hide the next: 1.4826 x median absolute deviation is a standard deviation.
+    rows: those of metrics.jsonl. The spread is 1.4826 times the median absolute deviation, a robust estimate of the
+    standard deviation, so that one spike does not hide the next.
     """
     recent = [row["loss"] for row in rows if row.get("loss") is not None][-SPIKE_WINDOW:]
     if len(recent) < SPIKE_WINDOW or not math.isfinite(loss):
@@ -101,4 +102,6 @@ def spike_warning(rows: list[dict[str, Any]], loss: float) -> str | None:
     deviation = 1.4826 * float(np.median(np.abs(np.array(recent) - median)))
     if loss <= median + max(SPIKE_DEVIATIONS * deviation, SPIKE_NATS):
         return None
-    return f"warning: the loss jumped to {loss:.3f}; the median of the {SPIKE_WINDOW} logged before is {median:.3f}"
+    return (
+        f"warning: the loss jumped to {loss:.3f}; the median of the last {SPIKE_WINDOW} logged losses is {median:.3f}"
+    )

@@ -1,4 +1,4 @@
-"""Optimizers: which parameters each one updates, at which learning rate, with how much state."""
+"""Build the optimizers of a run, and list which parameters each one updates and how much state it needs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import is_sharded, shard_like
 
-# Muon starts with a shorter memory, as its first gradients point elsewhere: worth 0.013 nats in modded-nanogpt's log of
-# 2024-11-06.
+# Muon starts with a lower momentum, because the first gradients soon become outdated: it lowered the loss by 0.013 nats
+# in modded-nanogpt's log of 2024-11-06.
 MUON_MOMENTUM, MUON_FIRST_MOMENTUM = 0.95, 0.85
 
 
 class ShardedMuon(torch.optim.Muon):
-    """torch.optim.Muon for the matrices of a sharded model: identical, except that a matrix is gathered once and not in
-    each of the products that orthogonalise it. Weights and momentum stay sharded."""
+    """Update the matrices of a sharded (FSDP2) model exactly as torch.optim.Muon does, but gather each matrix once, not
+    in each product that orthogonalises it. Weights and momentum stay sharded."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -28,7 +28,7 @@ class ShardedMuon(torch.optim.Muon):
             self._init_group(group, parameters, gradients, momenta)
             for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                update = gradient.lerp(momentum, group["momentum"]).full_tensor()  # (rows, columns), whole
+                update = gradient.lerp(momentum, group["momentum"]).full_tensor()  # (rows, columns), unsharded
                 update = _zeropower_via_newtonschulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 learning_rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
@@ -36,17 +36,18 @@ class ShardedMuon(torch.optim.Muon):
 
 
 def matrices_in_layers(model: nn.Module) -> list[nn.Parameter]:
-    """List the trained matrices inside the decoder layers."""
+    """Return the trainable 2-D parameters inside the decoder layers of `model`."""
     return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in name]
 
 
 def build_muon(parameters: list[nn.Parameter], config: TrainConfig, *, sharded: bool) -> torch.optim.Optimizer:
-    """Make Muon (arXiv:2502.16982, github.com/KellerJordan/Muon), which orthogonalises the momentum of a matrix.
+    """Build Muon (arXiv:2502.16982, github.com/KellerJordan/Muon), which orthogonalises the momentum of each matrix.
 
-    A step is sqrt(max(1, rows / columns)) times the learning rate. Raises GPT2ModernError for LoRA adapters.
+    It scales the learning rate of a matrix by sqrt(max(1, rows / columns)). sharded: whether FSDP2 has sharded the
+    parameters. Raises GPT2ModernError if the run trains LoRA adapters.
     """
     if config.lora_rank:
-        raise GPT2ModernError("--optimizer muon is for whole matrices; use adamw with --lora_rank")
+        raise GPT2ModernError("--optimizer muon does not support LoRA; use --optimizer adamw with --lora_rank")
 
     def momentum_at(step: int) -> float:
         warmup_steps = config.muon_momentum_warmup_steps
@@ -61,10 +62,11 @@ def build_muon(parameters: list[nn.Parameter], config: TrainConfig, *, sharded: 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """What is known of one value of --optimizer.
+    """Describe one value of --optimizer.
 
-    parameters: those of a model that it updates; AdamW updates all others. build: makes it for these parameters.
-    state_bytes: of its state per weight. Its own settings are fields of TrainConfig with optimizer="its name".
+    parameters: returns the parameters of a model that it updates; AdamW updates all others. build: makes the optimizer
+    for these parameters; None if AdamW is the only one. state_bytes: size of its state per weight, in bytes. Settings
+    that only this optimizer uses are fields of TrainConfig that are declared with optimizer="its name".
     """
 
     parameters: Callable[[nn.Module], list[nn.Parameter]]
@@ -80,23 +82,23 @@ ADAMW_STATE_BYTES = 8  # two fp32 averages
 
 
 def optimizer_kind(name: str) -> OptimizerKind:
-    """Return the entry of OPTIMIZERS; raises GPT2ModernError, listing them, for another name."""
+    """Return the entry `name` of OPTIMIZERS. Raises GPT2ModernError, which lists the known names, if there is none."""
     if name not in OPTIMIZERS:
         raise GPT2ModernError(f"--optimizer {name} is unknown; choose from {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[name]
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Make AdamW and, by --optimizer, another optimizer for the parameters that it takes.
+    """Build AdamW and, if --optimizer names another optimizer, that one for the parameters that it updates.
 
-    AdamW (arXiv:1711.05101) decays matrices only: gains, biases and scalars are not pulled towards zero. Its fused
-    kernel does the whole update in one launch per dtype. A tied embedding is also the head, and counts as an embedding.
-    Every parameter group carries its peak learning rate as `peak_lr`.
+    AdamW (arXiv:1711.05101) is fused and applies weight decay to matrices only, not to gains, biases and scalars. An
+    embedding that is also the output head counts as an embedding. Every parameter group stores its highest scheduled
+    learning rate under the key `peak_lr`.
     """
     kind = optimizer_kind(config.optimizer)
     embedding = model.get_input_embeddings().weight
     taken = kind.parameters(model)
-    beside = [kind.build(taken, config, sharded=is_sharded(model))] if kind.build else []
+    further = [kind.build(taken, config, sharded=is_sharded(model))] if kind.build else []
     others = {id(parameter) for parameter in [embedding, *taken]}
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in others]
     embeddings = [embedding] if embedding.requires_grad else []
@@ -113,11 +115,11 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
         eps=config.adam_epsilon,
         fused=True,
     )
-    return [adamw, *beside]
+    return [adamw, *further]
 
 
 def state_bytes(model: nn.Module, optimizer: str) -> int:
-    """Return the bytes of all optimizers' state for the trained parameters of `model`."""
+    """Return how many bytes the optimizer state of all trainable parameters of `model` takes under --optimizer."""
     kind = optimizer_kind(optimizer)
     taken = sum(parameter.numel() for parameter in kind.parameters(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -125,22 +127,22 @@ def state_bytes(model: nn.Module, optimizer: str) -> int:
 
 
 def parameter_group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict[str, Any]:
-    """Make a group of an optimizer whose learning rate follows the schedule below `peak_lr`.
+    """Return a parameter group for a torch optimizer, whose learning rate is a scheduled fraction of `peak_lr`.
 
-    A key `values`, {name: function of the step}, gives the group other scheduled values.
+    To schedule other values of the group too, add a key `values`: {name: function of the step}.
     """
     return {"params": parameters, "lr": peak_lr, "peak_lr": peak_lr, "weight_decay": weight_decay}
 
 
 class OptimizerChain(torch.optim.Optimizer):
-    """Several optimizers as one: under a loss scale gradients are unscaled once, and either all of them step or none.
+    """Combine several optimizers into one, so that under a loss scale (fp16) either all of them step or none does.
 
-    `GradScaler` decides for each optimizer by that one's own gradients; the layers would be updated while the
-    embedding, whose gradients overflowed, stays.
+    `GradScaler` decides separately for each optimizer that it knows. With separate optimizers, one would update its
+    parameters while another skips the same update because its gradients overflowed.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
-        # Not Optimizer.__init__, which takes parameters into groups and state of its own.
+        # Optimizer.__init__ is not called: it would make parameter groups and a state of its own.
         self.optimizers = list(optimizers)
         self.defaults = {}
 
@@ -162,7 +164,7 @@ class OptimizerChain(torch.optim.Optimizer):
 
 
 def set_schedules(optimizer: torch.optim.Optimizer, *, step: int, learning_rate_factor: float) -> None:
-    """Give every parameter group its learning rate and its other scheduled values for update number `step`."""
+    """Set the learning rate and the other scheduled values of every parameter group for update `step` (from 0)."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * learning_rate_factor
         group.update({name: value_at(step) for name, value_at in group.get("values", {}).items()})

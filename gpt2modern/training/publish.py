@@ -1,6 +1,6 @@
-"""Upload a run's model to the Hub in the background. Nothing that fails there stops training.
+"""Upload the model of a run to the Hub in the background. A failed upload is a warning and does not stop training.
 
-What is uploaded is the model folder, its card, its curves and its records; never optimizer or trainer state.
+The model folder, its card, its curves and its records are uploaded, but never the state of optimizers and trainer.
 """
 
 import os
@@ -30,14 +30,15 @@ from gpt2modern.training.records import CURVES_FILE, SETTINGS_FILE, Records
 from gpt2modern.training.state import TrainState
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
-WAIT_S = 600.0  # how long the end of a run waits for its last upload
-# What is uploaded beside the model and its card, where a run has it.
+WAIT_S = 600.0  # how long a finished run waits at most for its last upload
+# Files that are uploaded in addition to the model and its card, if the run has them.
 RECORDS = ("summary.json", "metrics.jsonl", "samples.jsonl", CURVES_FILE, SETTINGS_FILE)
 
 
 @dataclass
 class Publisher:
-    """Exports a run's model with its card, and uploads it where --push_to_hub asks for it, on the main process."""
+    """Export the model of a run with its card, and upload it from the main process. Without --push_to_hub, and on other
+    processes, the upload methods do nothing."""
 
     config: TrainConfig
     records: Records
@@ -53,12 +54,12 @@ class Publisher:
             self.uploader = HubUploader(self.config, self.output_dir)
 
     def summary(self, state: TrainState) -> dict[str, Any]:
-        """Return the contents of summary.json."""
+        """Return the contents of summary.json for a run that has reached `state`."""
         rows = self.records.metrics.rows
         return summarize(self.config, state, rows, model=self.model, plan=self.plan, eval_blocks=self.eval_blocks)
 
     def card(self, summary: dict[str, Any]) -> str:
-        """Return the model card."""
+        """Return the Markdown text of the model card. summary: the contents of summary.json."""
         return model_card(
             self.config,
             summary,
@@ -70,8 +71,11 @@ class Publisher:
         )
 
     def upload_checkpoint(self, state: TrainState, checkpoint: Path) -> None:
-        """Start to upload the model folder of a checkpoint, by --hub_strategy; not while another upload is going on,
-        nor where the finished model follows at once."""
+        """Start to upload the model folder of a checkpoint and return without waiting.
+
+        Does nothing without --push_to_hub, under --hub_strategy end, while another upload is running, and at the last
+        step, where the finished model is uploaded instead.
+        """
         strategy = self.config.hub_strategy
         if self.uploader is None or strategy == "end" or self.uploader.is_busy or state.step == self.config.max_steps:
             return
@@ -88,9 +92,9 @@ class Publisher:
         )
 
     def export(self, summary: dict[str, Any], model: GPT2ModernForCausalLM, blocks: PackedBlocks) -> None:
-        """Write the Hub-ready folder of the finished run, with its card and summary, and print where it is.
+        """Write the finished model with its code, tokenizer, card and summary to --output_dir, and print where it is.
 
-        model: whole, with its adapters if it has any. Raises GPT2ModernError if the disk does not take it.
+        model: unsharded, with its LoRA adapters if it has any. Raises GPT2ModernError if a file cannot be written.
         """
         try:
             self.model_files = export_model(model, self.output_dir, blocks)
@@ -99,16 +103,17 @@ class Publisher:
             write_json(self.output_dir / "summary.json", summary)
         except (OSError, SafetensorError) as error:
             raise GPT2ModernError(
-                f"the finished model cannot be written to {self.output_dir}: {error}; its checkpoints are unchanged, "
-                "the same command tries again"
+                f"the finished model cannot be written to {self.output_dir}: {error}; its checkpoints are unchanged; "
+                "fix the cause and run the same command again to export it"
             ) from None
         where = f"model in {self.output_dir}"
         if has_adapters(model):
-            where = f"merged {where}, adapters alone in {self.output_dir / ADAPTER_FOLDER}"
-        print(f"finished: validation loss {summary['eval_loss']:.4f} nats/token, {where}")
+            where = f"merged {where}, separate LoRA adapters in {self.output_dir / ADAPTER_FOLDER}"
+        print(f"training finished: validation loss {summary['eval_loss']:.4f} nats/token, {where}")
 
     def upload_final(self, summary: dict[str, Any]) -> None:
-        """Upload the exported model, wait for it, and print where it is."""
+        """Upload the exported model, wait at most `WAIT_S` seconds, and print its URL or how to upload it by hand.
+        Does nothing without --push_to_hub."""
         if self.uploader is not None:
             paths = [self.output_dir / name for name in (*self.model_files, *RECORDS)]
             message = self.uploader.finish(
@@ -120,22 +125,22 @@ class Publisher:
 
 
 class HubUploader:
-    """Uploads the model folder of one run, one upload at a time, each in a thread; on the main process.
+    """Upload folders of one run to its Hub repository in a background thread, one upload at a time.
 
-    The token is the one that `hf auth login` or HF_TOKEN has set; it is neither written nor shown.
+    It uses the token set by `hf auth login` or HF_TOKEN, which is never printed or saved.
     """
 
     def __init__(self, config: TrainConfig, output_dir: Path):
-        """Create the repository, in the background too: what will not work is known at the start of a run."""
+        """Start to create the repository in the background, so that a wrong name or token is reported early."""
         self.output_dir = output_dir
-        self.repo_id = config.hub_model_id or output_dir.resolve().name  # with its owner as soon as the Hub has told
+        self.repo_id = config.hub_model_id or output_dir.resolve().name  # with its owner once the Hub has answered
         self.private = config.hub_private_repo
         self.revision = config.hub_revision
-        self.url: str | None = None  # of the newest upload that worked
-        self.problem: str | None = None  # of the newest one, if it did not
+        self.url: str | None = None  # of the last successful upload
+        self.problem: str | None = None  # the error of the last upload, None if it succeeded
         self.warns = True
         disable_progress_bars()
-        # HfApi's own pool has threads that are waited for at exit: an upload that hangs would keep the process.
+        # Python waits at exit for the threads of HfApi's own pool: an upload that hangs would keep the process alive.
         self._thread = self._start(None, None, "")
 
     @property
@@ -143,9 +148,9 @@ class HubUploader:
         return self._thread.is_alive()
 
     def upload(self, files: Iterable[Path], card: str, *, message: str, path_in_repo: str | None = None) -> None:
-        """Start to upload `files` as they are now and `card`, gathered in a folder that is removed in the end.
+        """Copy `files` and `card` to a temporary folder and start to upload it in the background.
 
-        Not to be called while `is_busy`. A disk that does not take the folder is a warning.
+        Must not be called while `is_busy`. Warns, and uploads nothing, if the folder cannot be written.
         """
         assert not self.is_busy
         folder = self.output_dir / ".hub_upload"
@@ -153,23 +158,24 @@ class HubUploader:
             stage_files(files, folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
         except OSError as error:
-            self._report(f"{folder}: {error.strerror}")
+            self._report(f"{folder} cannot be written ({error.strerror})")
             return
         self._thread = self._start(folder, path_in_repo, message)
 
     def finish(self, files: Iterable[Path], card: str, *, message: str) -> str:
-        """Upload the finished run and wait, `WAIT_S` at most; say where it is, or what failed and the way out."""
+        """Upload the finished run and wait at most `WAIT_S` seconds in total. Returns a message with the URL or, if the
+        upload failed, with the cause and the command that uploads it by hand."""
         deadline = time.monotonic() + WAIT_S
         self._thread.join(WAIT_S)
-        self.warns = False  # what is returned says it
+        self.warns = False  # the returned message reports a failure
         if not self.is_busy:
             self.upload(files, card, message=message)
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self.is_busy:
-            self.problem = f"not done after {WAIT_S:.0f} s"
+            self.problem = f"the upload was not finished after {WAIT_S:.0f} s"
         if self.problem is None:
-            return f"uploaded to {self.url}"
-        return f"not on the Hub ({self.problem}); by hand: {self._command_by_hand()}"
+            return f"model uploaded to {self.url}"
+        return f"the model was not uploaded to the Hub ({self.problem}); upload it with: {self._command_by_hand()}"
 
     def _command_by_hand(self) -> str:
         options = ["--revision", self.revision] if self.revision else []
@@ -205,21 +211,21 @@ class HubUploader:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _report(self, problem: str) -> None:
-        if self.warns and problem != self.problem:  # the same one again says nothing new
-            warn(f"--push_to_hub {self.repo_id}: {problem}; training continues, the next save tries again")
+        if self.warns and problem != self.problem:  # a repeated problem is reported once
+            warn(f"--push_to_hub {self.repo_id}: {problem}; training continues, and the next upload retries")
         self.problem = problem
 
 
 def without_token(text: str) -> str:
-    """Replace the user's token in an error message of the Hub."""
+    """Return `text`, an error message of the Hub, with the user's token replaced by "hf_..."."""
     token = get_token()
     return text.replace(token, "hf_...") if token else text
 
 
 def stage_files(files: Iterable[Path], folder: Path) -> None:
-    """Make `folder` hold `files` as they are now: training goes on writing its records and deletes old checkpoints.
+    """Replace `folder` by a new one with copies of `files`, which training may later change or delete.
 
-    Weights are linked where the file system can: they are replaced and removed, never written into.
+    Weight files (.safetensors) are hard-linked where the file system allows it: training never changes their content.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

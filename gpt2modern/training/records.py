@@ -1,4 +1,4 @@
-"""Record a run while it trains: metrics.jsonl, samples.jsonl, training_curves.png, trackers, the progress bar."""
+"""Record a run during training: metrics.jsonl, samples.jsonl, training_curves.png, trackers, the progress bar."""
 
 import json
 import os
@@ -25,27 +25,29 @@ SETTINGS_FILE, CURVES_FILE = "resolved_config.yaml", "training_curves.png"
 
 
 def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: int) -> None:
-    """Make the folder of a run, with the settings it runs under; nothing in it may lie beyond the step it begins at.
+    """Create --output_dir if needed, write resolved_config.yaml, and move checkpoints later than `state.step` aside.
 
-    Raises GPT2ModernError if the folder holds files of somebody else that the run would replace.
+    Raises GPT2ModernError if it cannot be written, or has files of another program that this run would overwrite.
     """
     output_dir, checkpoints = Path(config.output_dir), checkpoints_dir(config)
     if not (output_dir / SETTINGS_FILE).exists() and not list_checkpoints(checkpoints):
         for name in ("README.md", "config.json", "model.safetensors", "metrics.jsonl"):
             if (output_dir / name).exists():
                 raise GPT2ModernError(
-                    f"--output_dir {output_dir}: has a {name} that no run has written; name another folder"
+                    f"--output_dir {output_dir} contains a {name} that was not written by a training run and would be "
+                    "overwritten; choose another folder"
                 )
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         set_aside_later_checkpoints(checkpoints, state.step)
         _write_settings(output_dir / SETTINGS_FILE, config.chosen(), num_processes)
     except OSError as error:
-        raise GPT2ModernError(f"--output_dir {output_dir}: cannot be written to ({error.strerror})") from None
+        message = f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder"
+        raise GPT2ModernError(message) from None
 
 
 def _write_settings(path: Path, settings: dict[str, Any], num_processes: int) -> None:
-    """Write every setting as a recipe that `--config` takes, with the versions, processes and command of the run."""
+    """Write all settings as a YAML file for `--config`; comments give package versions, processes and command line."""
     versions = {package: version(package) for package in ("torch", "transformers", "accelerate")}
     header = {"python": platform.python_version(), **versions, "num_processes": num_processes}
     header["command"] = " ".join(sys.argv)
@@ -54,10 +56,10 @@ def _write_settings(path: Path, settings: dict[str, Any], num_processes: int) ->
 
 
 class Records:
-    """The records of one run, from the step it begins at. Does nothing on processes other than the main one.
+    """Write the metrics, samples, curves, tracker rows and progress bar of one run, from the step where it starts.
 
-    Close it at the end, for whatever reason the run ends. Raises GPT2ModernError for a disk that cannot be written and
-    for files that are not records.
+    Does nothing on processes other than the main one. Use it in a `with` block, which closes trackers and bar. Raises
+    GPT2ModernError when it is created if --output_dir cannot be written or has a file that is not a log of a run.
     """
 
     def __init__(self, config: TrainConfig, state: TrainState, plan: BatchPlan, *, is_main: bool):
@@ -80,7 +82,7 @@ class Records:
             resumed_step=state.step,
             logged_step=self.metrics.last_step if state.step else 0,
         )
-        # The remaining time is ours: tqdm takes one step with an evaluation in it for the pace of all steps.
+        # The remaining time is computed here: tqdm takes one step with an evaluation in it for the pace of all steps.
         self.bar = tqdm(
             total=config.max_steps,
             initial=state.step,
@@ -99,8 +101,10 @@ class Records:
         self.trackers.close()
 
     def log(self, step: int, row: dict[str, Any], samples: list[dict[str, Any]], *, remaining_s: float) -> None:
-        """Append a row of a step to metrics.jsonl and its samples, tell the trackers, show it; redraw the curves after
-        an evaluation. An empty row is none."""
+        """Write the metrics `row` and the `samples` of a step to the files, the trackers and the progress bar.
+
+        Redraws the curves if the row has an evaluation; does nothing if it is empty. remaining_s: seconds still needed.
+        """
         if not self.is_main or not row:
             return
         if row.get("loss") is not None and (warning := spike_warning(self.metrics.rows, row["loss"])):
@@ -120,7 +124,7 @@ class Records:
             self.bar.set_postfix_str(bar_numbers(row, remaining_s), refresh=False)
 
     def draw_curves(self) -> None:
-        """Draw training_curves.png; a disk that does not take it is a warning."""
+        """Draw training_curves.png. Warns if the file cannot be written."""
         try:
             plot_training_curves(self.metrics.rows, self.output_dir / CURVES_FILE)
         except OSError as error:
@@ -128,10 +132,10 @@ class Records:
 
 
 class RowLog:
-    """A file of JSON lines, one per step, in order, without repeated steps after a resume.
+    """Write a file of JSON lines in the order of steps; rows later than `resumed_step` are removed at the start.
 
-    `last_step` is the highest step that the file had before, which may lie beyond `resumed_step`. A disk that takes no
-    row is one warning: the rows are kept, and written as soon as it takes them. is_on: False reads and writes nothing.
+    `last_step` is the highest step that the file had before that. If the file cannot be written later on, one warning
+    is printed, and the rows are kept in memory until it can. is_on: if False, nothing is read or written.
     """
 
     def __init__(self, path: Path, *, resumed_step: int, is_on: bool = True):
@@ -150,12 +154,12 @@ class RowLog:
             self.rows = [row for row in rows if row["step"] <= resumed_step]
             self._write_all()
         except OSError as error:
-            raise GPT2ModernError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise GPT2ModernError(f"{self.path} cannot be written ({error.strerror}); make it writable") from None
         except (KeyError, TypeError, UnicodeDecodeError) as error:
-            raise GPT2ModernError(f"{self.path}: is not a log of metrics ({error!r}); move it away") from None
+            raise GPT2ModernError(f"{self.path} is not a log of a training run ({error!r}); move it away") from None
 
     def add(self, row: dict[str, Any], *, amend: bool = True) -> None:
-        """Append a row; with `amend`, add its values to the last row if that is of the same step."""
+        """Append `row` to the file, or add its values to the last row if `amend` and that row has the same step."""
         if not self.is_on:
             return
         amended = amend and bool(self.rows) and self.rows[-1]["step"] == row["step"]
@@ -172,7 +176,9 @@ class RowLog:
             self.is_behind = False
         except OSError as error:
             if not self.is_behind:
-                warn(f"{self.path} cannot be written ({error.strerror}); its rows are kept until it can")
+                warn(
+                    f"{self.path} cannot be written ({error.strerror}); its rows stay in memory until it can be written"
+                )
             self.is_behind = True
 
     def _write_all(self) -> None:
@@ -180,7 +186,7 @@ class RowLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines up to a line cut short by a crash. A missing file has no rows."""
+    """Return the rows of a JSON-lines file up to the first incomplete one, left by a crash; [] if there is no file."""
     rows = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -192,7 +198,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def bar_numbers(row: dict[str, Any], remaining_s: float) -> str:
-    """Format the text beside the bar; the most important first, since a narrow terminal cuts it."""
+    """Return the text to the right of the progress bar, the most important numbers first: a narrow terminal cuts it."""
     numbers = [
         f"{tqdm.format_interval(remaining_s)} left",
         f"loss {row['loss']:.3f}",
@@ -206,13 +212,14 @@ def bar_numbers(row: dict[str, Any], remaining_s: float) -> str:
 
 
 def on_one_line(sample: dict[str, Any], width: int = 100) -> str:
-    """Show prompt and text as Python would write them, cut to `width` characters."""
+    """Return the prompt and text of a sample as one Python string literal, cut to `width` characters."""
     shown = repr(sample["prompt"] + sample["text"])
     return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
 def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw train and evaluation loss (nats/token) and the learning rate over tokens seen."""
+    """Draw the losses (nats/token) and the learning rate in `rows` of metrics.jsonl over tokens seen, as a PNG file.
+    Raises OSError if it cannot be written."""
     train = [(row["tokens_seen"], row["loss"], row["learning_rate"]) for row in rows if row.get("loss") is not None]
     evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     figure = Figure(figsize=(8, 6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step: nothing to save, nothing to restore."""
+"""Compute learning rates as pure functions of the step, so that a checkpoint need not save any schedule state."""
 
 import math
 from collections.abc import Callable
@@ -16,47 +16,53 @@ DEFAULT_DECAY_RATIO = 0.2  # longer gained little in arXiv:2405.18392
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each update as a share of its peak.
+    """Represent a learning-rate schedule: the fraction of the peak learning rate that each update uses.
 
-    cosine, linear: decay over all updates after the warm-up; constant: no decay; warmup_stable_decay (WSD,
-    arXiv:2404.06395): the peak until the last `decay_steps` updates, then a decay of `decay_type`; "1-sqrt" did best in
-    arXiv:2405.18392, "linear" is the GPT-2 speedrun's. The stable part does not depend on `max_steps`, so that a
-    checkpoint of it can be continued to any length. Raises ValueError for parts that contradict each other.
+    cosine and linear decay over all updates after the warm-up; constant does not decay. warmup_stable_decay (WSD,
+    arXiv:2404.06395) keeps the peak until the last `decay_steps` updates, then decays by `decay_type`: "1-sqrt" was
+    best in arXiv:2405.18392, the GPT-2 speedrun uses "linear". Its stable part does not depend on `max_steps`, so a run
+    can be extended from there to any length. Raises ValueError if settings contradict each other.
     """
 
     lr_scheduler_type: str
     max_steps: int
     warmup_steps: int = 0
-    decay_steps: int | None = None  # of warmup_stable_decay alone
-    decay_type: str | None = None  # of warmup_stable_decay alone; None: "1-sqrt"
+    decay_steps: int | None = None  # only for warmup_stable_decay
+    decay_type: str | None = None  # only for warmup_stable_decay; None: "1-sqrt"
     min_lr_ratio: float = 0.0
 
     def __post_init__(self):
         if self.warmup_steps > self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}")
+            raise ValueError(f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}; lower it")
         if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":
             raise ValueError(
-                f"--decay_steps and --decay_ratio belong to --lr_scheduler_type warmup_stable_decay; "
-                f"{self.lr_scheduler_type} has no stable part"
+                f"--decay_steps and --decay_ratio are only for --lr_scheduler_type warmup_stable_decay, not for "
+                f"{self.lr_scheduler_type}; remove them"
             )
         if self.decay_type is not None and self.lr_scheduler_type != "warmup_stable_decay":
-            raise ValueError(f"--decay_type {self.decay_type} is the shape of warmup_stable_decay's decay; remove it")
+            raise ValueError(
+                f"--decay_type {self.decay_type} is only for --lr_scheduler_type warmup_stable_decay, not for "
+                f"{self.lr_scheduler_type}; remove it"
+            )
         if self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
             raise ValueError(
-                f"{self.warmup_steps} steps of warm-up and {self.decay_steps} of decay are more than --max_steps "
-                f"{self.max_steps}"
+                f"{self.warmup_steps} warm-up steps and {self.decay_steps} decay steps are in total more than "
+                f"--max_steps {self.max_steps}; lower one of them"
             )
 
     def gave_the_same(self, other: "Schedule", steps: int) -> bool:
-        """Tell whether the first `steps` updates have the same learning rates under `other`, which differs in its
-        length and what follows from it: then the warm-up shows at the first update, and the decay at the last."""
+        """Return whether the first `steps` updates have the same learning rates under this schedule and `other`.
+
+        Compares only the first and the last of them. This is enough if the two differ only in `max_steps` and in the
+        warm-up and decay lengths computed from it.
+        """
         return all(self.factor(step) == other.factor(step) for step in (0, steps - 1))
 
     def factor(self, step: int) -> float:
-        """Return the share of the peak learning rate at update number `step` (the first update is step 0).
+        """Return the fraction of the peak learning rate that update `step` uses (the first update is step 0).
 
-        Linear warm-up over `warmup_steps` updates, so that update `warmup_steps - 1` already has the peak; the decay
-        would reach `min_lr_ratio` at update `max_steps`, one after the last.
+        It grows linearly during the warm-up and reaches 1 at update `warmup_steps - 1`. The decay would reach
+        `min_lr_ratio` at update `max_steps`, one after the last.
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
@@ -69,7 +75,8 @@ class Schedule:
 
 
 def steps_from(name: str, steps: int | None, ratio: float | None, max_steps: int) -> int | None:
-    """Return steps given as a number or as a share of `max_steps`; None if neither is; ValueError if both are."""
+    """Return `steps`, or `ratio` times `max_steps` rounded, or None if both are None. Raises ValueError, which names
+    the flags --{name}_steps and --{name}_ratio, if both are given."""
     if steps is not None and ratio is not None:
-        raise ValueError(f"--{name}_steps {steps} and --{name}_ratio {ratio} say the same thing twice; give one")
+        raise ValueError(f"--{name}_steps {steps} and --{name}_ratio {ratio} set the same value; give only one of them")
     return round(ratio * max_steps) if ratio is not None else steps

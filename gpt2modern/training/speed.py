@@ -1,4 +1,4 @@
-"""Measure a run: training seconds, tokens per second, model FLOPs utilization (MFU), peak memory."""
+"""Measure the training time, tokens per second, model FLOPs utilization (MFU) and peak memory of a run."""
 
 import contextlib
 import math
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from gpt2modern.training.batches import BatchPlan
 
-# Dense bf16 peak of the tensor cores in TFLOP/s with fp32 sums, from the vendors' data sheets (fp16 for V100 and T4,
-# which have no bf16). Names as torch reports them, without vendor and memory; MI250X and MI250 count one of two dies.
+# Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendors' data sheets (fp16 for V100 and T4, which have no
+# bf16). Names as torch reports them, without vendor and memory size; MI250X and MI250 count one of their two dies.
 PEAK_TFLOPS = {
     "GB200": 2500.0, "B200": 2250.0,
     "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0, "H20": 148.0,
@@ -33,7 +33,7 @@ PEAK_TFLOPS = {
     "V100 PCIE": 112.0, "V100": 125.0, "T4": 65.0,
     "MI325X": 1307.4, "MI300X": 1307.4, "MI300A": 980.6, "MI250X": 191.5, "MI250": 181.0, "MI210": 181.0,
 }  # fmt: skip
-# Words in a device's name that leave its peak as it is. Any other (Laptop GPU, MIG 1g.5gb, D) makes another device.
+# Words in a device's name that do not change its peak. Any other word (Laptop GPU, MIG 1g.5gb, D) means another device.
 WORDS_WITHOUT_EFFECT = r"nvidia|geforce|tesla|amd|instinct|\d+gb?|sxm\d?|hbm\d?e?|pcie|oam"
 
 
@@ -44,36 +44,36 @@ def flops_per_token(
     seq_len: int,
     num_frozen_parameters: int = 0,
 ) -> int:
-    """Count the training FLOPs per token, forward and backward: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
+    """Return the FLOPs per token of forward and backward pass: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
 
-    N counts the parameters that are multiplied with every token (the head included, the embedding look-up not);
-    attention_width = num_attention_heads x head_dim. The causal half of attention is not discounted. A frozen
-    parameter passes gradients on but has none itself: 4 in place of 6.
+    N: num_matmul_parameters, those in matrix products, with the output head but without the embedding look-up. L:
+    num_hidden_layers. D: attention_width = num_attention_heads x head_dim. T: seq_len, counted fully although attention
+    is causal. A frozen parameter counts 4 instead of 6, because its own gradient is not computed.
     """
     per_parameter = 6 * num_matmul_parameters - 2 * num_frozen_parameters
     return per_parameter + 12 * num_hidden_layers * attention_width * seq_len
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's bf16 peak in FLOP/s, or None where it is not known (CPUs, uncommon GPUs)."""
+    """Return the bf16 peak of `device` in FLOP/s. Returns None for CPUs and for GPUs missing in PEAK_TFLOPS."""
     if device.type != "cuda":
         return None
     return peak_flops_of(torch.cuda.get_device_name(device))
 
 
 def peak_flops_of(name: str) -> float | None:
-    """Return the bf16 peak in FLOP/s of a GPU by the name torch gives it; None unless every word of it is known."""
+    """Return the bf16 peak in FLOP/s of the GPU that torch calls `name`; None unless every word of `name` is known."""
     words = re.split(r"[\s/-]+", name.lower())
     words = [word for word in words if word == "pcie" or not re.fullmatch(WORDS_WITHOUT_EFFECT, word)]
     peaks = {tuple(key.lower().split()): tflops * 1e12 for key, tflops in PEAK_TFLOPS.items()}
-    # PCIe is part of some names, where that form is slower, and stands before or after the memory in others.
+    # Some names have PCIe because that form is slower; in others it comes before or after the memory, without effect.
     without_pcie = [word for word in words if word != "pcie"]
     exact = (*without_pcie, "pcie") if "pcie" in words else tuple(without_pcie)
     return peaks.get(exact, peaks.get(tuple(without_pcie)))
 
 
 def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
-    """Count the training FLOPs per token of `model` on sequences of `seq_len` tokens."""
+    """Return the training FLOPs per token (forward and backward) of `model` on sequences of `seq_len` tokens."""
     config = model.config
     embedding = model.get_input_embeddings().weight
     looked_up = 0 if config.tie_word_embeddings else embedding.numel()
@@ -88,7 +88,7 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the largest memory held so far: allocated on the device, or resident in the process on a CPU."""
+    """Return the peak memory of this process so far, in GiB: allocated on a CUDA device, or resident if on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes on macOS, KiB on Linux
@@ -96,9 +96,9 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Measures the seconds spent training, without evaluation and saving, and what follows from them.
+    """Measure the seconds spent on training steps, without evaluation and saving, and the speed computed from them.
 
-    step, wall_time_s: where the run begins, 0 or those of its checkpoint.
+    step, wall_time_s: step and training seconds at which the run starts: 0, or the values of its checkpoint.
     """
 
     def __init__(self, device: torch.device, model: PreTrainedModel, plan: BatchPlan, *, step: int, wall_time_s: float):
@@ -115,7 +115,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time of the block out."""
+        """Do not count the time spent in this `with` block as training time."""
         self._count()
         try:
             yield
@@ -133,7 +133,8 @@ class Stopwatch:
         self._since = now
 
     def lap(self, step: int) -> dict[str, float | None]:
-        """Return the speed since the last lap, by the names in metrics.jsonl; mfu is None on an unknown device."""
+        """Return the speed between the last call (or the start) and `step`, and the peak memory, as in metrics.jsonl.
+        mfu is None if the peak FLOP/s of the device is unknown."""
         self._count()
         seconds, steps = self._lap_s, step - self._lap_step
         tokens = self.plan.tokens_seen(step) - self.plan.tokens_seen(self._lap_step)
@@ -147,14 +148,16 @@ class Stopwatch:
         }
 
     def remaining_s(self, steps: int) -> float:
-        """Estimate the seconds of `steps` more at the last lap's pace, pauses included at the share they have had."""
+        """Estimate the seconds that `steps` further steps take at the speed of the last `lap`, including evaluation and
+        saving, in the proportion of time that these have taken so far."""
         return steps * self._step_time_s * (1 + self._paused_s / (self.total_s - self._first_s))
 
 
 def step_metrics(
     accelerator: Accelerator, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float
 ) -> dict[str, float | None]:
-    """Return a step's part of a row of metrics.jsonl; every process has to call it. What is not finite is None."""
+    """Return the mean loss over all processes, the learning rate and the gradient norm of a step, as in metrics.jsonl.
+    Every process must call this. A NaN or infinite value is returned as None."""
     loss = accelerator.reduce(loss, reduction="mean").item()
     return {
         "loss": loss if math.isfinite(loss) else None,

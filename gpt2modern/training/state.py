@@ -1,4 +1,4 @@
-"""TrainState: what of a run is saved besides weights, optimizer state and loss scale."""
+"""TrainState: what a checkpoint saves in addition to weights, optimizer state and loss scale."""
 
 import uuid
 from dataclasses import asdict, dataclass, field, fields
@@ -7,12 +7,11 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """The position of a run. Nothing else is needed to resume it: data order, learning rate and dropout are functions
-    of (seed, step).
+    """Hold the progress of a run. Data order, learning rate and dropout are functions of (seed, step): not saved.
 
-    wall_time_s: seconds spent training, over all resumed parts, without evaluation and saving. run_id: by which
-    trackers recognise the run. evaluation: results of the last evaluation by name, made at `evaluated_step`.
-    nonfinite_steps: updates skipped in a row up to this step.
+    step: number of updates so far. wall_time_s: seconds spent training, without evaluation and saving, including the
+    time before a resume. run_id: identifies the run to trackers. evaluation: results of the last evaluation by name,
+    which was made at `evaluated_step`. nonfinite_steps: number of updates skipped in a row just before this step.
     """
 
     step: int = 0
@@ -27,7 +26,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """Read what `to_json` gave, or the same of an earlier version, whose only evaluation was a loss."""
+        """Return the state that `to_json` wrote, also by an earlier version, which saved only a field `eval_loss`."""
         known = {name.name: values[name.name] for name in fields(cls) if name.name in values}
         if values.get("eval_loss") is not None and "evaluation" not in values:
             known["evaluation"] = {"eval_loss": values["eval_loss"]}

@@ -1,9 +1,8 @@
-"""Stop a run in order: on a signal, or at the end of the allotted time, after the same step on all processes.
+"""Stop a run on a signal or at the end of `--max_train_time`, after the same step on all processes.
 
-The first SIGTERM, SIGINT or SIGUSR1 lets the running step end and be saved; another one, at least `SAME_REQUEST_S`
-later, ends the process at once: the newest valid checkpoint is then the one before. `--max_train_time` is a request
-that comes by itself. A run that stopped so exits with `STOPPED_EXIT_CODE` (torchrun and accelerate launch answer with
-their own code for a failed worker), and resumes when the same command is given again.
+After the first SIGTERM, SIGINT or SIGUSR1 the running step is completed and saved. Another signal, more than
+`SAME_REQUEST_S` seconds later, ends the process at once, without saving. A stopped run exits with `STOPPED_EXIT_CODE`
+(torchrun and accelerate launch then exit with their own code for a failed worker), and the same command resumes it.
 """
 
 import os
@@ -17,15 +16,15 @@ from gpt2modern.training.distributed import Processes
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, run the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-OUT_OF_TIME = 1 << 16  # a reason beside the numbers of signals
-SAME_REQUEST_S = 2.0  # a scheduler signals launcher and processes, and the launcher passes its own on: one request
+OUT_OF_TIME = 1 << 16  # a reason that is no signal's number
+SAME_REQUEST_S = 2.0  # one request can come twice: from the scheduler, and from the launcher, which forwards its own
 
 
 class StopRequest:
-    """Listens for what asks this process to stop, from its creation to the end of a `with` block.
+    """Receive requests to stop this process, from its creation to the end of a `with` block.
 
-    deadline: time.monotonic() at which the allotted time is over. Signals are received in the main thread only: a run
-    in another thread is stopped by its deadline.
+    deadline: the time.monotonic() value at which `--max_train_time` is over. Signals are received only if this object
+    is created in the main thread; a run in another thread is stopped by its deadline only.
     """
 
     def __init__(self, deadline: float):
@@ -39,7 +38,7 @@ class StopRequest:
 
     def _listen(self) -> None:
         self._replaced = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        # A process that waits for another one runs no handlers: a signal that comes then is seen by a thread.
+        # A process that waits for another one runs no handlers: a thread sees a signal that comes during the wait.
         self._seen, self._sent = os.pipe()
         os.set_blocking(self._sent, False)
         self._replaced_wakeup = signal.set_wakeup_fd(self._sent)
@@ -53,7 +52,7 @@ class StopRequest:
             signal.set_wakeup_fd(self._replaced_wakeup)
             for number, handler in self._replaced.items():
                 signal.signal(number, handler)
-            os.close(self._sent)  # which ends the thread
+            os.close(self._sent)  # this ends the thread
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
@@ -71,7 +70,7 @@ class StopRequest:
         os.close(self._seen)
 
     def agree(self, processes: Processes) -> bool:
-        """Decide with all processes whether to stop after this step; every process has to call it."""
+        """Return whether the run stops after this step, the same on all processes. Every process must call this."""
         reason = self._received
         if not reason and time.monotonic() >= self.deadline:
             reason = OUT_OF_TIME
@@ -79,20 +78,20 @@ class StopRequest:
         return self.agreed != 0
 
     def message(self, step: int, checkpoints_dir: Path, *, saved: bool) -> str:
-        """Say why the run has stopped after `step` and where it is saved."""
+        """Return a message that says why the run has stopped after `step`, whether that step was saved, and where."""
         where = f"saved in {checkpoints_dir}"
         if not saved:
-            where = f"NOT saved; {checkpoints_dir} has what was saved before"
-        return f"stopped after step {step} as {describe(self.agreed)}; {where}; the same command resumes it"
+            where = f"this step was NOT saved; earlier checkpoints are in {checkpoints_dir}"
+        return f"stopped after step {step} because {describe(self.agreed)}; {where}; the same command resumes the run"
 
 
 def describe(reason: int) -> str:
-    """Name the reason of a stop: `StopRequest.agreed` in words."""
+    """Return `reason`, a signal's number or OUT_OF_TIME, in words that follow "because"."""
     return "--max_train_time is over" if reason == OUT_OF_TIME else f"{signal.Signals(reason).name} was received"
 
 
 def exit_code_of_stop() -> int:
-    """Return the exit code of a run that was asked to stop: 0 where torchrun would restart it for any other."""
+    """Return the exit code of a stopped run: `STOPPED_EXIT_CODE`, or 0 if torchrun would restart it after any other."""
     restarts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
         os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     )
@@ -100,7 +99,7 @@ def exit_code_of_stop() -> int:
 
 
 def ignore_signals(worker_id: int) -> None:
-    """Make a process that reads data ignore signals: they go to the whole process group, and the training process needs
-    it to finish its step."""
+    """Make a data-loading worker process ignore `SIGNALS`, which reach the complete process group: the training process
+    needs its workers to finish the running step."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Send the rows of metrics.jsonl to experiment trackers too: trackio, tensorboard, wandb, through Accelerate's classes.
+"""Send the rows of metrics.jsonl to experiment trackers (trackio, tensorboard, wandb) through Accelerate's classes.
 
-A tracker is a convenience: what it raises while training is one warning, and it is not called again.
+A tracker that raises an exception during training causes one warning and is disabled for the rest of the run.
 """
 
 import importlib.util
@@ -17,19 +17,19 @@ TRACKERS = {"trackio": TrackioTracker, "tensorboard": TensorBoardTracker, "wandb
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise GPT2ModernError for a tracker of --report_to that is unknown or not installed, with the way out."""
+    """Raise GPT2ModernError if a tracker named in --report_to is unknown or not installed."""
     for name in report_to:
         if name not in ("none", *TRACKERS):
             raise GPT2ModernError(f"--report_to {name} is unknown; choose from none, {', '.join(TRACKERS)}")
         if name != "none" and importlib.util.find_spec(name) is None:
-            raise GPT2ModernError(f"--report_to {name}: it is not installed; python -m pip install {name}")
+            raise GPT2ModernError(f"--report_to {name}: {name} is not installed; run: python -m pip install {name}")
 
 
 class Trackers:
-    """The trackers of one run, on the main process.
+    """Send the metrics of one run to its trackers. To be used on the main process only.
 
-    A resumed run continues under its name. trackio and wandb cannot delete rows, so steps that were logged before the
-    interruption and are repeated now are not sent to them; tensorboard replaces the old rows.
+    A resumed run continues under its name. trackio and wandb cannot delete rows: steps that a resumed run repeats are
+    not sent to them again. tensorboard replaces the old rows.
     """
 
     def __init__(
@@ -44,7 +44,10 @@ class Trackers:
         resumed_step: int,
         logged_step: int,
     ):
-        """resumed_step: 0 for a new run. logged_step: the highest step that the run has logged before."""
+        """Start the trackers in `report_to` ("none" is skipped), and send them the settings if the run is new.
+
+        resumed_step: the step at which the run starts, 0 for a new one. logged_step: the highest step already logged.
+        """
         self.logged_step = logged_step
         self._open: dict[str, GeneralTracker] = {}
         resumes = "allow" if resumed_step else "never"
@@ -62,7 +65,7 @@ class Trackers:
             self._call_all(lambda tracker: tracker.store_init_configuration(flat_settings(settings)))
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Send the numbers and texts of one step; None is left out."""
+        """Send the numbers and texts of one step to the trackers. Values that are None are not sent."""
         values = {key: value for key, value in values.items() if value is not None}
         again = step <= self.logged_step
         self._call_all(lambda tracker: tracker.log(values, step=step), except_for={"trackio", "wandb"} if again else ())
@@ -81,11 +84,11 @@ class Trackers:
             call()
         except Exception as error:
             del self._open[name]
-            warn(f"--report_to {name} failed and is left out from here on: {type(error).__name__}: {error}")
+            warn(f"--report_to {name} failed and is disabled for the rest of the run: {type(error).__name__}: {error}")
 
 
 def flat_settings(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
-    """Turn settings that are not numbers, texts or booleans, which tensorboard refuses, into JSON."""
+    """Return `settings` with every value that is not a number, string or boolean as JSON text, as tensorboard needs."""
     return {
         name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in settings.items()
     }
