@@ -193,7 +193,7 @@ def test_a_corpus_too_small_for_the_entries_gives_fewer_and_says_so(tmp_path, ca
     flags = ("--train_file", tmp_path / "a.txt", "--train_tokenizer", 5000, "--block_size", 4)
     manifest = run(tmp_path / "data", *flags)
     assert 257 < manifest["vocab_size"] < 300
-    assert f"the corpus gives {manifest['vocab_size']} tokenizer entries" in capsys.readouterr().out
+    assert f"the text is enough for only {manifest['vocab_size']} tokenizer entries" in capsys.readouterr().out
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits_and_encoded_without_gigatoken(tmp_path, capsys):
