@@ -205,7 +205,7 @@ def test_a_finished_folder_with_other_settings_is_refused_with_the_difference(tm
     main([*map(str, flags), "--block_size", "16"])
     before = contents(tmp_path)
     line = refusal(capsys, *flags, "--block_size", 32, "--shuffle_seed", 3)
-    assert "block_size is 16 there, 32 here" in line and "shuffle_seed is 0 there, 3 here" in line
+    assert "block_size was 16, now 32" in line and "shuffle_seed was 0, now 3" in line
     assert contents(tmp_path) == before
 
 
@@ -215,9 +215,17 @@ def test_a_finished_folder_of_another_format_is_refused(tmp_path, corpus, tokeni
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
     assert (
-        f"the file has format_version 1, but this code reads only 2; prepare the data again; or remove {tmp_path}"
-        in line
+        f"the file has format_version 1, but this code reads only 2; prepare the data again: remove {tmp_path}" in line
     )
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xe9"])
+def test_damaged_settings_of_an_unfinished_folder_are_refused(tmp_path, corpus, tokenizer_dir, capsys, content):
+    (tmp_path / "data" / ".preparing").mkdir(parents=True)
+    (tmp_path / "data" / ".preparing" / "settings.json").write_text(content, encoding="latin-1")
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data")
+    line = refusal(capsys, *flags)
+    assert "settings.json is damaged (" in line and f"remove {tmp_path / 'data'} and run the same command" in line
 
 
 def test_a_changed_source_file_is_another_setting(tmp_path, tokenizer_dir, capsys):
@@ -225,7 +233,7 @@ def test_a_changed_source_file_is_another_setting(tmp_path, tokenizer_dir, capsy
     flags = ("--train_file", source, "--tokenizer_name", tokenizer_dir, "--block_size", 16)
     run(tmp_path / "data", *flags)
     write_jsonl(source, make_texts(251))
-    assert "train_file is " in refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert "train_file was " in refusal(capsys, *flags, "--output_dir", tmp_path / "data")
 
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path, corpus, tokenizer_dir, capsys):

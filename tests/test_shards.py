@@ -319,8 +319,8 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, tokenizer_dir):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"error: --output_dir {tmp_path / 'data'}: File too large; finished shards are kept: free disk space and run "
-        "same command again"
+        f"error: --output_dir {tmp_path}/data: File too large; finished shards are kept: free disk space and run the "
+        "same command again to resume"
     )
     finished = {shard: shard.stat().st_mtime_ns for shard in shards_of(tmp_path / "data")}
     assert 0 < len(finished) < 4

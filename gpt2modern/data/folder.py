@@ -113,19 +113,19 @@ def _finished_manifest(output_dir: Path, settings: dict) -> dict | None:
     manifest, started, again = (
         None,
         output_dir / WORKSPACE / "settings.json",
-        f"or remove {output_dir} and run it again",
+        f"remove {output_dir} and run the same command",
     )
     if (output_dir / "manifest.json").is_file():
         try:
             manifest = read_manifest(output_dir)
         except GPT2ModernError as error:
-            raise GPT2ModernError(f"{error}; {again}") from None
+            raise GPT2ModernError(f"{error}: {again}") from None
         found = manifest.get("settings", {})
     elif started.is_file():
         try:
             found = dict(json.loads(started.read_text(encoding="utf-8")))
         except (ValueError, TypeError, RecursionError) as error:
-            raise GPT2ModernError(f"{started} is damaged ({error}); remove {output_dir} and run it again") from None
+            raise GPT2ModernError(f"{started} is damaged ({error}); {again}") from None
     elif set(os.listdir(output_dir)) <= {WORKSPACE}:
         return None
     else:
@@ -137,7 +137,7 @@ def _finished_manifest(output_dir: Path, settings: dict) -> dict | None:
             "folder, or remove this one"
         )
     if manifest is not None and (problems := find_problems(output_dir)):
-        raise GPT2ModernError(f"{problems[0]}; {again}")
+        raise GPT2ModernError(f"{problems[0]}: {again}")
     return manifest
 
 

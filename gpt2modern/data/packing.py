@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Hold packed rows. input_ids: (rows, block_size + 1) uint16 or uint32. num_tokens: (rows,) int32, targets of each."""
+    """Hold rows. input_ids: (rows, block_size + 1), uint16 or uint32; num_tokens: (rows,) int32 targets per row."""
 
     input_ids: np.ndarray
     num_tokens: np.ndarray
