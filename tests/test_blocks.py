@@ -230,7 +230,7 @@ def test_a_split_that_is_not_there_is_refused(prepared):
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_missing_shard_is_refused(altered):
     shutil.rmtree(arrow_file(altered).parent)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/.*: missing"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/.*: the file is missing"):
         PackedBlocks(altered, "train")
 
 
@@ -238,7 +238,7 @@ def test_a_missing_shard_is_refused(altered):
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
 def test_a_missing_file_is_refused(altered, name):
     (arrow_file(altered).parent / name).unlink()
-    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003/{name}: missing"):
+    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003/{name}: the file is missing"):
         PackedBlocks(altered, "train")
 
 
@@ -305,7 +305,7 @@ def test_another_tokenizer_is_found_by_the_checksums(altered):
 @pytest.mark.parametrize("key", ["rows", "tokens", "padding"])
 def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
     change_manifest(altered, lambda manifest: manifest["splits"]["train"].update({key: 1}))
-    with pytest.raises(GPT2ModernError, match=r"manifest\.json: split train has .*, its shards have"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: the split train has .*, but its shards have"):
         PackedBlocks(altered, "train")
 
 
@@ -363,7 +363,7 @@ def shorter_blocks(table: Dataset) -> Dataset:
         (shorter_blocks, rf"input_ids fixed_size_list<.*>\[{BLOCK_SIZE}\]"),
         (
             lambda table: table.remove_columns("num_tokens"),
-            r"the columns input_ids fixed_size_list<[^,]*, the manifest",
+            r"the columns input_ids fixed_size_list<[^,]*, but the manifest",
         ),
         (lambda table: table.add_column("label", [0] * len(table)), "label int64"),
     ],
@@ -400,7 +400,8 @@ def test_another_tokenizer_and_a_larger_vocabulary_than_the_models_are_refused(p
     with pytest.raises(GPT2ModernError, match=rf"prepared with another tokenizer than {tmp_path}/tokenizer\.json"):
         refuse_other_tokenizer(str(tmp_path), train)
     with pytest.raises(
-        GPT2ModernError, match=r"manifest\.json: the data has 300 token ids, the model's vocab_size is only 299"
+        GPT2ModernError,
+        match=r"manifest\.json: the data has 300 token ids, but the vocab_size of the model is only 299",
     ):
         refuse_larger_vocabulary("the model", 299, train)
 

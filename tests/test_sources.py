@@ -219,8 +219,12 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path, chat_flags, k
             b'{"messages": []}\n{"text": "hello"}\n',
             "the line at byte 17: 'messages' is not a list of messag",
         ),
-        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet, arrow"),
-        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet, arrow"),
+        (
+            "a.csv",
+            b"messages\nhello\n",
+            "csv files cannot hold conversations; --chat_column works with json, parquet, arrow",
+        ),
+        ("a.txt", b"hello\n", "text files cannot hold conversations; --chat_column works with json, parquet, arrow"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path, chat_flags, capsys, name, content, message):
@@ -357,7 +361,7 @@ def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatc
             ("--text_column", "body"),
             "--dataset_name someone/corpus has no column 'body'; choose --text_column from id, text",
         ),
-        (("--text_column", "id"), "--dataset_name someone/corpus: column 'id' holds int64, not text"),
+        (("--text_column", "id"), "--dataset_name someone/corpus: the column 'id' holds int64, not text"),
     ],
 )
 def test_a_streamed_column_that_is_no_text_is_refused(tmp_path, hub, tokenizer_dir, capsys, flags, message):
@@ -527,27 +531,30 @@ def wrong_files(tmp_path_factory) -> Path:
         ("column.tsv --text_column body", "column.tsv has no column 'body'; choose --text_column from id, text"),
         ("column.json --text_column body", "column.json has no column 'body'; choose --text_column from text"),
         ("column --text_column body", "column has no column 'body'; choose --text_column from id, text"),
-        ("column --text_column id", "column: column 'id' holds int64, not text; name another with --text_column"),
+        ("column --text_column id", "column: the column 'id' holds int64, not text; name another with --text_column"),
         ("splits", "splits holds the splits train, test; name the folder of one split"),
         ("cut.txt.gz", "cut.txt.gz cannot be read as a file (OSError: Truncated compressed stream)"),
         ("cut.txt.gz --sample_by line", "cut.txt.gz cannot be read as a compressed file (OSError: Truncated compre"),
         ("cut.jsonl.gz", "cut.jsonl.gz cannot be read as json (OSError: Truncated compressed stream)"),
         ("plain.jsonl.gz", "plain.jsonl.gz cannot be read as json (OSError: zlib inflate failed"),
         ("deep.jsonl", "deep.jsonl: the JSON at byte 0 is not valid (maximum recursion depth exceeded"),
-        ("array.json", "array.json: its array does not begin with an object"),
+        ("array.json", "array.json: the array does not start with a JSON object"),
         ("ragged.csv", "ragged.csv cannot be read as csv (ArrowInvalid: CSV parse error: Row #3: Expected 2 columns"),
         ("magic.bin", "magic.bin is not a file of GPT-2 tokens: its header starts with"),
-        ("version.bin", "version.bin: not a file of GPT-2 tokens"),
+        ("version.bin", "version.bin is not a file of GPT-2 tokens"),
         ("count.bin", "count.bin has 1030 bytes, but its header promises 4 tokens, which take 1032"),
-        ("tokens.bin short.txt", "tokens.bin: tokens cannot be mixed with text; prepare them separately"),
+        (
+            "tokens.bin short.txt",
+            "tokens.bin holds tokens, which cannot be mixed with text files; prepare them separately",
+        ),
         ("*.xyz", "*.xyz: no file matches"),
         ("short.txt --validation_file latin.txt", "latin.txt: byte 13 is not UTF-8"),
         ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv has no column 'body'"),
         ("short.txt --shard_index 0", "--shard_index 0 must be at least 0 and below --num_shards, which is not given"),
         ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2 must be at least 0 and below --num_shards, 2"),
         ("short.txt --max_tokens 5", "--max_tokens 5 works only with --streaming; use --max_documents instead"),
-        ("short.txt --streaming --max_documents 5", "--streaming: is for a dataset of the Hub"),
-        ("short.txt --sample_by line --separator x", "give one of --separator and --sample_by line"),
+        ("short.txt --streaming --max_documents 5", "--streaming works only with a dataset of the Hub"),
+        ("short.txt --sample_by line --separator x", "--separator and --sample_by line exclude each other"),
         ("short.txt --push_to_hub", "--push_to_hub needs the name of the dataset: --hub_dataset_id user/name"),
     ],
 )
@@ -561,7 +568,7 @@ def test_a_wrong_file_gets_one_line_and_leaves_nothing(wrong_files, tokenizer_di
 def test_streaming_without_a_bound_is_refused(tmp_path, tokenizer_dir, capsys):
     flags = ("--dataset_name", "someone/corpus", "--streaming", "--tokenizer_name", tokenizer_dir)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert line == "--streaming: give --max_tokens (or --max_documents), or it would never end"
+    assert line == "--streaming needs a limit; give --max_tokens or --max_documents"
 
 
 def test_tokens_without_their_tokenizer_are_refused(wrong_files, tmp_path, capsys):

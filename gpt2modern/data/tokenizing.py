@@ -103,10 +103,10 @@ class Encoder:
         try:
             _load_gigatoken(path, reference.sha256)
         except Exception as error:  # not installed, or an unsupported kind of tokenizer
-            problem = f"gigatoken cannot load this tokenizer ({cause_of(error)})"
+            problem = f"cannot load this tokenizer ({cause_of(error)})"
             if engine == "gigatoken":
-                raise GPT2ModernError(f"--tokenizer_engine gigatoken: {problem}; use auto or tokenizers") from error
-            print(f"note: encoding with tokenizers, which is slower, because {problem}")
+                raise GPT2ModernError(f"--tokenizer_engine gigatoken {problem}; use auto or tokenizers") from error
+            print(f"note: encoding with tokenizers, which is slower, because gigatoken {problem}")
             return reference
         return replace(reference, engine="gigatoken")
 
