@@ -289,7 +289,7 @@ def bad_files(tmp_path_factory, tokenizer_dir) -> Path:
         ("--train_file broken.parquet", "broken.parquet cannot be read as parquet"),
         ("--train_file body.jsonl", "body.jsonl has no column 'text'; choose --text_column from id, body"),
         ("--train_file body.parquet", "body.parquet has no column 'text'; choose --text_column from title, body"),
-        ("--train_file numbers.jsonl", "numbers.jsonl: the line at byte 0: 'text' holds int, not text (1)"),
+        ("--train_file numbers.jsonl", "numbers.jsonl: the line at byte 0: 'text' is int, not text (1)"),
         ("--train_file empty.txt", "empty.txt is an empty file; omit it"),
         ("--train_file no_breaks.txt", "the validation split has no documents; give another --validation_file"),
         ("--train_file short.txt --block_size 0", "--block_size 0 must be at least 1"),
@@ -309,7 +309,7 @@ def bad_files(tmp_path_factory, tokenizer_dir) -> Path:
             "--train_file short.txt --tokenizer_name no/such/folder",
             "--tokenizer_name no/such/folder is not a tokenizer",
         ),
-        ("--train_file short.txt --tokenizer_name no_eos", "--tokenizer_name no_eos: has no EOS token"),
+        ("--train_file short.txt --tokenizer_name no_eos", "--tokenizer_name no_eos has no EOS token"),
         ("--train_file short.txt --blok_size 4", "unknown argument '--blok_size' (did you mean '--block_size'?)"),
     ],
 )

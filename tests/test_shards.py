@@ -288,7 +288,7 @@ def test_a_process_that_fails_stops_the_others(half_written, flags, monkeypatch,
     monkeypatch.setattr(workers, "write_shard", fail_or_wait)
     began = time.monotonic()
     line = refusal(capsys, *flags, "--num_proc", 2, "--output_dir", half_written)
-    assert "shard 4; what is finished is kept" in line and time.monotonic() - began < 30
+    assert "shard 4; finished shards are kept" in line and time.monotonic() - began < 30
     assert len(shards_of(half_written)) == 4
 
 
