@@ -1,4 +1,5 @@
-"""Text to packed blocks: read documents, hold out a validation split, get a tokenizer, encode, pack, write.
+"""Turn text into packed blocks of tokens: read documents, hold out a validation split, train or load a tokenizer,
+encode, pack, and write a folder that train_accelerate.py reads.
 
     python prepare_data.py --dataset_name stdlib --train_tokenizer 8192 --block_size 256 --output_dir data/stdlib
     python prepare_data.py --train_file a.txt 'b/*.jsonl.gz' c.parquet --tokenizer_name data/stdlib/tokenizer \\
@@ -9,21 +10,21 @@
 
 From Python: `prepare(PrepareConfig(output_dir=..., train_file=[...], ...))` or `prepare(config, dataset=...)`.
 
-What is written, and what training reads (`gpt2modern.data.blocks.PackedBlocks`):
+The folder holds (training reads it with `gpt2modern.data.blocks.PackedBlocks`):
 
-    manifest.json                          settings, counts, sha256 of shards and tokenizer; there when all is finished
-    report.html                            the counts, and how long the documents are
+    manifest.json                          settings, counts, sha256 of shards and tokenizer; written last
+    report.html                            the counts, and a histogram of document lengths
     tokenizer/                             a transformers tokenizer
     train/shard-00000-of-00001/            `datasets` folder: input_ids, block_size + 1 tokens a row, and num_tokens
     validation/shard-00000-of-00001/
 
-Order. The pieces of the source are shuffled with `--shuffle_seed` and dealt to the shards; in a shard, documents are
-shuffled again, 32 MB at a time. Any number of processes, or of machines with `--shard_index`, writes the same bytes,
-and a run that was killed resumes where it was.
+Order. The source is divided into pieces, ranges of bytes or rows. `--shuffle_seed` shuffles them before they are
+distributed over the shards; in a shard, documents are shuffled again, 32 MB at a time. The output does not depend on
+the number of processes, or of machines with `--shard_index`. A killed run resumes where it stopped.
 
-Tokens. Each document ends with EOS, and each shard begins with one more, as if a document came before. `concat` cuts a
-stream into rows of block_size + 1 tokens whose last token is the next row's first: every token is a target exactly
-once, and the stream can be cut again to any other block size. `best_fit` keeps documents whole that fit into a block.
+Tokens. Each document ends with EOS, and each shard starts with one more EOS. `concat` cuts one stream of tokens into
+rows of block_size + 1 tokens; the last token of a row is also the first of the next row, so that every token is a
+target exactly once. `best_fit` does not cut a document that fits into a block.
 """
 
 import sys
@@ -48,41 +49,43 @@ from gpt2modern.errors import GPT2ModernError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare what the flags say, or verify folders; a mistake is one line on stderr and exit code 2."""
+    """Run the command line: prepare data, or verify folders. A user's mistake prints one line and exits with code 2."""
     if argv is None:
         argv = sys.argv[1:]
-        datasets.config.TORCH_AVAILABLE = False  # or every IterableDataset imports torch, which is not needed here: 2 s
+        datasets.config.TORCH_AVAILABLE = False  # otherwise every IterableDataset imports torch, which takes 2 s
     with one_line_errors():
         if argv[:1] == ["verify"]:
             verify(argv[1:])
             return
         config = parse_arguments(PrepareConfig, argv, description="\n\n".join(__doc__.split("\n\n")[:2]))
-        # A user's mistake is one line of ours; the libraries' own warnings would stand before it.
+        # A user's mistake prints one line, without warnings of the libraries before it.
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         transformers.logging.set_verbosity_error()
         prepare(config)
 
 
 def verify(folders: list[str]) -> None:
-    """Read every byte of finished folders; GPT2ModernError that names each file that is not as it was written."""
+    """Check every file of finished folders against its sha256. Raises GPT2ModernError that names all damaged files."""
     if not folders or folders[0].startswith("-"):
         raise GPT2ModernError("usage: python prepare_data.py verify FOLDER [FOLDER ...]")
     problems = [problem for folder in folders for problem in find_problems(local_folder(folder))]
     if problems:
         raise GPT2ModernError("; ".join(problems))
-    print(f"{', '.join(folders)}: every file is as it was written")
+    print(f"{', '.join(folders)}: all files are valid (sha256 as recorded)")
 
 
 def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | None:
-    """Write `config.output_dir`; returns its manifest, or None where other shards are still to be written.
+    """Write the folder `config.output_dir` and return its manifest, or None if --shard_index leaves shards to write.
 
-    dataset: documents from Python instead of --dataset_name or --train_file; of a DatasetDict the split that
-    `dataset_split` names, and its split `validation` if it has one. Shards that are there, of a run with the same
-    settings, are verified and kept. Raises GPT2ModernError for whatever its user can mend; a folder that this call
-    began is then removed.
+    dataset: documents from Python instead of --dataset_name or --train_file. Of a DatasetDict, the split
+    `dataset_split` is used, and the split `validation` if it exists. Finished shards of a run with the same settings
+    are verified and kept. Raises GPT2ModernError if the user can fix the cause; a folder that this call started is
+    then removed.
     """
     if (config.dataset_name is not None) + (config.train_file is not None) + (dataset is not None) != 1:
-        raise GPT2ModernError("give exactly one of --dataset_name (such as stdlib) and --train_file")
+        raise GPT2ModernError(
+            "give exactly one of --dataset_name (such as stdlib) and --train_file, which name the documents to read"
+        )
     output_dir, settings = Path(config.output_dir), settings_of(config, dataset)
     with folder_in_preparation(output_dir, settings, shared=config.shard_index is not None) as manifest:
         if manifest is None:
@@ -95,10 +98,10 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | 
 
 
 def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | None) -> dict | None:
-    """Read, encode and pack the documents; returns the manifest, or None where --shard_index leaves other shards."""
+    """Read, encode and pack the documents. Returns the manifest, or None if --shard_index leaves shards to write."""
     started = time.perf_counter()
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
-    tokenizer = named_tokenizer(config)  # None: it is trained on the documents below
+    tokenizer = named_tokenizer(config)  # None: it is trained below, on the documents
     options = ReadOptions.of(config, tokenizer)
     source = open_source(config, dataset, options, tokenizer, workspace)
     validation = open_validation(config, dataset, options, workspace)
@@ -111,7 +114,8 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
         write_shards(job, [config.shard_index], config.num_proc)
         missing = sum(not job.receipt_dir(index).exists() for index in range(num_shards))
         left = f"; {missing} of {num_shards} shards are still missing" if missing else ""
-        print(f"{job.shard_path(config.shard_index)} is written{left}; the same call without --shard_index finishes")
+        last = "when all shards are written, run the same command without --shard_index to finish the folder"
+        print(f"{job.shard_path(config.shard_index)} is written{left}; {last}")
         return None
     if validation is not None:  # first, so that its mistakes are seen at once
         held_out = write_validation(job, validation)

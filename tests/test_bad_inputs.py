@@ -212,4 +212,4 @@ def test_the_sound_inputs_are_accepted(places, tmp_path, monkeypatch, capsys):
     generate.main(["--model", "model", "--prompt", "def ", "--max_new_tokens", "2"])
     perplexity.main(["--model", "model", "--data", "data"])
     prepare(["verify", "data"])
-    assert "every file is as it was written" in capsys.readouterr().out
+    assert "all files are valid (sha256 as recorded)" in capsys.readouterr().out

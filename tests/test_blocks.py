@@ -183,33 +183,35 @@ def arrow_file(data_dir: Path) -> Path:
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
-    with pytest.raises(GPT2ModernError, match=r"manifest\.json: no such file; prepare_data.py makes"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: no such file; name a folder that prepare_data\.py has"):
         PackedBlocks(tmp_path, "train")
 
 
 def test_a_manifest_that_is_not_json_is_refused(altered):
     (altered / "manifest.json").write_text("{")
-    with pytest.raises(GPT2ModernError, match=r"manifest\.json: not JSON"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: the file is not valid JSON"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.parametrize("version", [0, 1, None, "2"])
 def test_another_format_version_is_refused(altered, version):
     change_manifest(altered, lambda manifest: manifest.update(format_version=version))
-    with pytest.raises(GPT2ModernError, match=r"manifest\.json: format_version .*, this code reads 2"):
+    with pytest.raises(
+        GPT2ModernError, match=r"manifest\.json: the file has format_version .*, but this code reads only 2"
+    ):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.parametrize("key", ["splits", "tokenizer", "vocab_size"])
 def test_a_manifest_without_what_is_needed_is_refused(altered, key):
     change_manifest(altered, lambda manifest: manifest.pop(key))
-    with pytest.raises(GPT2ModernError, match=rf"manifest\.json: has no {key}"):
+    with pytest.raises(GPT2ModernError, match=rf"manifest\.json: a value is missing .*'{key}'"):
         PackedBlocks(altered, "train")
 
 
 def test_a_missing_tokenizer_is_refused(altered):
     (altered / "tokenizer" / "tokenizer.json").unlink()
-    with pytest.raises(GPT2ModernError, match=r"tokenizer\.json: missing"):
+    with pytest.raises(GPT2ModernError, match=r"tokenizer\.json: the file is missing"):
         PackedBlocks(altered, "train")
 
 
@@ -221,14 +223,14 @@ def test_a_token_id_beyond_the_vocabulary_is_refused(altered):
 
 
 def test_a_split_that_is_not_there_is_refused(prepared):
-    with pytest.raises(GPT2ModernError, match="no split 'test'; there is train, validation"):
+    with pytest.raises(GPT2ModernError, match="has no split 'test'; its splits are train, validation"):
         PackedBlocks(prepared, "test")
 
 
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_missing_shard_is_refused(altered):
     shutil.rmtree(arrow_file(altered).parent)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/.*: missing"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/.*: the file is missing"):
         PackedBlocks(altered, "train")
 
 
@@ -236,7 +238,7 @@ def test_a_missing_shard_is_refused(altered):
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
 def test_a_missing_file_is_refused(altered, name):
     (arrow_file(altered).parent / name).unlink()
-    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003/{name}: missing"):
+    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003/{name}: the file is missing"):
         PackedBlocks(altered, "train")
 
 
@@ -245,7 +247,9 @@ def test_a_missing_file_is_refused(altered, name):
 def test_a_file_of_another_size_is_refused(altered, size_change):
     content = arrow_file(altered).read_bytes()
     arrow_file(altered).write_bytes(content[:size_change] if size_change < 0 else content + b"\0" * size_change)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/data.*has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(
+        GPT2ModernError, match=r"shard-00001-of-00003/data.*the file has \d+ bytes, but the manifest says \d+"
+    ):
         PackedBlocks(altered, "train")
 
 
@@ -257,14 +261,14 @@ def test_another_number_of_rows_is_refused(altered):
         manifest["splits"]["train"]["padding"] += BLOCK_SIZE
 
     change_manifest(altered, change)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003: has \d+ rows, the manifest says \d+"):
+    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003 has \d+ rows, but the manifest says \d+"):
         PackedBlocks(altered, "train")
 
 
 def test_another_dtype_is_refused(altered):
     change_manifest(altered, lambda manifest: manifest.update(dtype="uint32"))
     with pytest.raises(
-        GPT2ModernError, match=r"shard-00000-of-00003: mixed formats: .*uint16.*, the manifest says .*uint32"
+        GPT2ModernError, match=r"shard-00000-of-00003: mixed formats: .*uint16.*, but the manifest says .*uint32"
     ):
         PackedBlocks(altered, "train")
 
@@ -283,7 +287,9 @@ def test_a_flipped_bit_is_found_by_the_checksums(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[len(content) // 4] ^= 1  # of a token; those of num_tokens are found at once
     arrow_file(altered).write_bytes(content)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/data.*: altered since it was written"):
+    with pytest.raises(
+        GPT2ModernError, match=r"shard-00001-of-00003/data.*: the file was altered since it was written"
+    ):
         PackedBlocks(altered, "train").verify_checksums()
 
 
@@ -291,7 +297,7 @@ def test_a_flipped_bit_is_found_by_the_checksums(altered):
 def test_another_tokenizer_is_found_by_the_checksums(altered):
     path = altered / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(GPT2ModernError, match=r"tokenizer\.json: has \d+ bytes, the manifest says"):
+    with pytest.raises(GPT2ModernError, match=r"tokenizer\.json: the file has \d+ bytes, but the manifest says"):
         PackedBlocks(altered, "train")
 
 
@@ -299,7 +305,7 @@ def test_another_tokenizer_is_found_by_the_checksums(altered):
 @pytest.mark.parametrize("key", ["rows", "tokens", "padding"])
 def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
     change_manifest(altered, lambda manifest: manifest["splits"]["train"].update({key: 1}))
-    with pytest.raises(GPT2ModernError, match=r"manifest\.json: split train has .*, its shards have"):
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: the split train has .*, but its shards have"):
         PackedBlocks(altered, "train")
 
 
@@ -307,7 +313,7 @@ def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
 def test_a_shard_outside_of_the_folder_is_refused(altered, path):
     change_manifest(altered, lambda manifest: manifest["splits"]["train"]["shards"][0].update(path=path))
     with pytest.raises(
-        GPT2ModernError, match=rf"manifest\.json: '{path}/?.*' of split train is not inside of the folder"
+        GPT2ModernError, match=rf"manifest\.json: the file '{path}/?.*' of the split train is outside of the folder"
     ):
         PackedBlocks(altered, "train")
 
@@ -315,12 +321,14 @@ def test_a_shard_outside_of_the_folder_is_refused(altered, path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("packing", "zigzag", "packing 'zigzag' is none of concat, best_fit"),
-        ("dtype", "int8", "dtype 'int8' is none of uint16, uint32"),
-        ("block_size", "wide", "a value is not of its type"),
-        ("eos_token_id", 300, "do not go together"),
-        ("splits", {"train": {"documents": 1}}, "has no bytes"),
-        ("splits", [], "a value is not of its type"),
+        ("packing", "zigzag", "packing is 'zigzag', but must be one of concat, best_fit"),
+        ("dtype", "int8", "dtype is 'int8', but must be one of uint16, uint32"),
+        ("block_size", "wide", "a value is missing or not of its type"),
+        ("eos_token_id", 300, "contradict each other"),
+        ("block_size", 15.0, "a value is missing or not of its type .*block_size is 15.0, not an integer"),
+        ("settings", ["block_size"], "a value is missing or not of its type"),
+        ("splits", {"train": {"documents": 1}}, "a value is missing or not of its type .*'bytes'"),
+        ("splits", [], "a value is missing or not of its type"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(altered, key, value, message):
@@ -355,7 +363,7 @@ def shorter_blocks(table: Dataset) -> Dataset:
         (shorter_blocks, rf"input_ids fixed_size_list<.*>\[{BLOCK_SIZE}\]"),
         (
             lambda table: table.remove_columns("num_tokens"),
-            r"the columns input_ids fixed_size_list<[^,]*, the manifest",
+            r"the columns input_ids fixed_size_list<[^,]*, but the manifest",
         ),
         (lambda table: table.add_column("label", [0] * len(table)), "label int64"),
     ],
@@ -369,7 +377,7 @@ def test_a_shard_of_another_preparation_is_refused(altered, change, found):
 def test_best_fit_rows_in_a_concat_folder_are_refused(best_fit):
     change_manifest(best_fit, lambda manifest: manifest.update(packing="concat"))
     with pytest.raises(
-        GPT2ModernError, match=r"shard-00000-of-00002: mixed formats: its rows have 1 to 15 tokens, .*concat"
+        GPT2ModernError, match=r"shard-00000-of-00002: mixed formats: the rows have 1 to 15 tokens, .*concat"
     ):
         PackedBlocks(best_fit, "train")
 
@@ -392,7 +400,8 @@ def test_another_tokenizer_and_a_larger_vocabulary_than_the_models_are_refused(p
     with pytest.raises(GPT2ModernError, match=rf"prepared with another tokenizer than {tmp_path}/tokenizer\.json"):
         refuse_other_tokenizer(str(tmp_path), train)
     with pytest.raises(
-        GPT2ModernError, match=r"manifest\.json: the data has 300 token ids, the model's vocab_size is only 299"
+        GPT2ModernError,
+        match=r"manifest\.json: the data has 300 token ids, but the vocab_size of the model is only 299",
     ):
         refuse_larger_vocabulary("the model", 299, train)
 
@@ -409,7 +418,7 @@ def test_find_problems_names_every_wrong_file(altered):
     names = {path: problem for problem in find_problems(altered) for path in [problem.split(": ")[0]]}
     assert "has 2 bytes" in names.pop(str(altered / "tokenizer" / "tokenizer.json"))
     assert "sha256 differs" in names.pop(str(shards[0] / "data-00000-of-00001.arrow"))
-    assert "has 0 bytes, the manifest says" in names.pop(str(shards[1] / "state.json"))
+    assert "the file has 0 bytes, but the manifest says" in names.pop(str(shards[1] / "state.json"))
     assert len(names) == 3 and all(str(shards[2]) in name and "missing" in names[name] for name in names)
 
 
@@ -440,7 +449,9 @@ def test_a_name_of_the_hub_is_fetched_at_one_commit_and_only_what_the_manifest_n
 
 def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # offline, as every test
-    with pytest.raises(GPT2ModernError, match="someone/some-data: no such folder, and no dataset that the Hub gives"):
+    with pytest.raises(
+        GPT2ModernError, match="someone/some-data: no such folder, and it cannot be downloaded from the Hub"
+    ):
         PackedBlocks("someone/some-data", "train")
 
 
@@ -453,5 +464,5 @@ def test_a_path_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
 
 
 def test_a_block_size_below_one_is_refused(prepared):
-    with pytest.raises(GPT2ModernError, match="--block_size 0: must be at least 1"):
+    with pytest.raises(GPT2ModernError, match="--block_size 0 must be at least 1"):
         PackedBlocks(prepared, "train", 0)

@@ -114,7 +114,7 @@ def test_an_engine_that_differs_stops_the_run_with_the_document_named(tmp_path, 
     monkeypatch.setattr(Encoder, "ids_and_lengths", wrong_about_zebras)
     clean = write_jsonl(tmp_path / "clean.jsonl", ["a bird"])
     line = refusal(capsys, *flags, clean, "--output_dir", tmp_path / "data")
-    assert f"a document of {corpus} differently (it begins 'a zebra'); use --tokenizer_engine tokenizers" in line
+    assert f"a document of {corpus} differently (it starts with 'a zebra'); use --tokenizer_engine tokenizers" in line
     write_jsonl(corpus, ["a cat", "a dog"])
     line = refusal(capsys, *flags, held_out, "--output_dir", tmp_path / "data")
     assert "a document of the validation split differently (it begins 'a zebra finch')" in line
@@ -193,7 +193,7 @@ def test_a_corpus_too_small_for_the_entries_gives_fewer_and_says_so(tmp_path, ca
     flags = ("--train_file", tmp_path / "a.txt", "--train_tokenizer", 5000, "--block_size", 4)
     manifest = run(tmp_path / "data", *flags)
     assert 257 < manifest["vocab_size"] < 300
-    assert f"the corpus gives {manifest['vocab_size']} tokenizer entries" in capsys.readouterr().out
+    assert f"the text is enough for only {manifest['vocab_size']} tokenizer entries" in capsys.readouterr().out
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits_and_encoded_without_gigatoken(tmp_path, capsys):
@@ -208,4 +208,4 @@ def test_a_large_vocabulary_is_stored_in_32_bits_and_encoded_without_gigatoken(t
     assert targets_of(tmp_path / "data", "train")[:3] == [69999, 1, 65536]
     assert "note: encoding with tokenizers" in capsys.readouterr().out
     line = refusal(capsys, *flags, "--tokenizer_engine", "gigatoken", "--output_dir", tmp_path / "other")
-    assert line.startswith("--tokenizer_engine gigatoken: cannot serve this tokenizer")
+    assert line.startswith("--tokenizer_engine gigatoken cannot load this tokenizer")

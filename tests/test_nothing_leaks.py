@@ -157,7 +157,7 @@ def test_a_link_in_the_tokenizers_folder_makes_nothing_public(data_dir, tmp_path
     (data / "tokenizer" / "chat_template.jinja").symlink_to(tmp_path / "private")
     with pytest.raises(SystemExit) as caught:
         train(data, tmp_path / "run")
-    assert caught.value.code == 2 and "chat_template.jinja: is a link out of" in capsys.readouterr().err
+    assert caught.value.code == 2 and "chat_template.jinja is a link to a file outside of" in capsys.readouterr().err
 
 
 def test_a_snapshot_of_the_hubs_cache_is_links_to_its_blobs(data_dir, tmp_path):
@@ -175,7 +175,10 @@ def test_an_altered_tokenizer_is_refused_at_the_start(data_dir, tmp_path, capsys
     (data / "tokenizer" / "tokenizer.json").write_bytes(content.replace(b'"version"', b'"Version"', 1))
     with pytest.raises(SystemExit) as caught:
         train(data, tmp_path / "run")
-    assert caught.value.code == 2 and "tokenizer.json: altered since it was written" in capsys.readouterr().err
+    assert (
+        caught.value.code == 2
+        and "tokenizer.json: the file was altered since it was written" in capsys.readouterr().err
+    )
 
 
 def test_a_run_needs_the_data_folder_for_its_tokens_only(data_dir, tmp_path):

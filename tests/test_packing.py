@@ -150,4 +150,4 @@ def test_best_fit_counts_its_padding(best_fit_data):
 def test_folders_of_another_packing_are_refused(best_fit_data, capsys):
     _, flags, _, data_dir = best_fit_data
     line = refusal(capsys, *flags, "--packing", "concat", "--output_dir", data_dir)
-    assert "packing is best_fit there, concat here" in line
+    assert "packing was best_fit, now concat" in line

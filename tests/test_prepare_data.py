@@ -205,7 +205,7 @@ def test_a_finished_folder_with_other_settings_is_refused_with_the_difference(tm
     main([*map(str, flags), "--block_size", "16"])
     before = contents(tmp_path)
     line = refusal(capsys, *flags, "--block_size", 32, "--shuffle_seed", 3)
-    assert "block_size is 16 there, 32 here" in line and "shuffle_seed is 0 there, 3 here" in line
+    assert "block_size was 16, now 32" in line and "shuffle_seed was 0, now 3" in line
     assert contents(tmp_path) == before
 
 
@@ -214,7 +214,18 @@ def test_a_finished_folder_of_another_format_is_refused(tmp_path, corpus, tokeni
     manifest = run(tmp_path / "data", *flags)
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert f"format_version 1, this code reads 2; prepare the data again; remove {tmp_path / 'data'}" in line
+    assert (
+        f"the file has format_version 1, but this code reads only 2; prepare the data again: remove {tmp_path}" in line
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "\xe9"])
+def test_damaged_settings_of_an_unfinished_folder_are_refused(tmp_path, corpus, tokenizer_dir, capsys, content):
+    (tmp_path / "data" / ".preparing").mkdir(parents=True)
+    (tmp_path / "data" / ".preparing" / "settings.json").write_text(content, encoding="latin-1")
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data")
+    line = refusal(capsys, *flags)
+    assert "settings.json is damaged (" in line and f"remove {tmp_path / 'data'} and run the same command" in line
 
 
 def test_a_changed_source_file_is_another_setting(tmp_path, tokenizer_dir, capsys):
@@ -222,7 +233,7 @@ def test_a_changed_source_file_is_another_setting(tmp_path, tokenizer_dir, capsy
     flags = ("--train_file", source, "--tokenizer_name", tokenizer_dir, "--block_size", 16)
     run(tmp_path / "data", *flags)
     write_jsonl(source, make_texts(251))
-    assert "train_file is " in refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert "train_file was " in refusal(capsys, *flags, "--output_dir", tmp_path / "data")
 
 
 def test_a_folder_that_is_something_else_is_refused(tmp_path, corpus, tokenizer_dir, capsys):
@@ -268,31 +279,37 @@ def bad_files(tmp_path_factory, tokenizer_dir) -> Path:
         ("--train_file short.txt --train_tokenizer 300", "give exactly one of --train_tokenizer"),
         ("--train_file missing.txt", "missing.txt: no such file"),
         ("--train_file short.txt --validation_file missing.txt", "missing.txt: no such file"),
-        ("--train_file table.xyz", "table.xyz: unknown extension; known are .txt, .md, "),
+        ("--train_file table.xyz", "table.xyz has an unknown extension; known are .txt, .md, "),
         ("--train_file latin.txt", "latin.txt: byte 2000003 is not UTF-8"),
         ("--train_file cut.txt", "cut.txt: byte 3 is not UTF-8 (unexpected end of data)"),
         ("--train_file short.txt latin.txt", "latin.txt: byte 2000003 is not UTF-8"),
         ("--train_file latin.jsonl", "latin.jsonl: byte 30 is not UTF-8 (invalid continuation byte)"),
         ("--train_file latin.parquet", "latin.parquet: row 0: byte 3 is not UTF-8"),
-        ("--train_file broken.jsonl", "broken.jsonl: byte 17: this line is not JSON"),
-        ("--train_file broken.parquet", "broken.parquet: cannot be read as parquet"),
-        ("--train_file body.jsonl", "body.jsonl: no column 'text'; --text_column can be one of id, body"),
-        ("--train_file body.parquet", "body.parquet: no column 'text'; --text_column can be one of title, body"),
-        ("--train_file numbers.jsonl", "numbers.jsonl: the line at byte 0: 'text' holds int, not text (1)"),
-        ("--train_file empty.txt", "empty.txt: is empty; leave it out"),
-        ("--train_file no_breaks.txt", "no document is left for validation; give --validation_file"),
+        ("--train_file broken.jsonl", "broken.jsonl: the JSON at byte 17 is not valid"),
+        ("--train_file broken.parquet", "broken.parquet cannot be read as parquet"),
+        ("--train_file body.jsonl", "body.jsonl has no column 'text'; choose --text_column from id, body"),
+        ("--train_file body.parquet", "body.parquet has no column 'text'; choose --text_column from title, body"),
+        ("--train_file numbers.jsonl", "numbers.jsonl: the line at byte 0: 'text' is int, not text (1)"),
+        ("--train_file empty.txt", "empty.txt is an empty file; omit it"),
+        ("--train_file no_breaks.txt", "the validation split has no documents; give another --validation_file"),
         ("--train_file short.txt --block_size 0", "--block_size 0 must be at least 1"),
         (
             "--train_file short.txt --block_size 1 --num_shards 2",
-            "--num_shards 2: shard 1 gets no training documents; use fewer shards",
+            "--num_shards 2: shard 1 has no training documents; use fewer shards",
         ),
-        ("--train_file short.txt --validation_split_percentage 100", "--validation_split_percentage 100.0: must be in"),
+        (
+            "--train_file short.txt --validation_split_percentage 100",
+            "--validation_split_percentage 100.0 must be greater than 0",
+        ),
         (
             "--train_file short.txt --tokenizer_name not_a_tokenizer",
-            "--tokenizer_name not_a_tokenizer: not a tokenizer",
+            "--tokenizer_name not_a_tokenizer is not a tokenizer",
         ),
-        ("--train_file short.txt --tokenizer_name no/such/folder", "--tokenizer_name no/such/folder: not a tokenizer"),
-        ("--train_file short.txt --tokenizer_name no_eos", "--tokenizer_name no_eos: has no EOS token"),
+        (
+            "--train_file short.txt --tokenizer_name no/such/folder",
+            "--tokenizer_name no/such/folder is not a tokenizer",
+        ),
+        ("--train_file short.txt --tokenizer_name no_eos", "--tokenizer_name no_eos has no EOS token"),
         ("--train_file short.txt --blok_size 4", "unknown argument '--blok_size' (did you mean '--block_size'?)"),
     ],
 )
@@ -321,7 +338,7 @@ def test_a_hub_name_offline_gets_one_line_from_the_command(tmp_path, tokenizer_d
         text=True,
     )
     assert result.returncode == 2 and os.listdir(tmp_path) == []
-    assert result.stderr.startswith("error: --dataset_name someone/some-corpus: cannot be loaded")
+    assert result.stderr.startswith("error: --dataset_name someone/some-corpus cannot be loaded")
     assert result.stderr.count("\n") == 1
 
 

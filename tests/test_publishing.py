@@ -27,7 +27,7 @@ def prepared(tmp_path_factory, corpus, tokenizer_dir) -> tuple[Path, tuple]:
 
 def test_verify_is_content_with_what_was_written(prepared, capsys):
     main(["verify", str(prepared[0])])
-    assert capsys.readouterr().out == f"{prepared[0]}: every file is as it was written\n"
+    assert capsys.readouterr().out == f"{prepared[0]}: all files are valid (sha256 as recorded)\n"
 
 
 def test_verify_names_every_wrong_file(prepared, tmp_path, capsys):
@@ -43,10 +43,10 @@ def test_verify_names_every_wrong_file(prepared, tmp_path, capsys):
     (folder / "validation" / "shard-00000-of-00001" / "state.json").unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     line = refusal(capsys, "verify", folder)
-    assert f"{altered}: altered since it was written (sha256 differs)" in line
-    assert f"{second / 'data-00000-of-00001.arrow'}: has 1000 bytes, the manifest says " in line
-    assert f"{folder / 'validation' / 'shard-00000-of-00001' / 'state.json'}: missing" in line
-    assert f"{folder / 'tokenizer' / 'tokenizer.json'}: has 2 bytes, the manifest says" in line
+    assert f"{altered}: the file was altered since it was written (its sha256 differs)" in line
+    assert f"{second / 'data-00000-of-00001.arrow'}: the file has 1000 bytes, but the manifest says " in line
+    assert f"{folder / 'validation' / 'shard-00000-of-00001' / 'state.json'}: the file is missing" in line
+    assert f"{folder / 'tokenizer' / 'tokenizer.json'}: the file has 2 bytes, but the manifest says" in line
     assert line.count("prepare the data again") == 4
 
 

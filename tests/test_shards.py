@@ -199,7 +199,7 @@ def test_finished_shards_are_kept_and_altered_ones_written_again(half_written, f
     (half_written / ".preparing" / "shard-00003" / "held_out_tokens.arrow").write_bytes(b"")
     before = {path: path.stat().st_mtime_ns for path in (kept, altered, cut, without_held_out)}
     run(half_written, *flags, "--num_proc", 1)
-    assert f"1 of {SHARDS} shards are there already, verified" in capsys.readouterr().out
+    assert f"1 of {SHARDS} shards are already finished and verified" in capsys.readouterr().out
     assert [path for path in before if path.stat().st_mtime_ns == before[path]] == [kept]
     assert contents(half_written) == undisturbed
 
@@ -207,7 +207,7 @@ def test_finished_shards_are_kept_and_altered_ones_written_again(half_written, f
 def test_an_unfinished_folder_with_other_settings_is_refused_with_the_difference(half_written, flags, capsys):
     before = contents(half_written)
     line = refusal(capsys, *flags, "--shuffle_seed", 5, "--output_dir", half_written)
-    assert "holds other data (shuffle_seed is 0 there, 5 here); choose another folder or remove it" in line
+    assert "was prepared with other settings or files (shuffle_seed was 0, now 5); choose another folder" in line
     assert contents(half_written) == before
 
 
@@ -250,7 +250,7 @@ def test_ctrl_c_is_one_line_and_the_run_can_go_on(tmp_path, flags, undisturbed, 
 def test_a_mistake_in_the_first_call_for_one_shard_leaves_the_corrected_one_free(tmp_path, flags, capsys):
     one = (*flags, "--num_shards", 3, "--shard_index", 0, "--output_dir", tmp_path / "data")
     for _ in range(2):
-        assert "no column 'nope'" in refusal(capsys, *one, "--text_column", "nope")
+        assert "has no column 'nope'" in refusal(capsys, *one, "--text_column", "nope")
     main([*map(str, one)])
     assert shards_of(tmp_path / "data")
 
@@ -288,14 +288,17 @@ def test_a_process_that_fails_stops_the_others(half_written, flags, monkeypatch,
     monkeypatch.setattr(workers, "write_shard", fail_or_wait)
     began = time.monotonic()
     line = refusal(capsys, *flags, "--num_proc", 2, "--output_dir", half_written)
-    assert "shard 4; what is finished is kept" in line and time.monotonic() - began < 30
+    assert "shard 4; finished shards are kept" in line and time.monotonic() - began < 30
     assert len(shards_of(half_written)) == 4
 
 
 def test_a_worker_that_is_ended_from_outside_is_one_line(half_written, flags, monkeypatch, capsys):
     monkeypatch.setattr(workers, "write_shard", lambda job, index, is_stopped: os.kill(os.getpid(), signal.SIGKILL))
     line = refusal(capsys, *flags, "--num_proc", 2, "--output_dir", half_written)
-    assert "one of its processes was ended from outside, perhaps for want of memory; what is finished is kept" in line
+    assert (
+        "one of its processes was killed, perhaps because memory ran out (then use a smaller --num_proc); finished"
+        in line
+    )
 
 
 @pytest.mark.fault("F24 preparation killed, divided, out of disk")
@@ -316,8 +319,8 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, tokenizer_dir):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        f"error: --output_dir {tmp_path / 'data'}: File too large; what is finished is kept: make room and run the "
-        "same command again"
+        f"error: --output_dir {tmp_path}/data: File too large; finished shards are kept: free disk space and run the "
+        "same command again to resume"
     )
     finished = {shard: shard.stat().st_mtime_ns for shard in shards_of(tmp_path / "data")}
     assert 0 < len(finished) < 4
@@ -334,7 +337,10 @@ def test_a_folder_that_another_process_prepares_is_left_to_it(tmp_path, flags, c
     descriptor = os.open(tmp_path / "data", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)  # as one that writes a shard
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert line == f"--output_dir {tmp_path / 'data'}: another process is preparing it; wait for that one, or end it"
+    assert (
+        line
+        == f"--output_dir {tmp_path}/data is being prepared by another process; wait until that one ends, or stop it"
+    )
     main([*map(str, flags), "--shard_index", "1", "--output_dir", str(tmp_path / "data")])
     os.close(descriptor)
 

@@ -219,8 +219,12 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path, chat_flags, k
             b'{"messages": []}\n{"text": "hello"}\n',
             "the line at byte 17: 'messages' is not a list of messag",
         ),
-        ("a.csv", b"messages\nhello\n", "csv files hold no conversations; --chat_column reads json, parquet, arrow"),
-        ("a.txt", b"hello\n", "text files hold no conversations; --chat_column reads json, parquet, arrow"),
+        (
+            "a.csv",
+            b"messages\nhello\n",
+            "csv files cannot hold conversations; --chat_column works with json, parquet, arrow",
+        ),
+        ("a.txt", b"hello\n", "text files cannot hold conversations; --chat_column works with json, parquet, arrow"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tmp_path, chat_flags, capsys, name, content, message):
@@ -232,7 +236,7 @@ def test_what_is_no_conversation_is_refused(tmp_path, chat_flags, capsys, name, 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, corpus, tokenizer_dir, capsys):
     flags = ("--train_file", corpus, "--chat_column", "text", "--tokenizer_name", tokenizer_dir)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert line == f"--tokenizer_name {tokenizer_dir}: has no chat template; give one by --chat_template"
+    assert line == f"--tokenizer_name {tokenizer_dir} has no chat template; give one with --chat_template"
 
 
 # Tokens of the speedrun community
@@ -283,7 +287,10 @@ def test_tokens_of_another_vocabulary_are_refused(tmp_path, tokenizer_dir, capsy
     path = write_tokens(tmp_path / "tokens.bin", np.array([0, 5, 50_000, 6]))
     flags = ("--train_file", path, "--validation_file", path, "--tokenizer_name", tokenizer_dir)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert "holds the id 50000, but --tokenizer_name has 400 entries" in line and not (tmp_path / "data").exists()
+    assert (
+        "holds the token id 50000, but --tokenizer_name has only 400 entries" in line
+        and not (tmp_path / "data").exists()
+    )
 
 
 # The Hub, streaming
@@ -352,9 +359,9 @@ def test_a_finished_spool_is_used_again(tmp_path, hub, tokenizer_dir, monkeypatc
     [
         (
             ("--text_column", "body"),
-            "--dataset_name someone/corpus: no column 'body'; --text_column can be one of id, text",
+            "--dataset_name someone/corpus has no column 'body'; choose --text_column from id, text",
         ),
-        (("--text_column", "id"), "--dataset_name someone/corpus: column 'id' holds int64, not text"),
+        (("--text_column", "id"), "--dataset_name someone/corpus: the column 'id' holds int64, not text"),
     ],
 )
 def test_a_streamed_column_that_is_no_text_is_refused(tmp_path, hub, tokenizer_dir, capsys, flags, message):
@@ -373,9 +380,7 @@ def test_a_stream_that_breaks_off_is_one_line(tmp_path, hub, tokenizer_dir, caps
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 9)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert line.startswith(
-        "--dataset_name someone/corpus: the stream ended with an error after 1 documents (Connection"
-    )
+    assert line.startswith("--dataset_name someone/corpus: reading the stream failed after 1 documents (Connection")
 
 
 # Datasets from Python
@@ -426,20 +431,24 @@ def test_a_dataset_dict_from_python_may_bring_its_validation(tmp_path, tokenizer
     prepared_from(tmp_path / "data", tokenizer_dir, splits)
     assert documents_of(tmp_path / "data", "validation") == texts[20:]
     assert sorted(documents_of(tmp_path / "data", "train")) == sorted(texts[:20])
-    with pytest.raises(GPT2ModernError, match="dataset has no split 'test'; there is train, validation"):
+    with pytest.raises(
+        GPT2ModernError, match="dataset has no split 'test'; choose dataset_split from train, validation"
+    ):
         prepared_from(tmp_path / "other", tokenizer_dir, splits, dataset_split="test")
 
 
 def test_mistakes_from_python_raise_and_leave_nothing(tmp_path, tokenizer_dir):
     with pytest.raises(GPT2ModernError, match="give exactly one of --dataset_name"):
         prepared_from(tmp_path / "data", tokenizer_dir, None)
-    with pytest.raises(GPT2ModernError, match="dataset: no column 'text'; --text_column can be one of body"):
+    with pytest.raises(GPT2ModernError, match="dataset has no column 'text'; choose --text_column from body"):
         prepared_from(tmp_path / "data", tokenizer_dir, datasets.Dataset.from_dict({"body": ["a"]}))
-    with pytest.raises(GPT2ModernError, match="dataset is list; give a Dataset, IterableDataset or DatasetDict"):
+    with pytest.raises(
+        GPT2ModernError, match="dataset has the type list; give a Dataset, IterableDataset or DatasetDict"
+    ):
         prepared_from(tmp_path / "data", tokenizer_dir, ["a text"])
     other = datasets.Dataset.from_dict({"text": make_texts(250)})
     prepared_from(tmp_path / "data", tokenizer_dir, other)
-    with pytest.raises(GPT2ModernError, match="holds other data \\(dataset is "):
+    with pytest.raises(GPT2ModernError, match="was prepared with other settings or files \\(dataset was "):
         prepared_from(tmp_path / "data", tokenizer_dir, other.select(range(240)))
 
 
@@ -505,7 +514,7 @@ def wrong_files(tmp_path_factory) -> Path:
     [
         (
             "latin.txt",
-            "latin.txt: byte 13 is not UTF-8 (invalid continuation byte); convert the file, or --encoding_err",
+            "latin.txt: byte 13 is not UTF-8 (invalid continuation byte); convert the file to UTF-8, or use",
         ),
         ("latin.txt --sample_by line", "latin.txt: byte 13 is not UTF-8"),
         ("latin.txt.gz", "latin.txt.gz: byte 13 is not UTF-8"),
@@ -516,34 +525,37 @@ def wrong_files(tmp_path_factory) -> Path:
         ("latin.parquet", "latin.parquet: row 0: byte 3 is not UTF-8"),
         (
             "surrogate.jsonl",
-            "surrogate.jsonl: the line at byte 17: character 1 of its text is the lone surrogate '\\ud800'",
+            "surrogate.jsonl: the line at byte 17: character 1 of the text is the lone surrogate '\\ud800'",
         ),
-        ("column.csv --text_column body", "column.csv: no column 'body'; --text_column can be one of id, text"),
-        ("column.tsv --text_column body", "column.tsv: no column 'body'; --text_column can be one of id, text"),
-        ("column.json --text_column body", "column.json: no column 'body'; --text_column can be one of text"),
-        ("column --text_column body", "column: no column 'body'; --text_column can be one of id, text"),
-        ("column --text_column id", "column: column 'id' holds int64, not text; name another with --text_column"),
-        ("splits", "splits: holds the splits train, test; name one of its folders"),
-        ("cut.txt.gz", "cut.txt.gz: cannot be read as a file (OSError: Truncated compressed stream)"),
-        ("cut.txt.gz --sample_by line", "cut.txt.gz: cannot be read as a compressed file (OSError: Truncated compre"),
-        ("cut.jsonl.gz", "cut.jsonl.gz: cannot be read as json (OSError: Truncated compressed stream)"),
-        ("plain.jsonl.gz", "plain.jsonl.gz: cannot be read as json (OSError: zlib inflate failed"),
-        ("deep.jsonl", "deep.jsonl: byte 0: this line is not JSON (maximum recursion depth exceeded"),
-        ("array.json", "array.json: its array does not begin with an object"),
-        ("ragged.csv", "ragged.csv: cannot be read as csv (ArrowInvalid: CSV parse error: Row #3: Expected 2 columns"),
-        ("magic.bin", "magic.bin: not a file of GPT-2 tokens (its header should begin with 20240520 and version 1"),
-        ("version.bin", "version.bin: not a file of GPT-2 tokens"),
-        ("count.bin", "count.bin: has 1030 bytes, its header announces 4 tokens, which take 1032"),
-        ("tokens.bin short.txt", "tokens.bin: tokens cannot be mixed with text; prepare them separately"),
+        ("column.csv --text_column body", "column.csv has no column 'body'; choose --text_column from id, text"),
+        ("column.tsv --text_column body", "column.tsv has no column 'body'; choose --text_column from id, text"),
+        ("column.json --text_column body", "column.json has no column 'body'; choose --text_column from text"),
+        ("column --text_column body", "column has no column 'body'; choose --text_column from id, text"),
+        ("column --text_column id", "column: the column 'id' holds int64, not text; name another with --text_column"),
+        ("splits", "splits holds the splits train, test; name the folder of one split"),
+        ("cut.txt.gz", "cut.txt.gz cannot be read as a file (OSError: Truncated compressed stream)"),
+        ("cut.txt.gz --sample_by line", "cut.txt.gz cannot be read as a compressed file (OSError: Truncated compre"),
+        ("cut.jsonl.gz", "cut.jsonl.gz cannot be read as json (OSError: Truncated compressed stream)"),
+        ("plain.jsonl.gz", "plain.jsonl.gz cannot be read as json (OSError: zlib inflate failed"),
+        ("deep.jsonl", "deep.jsonl: the JSON at byte 0 is not valid (maximum recursion depth exceeded"),
+        ("array.json", "array.json: the array does not start with a JSON object"),
+        ("ragged.csv", "ragged.csv cannot be read as csv (ArrowInvalid: CSV parse error: Row #3: Expected 2 columns"),
+        ("magic.bin", "magic.bin is not a file of GPT-2 tokens: its header starts with"),
+        ("version.bin", "version.bin is not a file of GPT-2 tokens"),
+        ("count.bin", "count.bin has 1030 bytes, but its header promises 4 tokens, which take 1032"),
+        (
+            "tokens.bin short.txt",
+            "tokens.bin holds tokens, which cannot be mixed with text files; prepare them separately",
+        ),
         ("*.xyz", "*.xyz: no file matches"),
         ("short.txt --validation_file latin.txt", "latin.txt: byte 13 is not UTF-8"),
-        ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv: no column 'body'"),
-        ("short.txt --shard_index 0", "--shard_index 0: must be in [0, --num_shards None)"),
-        ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2: must be in [0, --num_shards 2)"),
-        ("short.txt --max_tokens 5", "--max_tokens 5: is for --streaming; otherwise use --max_documents"),
-        ("short.txt --streaming --max_documents 5", "--streaming: is for a dataset of the Hub"),
-        ("short.txt --sample_by line --separator x", "give one of --separator and --sample_by line"),
-        ("short.txt --push_to_hub", "--push_to_hub: needs --hub_dataset_id user/name"),
+        ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv has no column 'body'"),
+        ("short.txt --shard_index 0", "--shard_index 0 must be at least 0 and below --num_shards, which is not given"),
+        ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2 must be at least 0 and below --num_shards, 2"),
+        ("short.txt --max_tokens 5", "--max_tokens 5 works only with --streaming; use --max_documents instead"),
+        ("short.txt --streaming --max_documents 5", "--streaming works only with a dataset of the Hub"),
+        ("short.txt --sample_by line --separator x", "--separator and --sample_by line exclude each other"),
+        ("short.txt --push_to_hub", "--push_to_hub needs the name of the dataset: --hub_dataset_id user/name"),
     ],
 )
 def test_a_wrong_file_gets_one_line_and_leaves_nothing(wrong_files, tokenizer_dir, capsys, monkeypatch, flags, message):
@@ -556,14 +568,14 @@ def test_a_wrong_file_gets_one_line_and_leaves_nothing(wrong_files, tokenizer_di
 def test_streaming_without_a_bound_is_refused(tmp_path, tokenizer_dir, capsys):
     flags = ("--dataset_name", "someone/corpus", "--streaming", "--tokenizer_name", tokenizer_dir)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert line == "--streaming: give --max_tokens (or --max_documents), or it would never end"
+    assert line == "--streaming needs a limit; give --max_tokens or --max_documents"
 
 
 def test_tokens_without_their_tokenizer_are_refused(wrong_files, tmp_path, capsys):
     flags = ("--train_tokenizer", 300, "--output_dir", tmp_path / "data")
     for files in (("tokens.bin",), ("short.txt", "--validation_file", wrong_files / "tokens.bin")):
         line = refusal(capsys, "--train_file", wrong_files / files[0], *files[1:], *flags)
-        assert line == f"{wrong_files / 'tokens.bin'}: holds tokens; name their tokenizer with --tokenizer_name"
+        assert line == f"{wrong_files / 'tokens.bin'} holds token ids; name their tokenizer with --tokenizer_name"
 
 
 @pytest.mark.parametrize(

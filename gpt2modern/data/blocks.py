@@ -1,4 +1,4 @@
-"""Read what prepare_data.py wrote: memory-mapped blocks of tokens, in O(1) and at any block size."""
+"""Read a folder written by prepare_data.py: memory-mapped blocks of tokens, each read in O(1)."""
 
 import bisect
 import itertools
@@ -17,37 +17,36 @@ IGNORE_INDEX = -100  # transformers' label for "no target"
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """Give the blocks of one split of a prepared folder: block_size + 1 tokens, so that each position has a target.
+    """Read the blocks of one split of a prepared folder: block_size + 1 tokens each, so each position has a target.
 
-    Rows on disk hold the manifest's block size + 1 tokens and how many of the targets (tokens 1, 2, ...) are real; the
-    rest is padding and is served as IGNORE_INDEX. With packing "concat" a row begins with its predecessor's last
-    token, so another `block_size` cuts the stream that they form again, within each shard; its last block is padded.
-    Rows packed "best_fit" are independent of each other and have one block size.
-    `data_dir` is a folder or the name of a dataset on the Hub. Pickling carries the arguments only: a worker maps the
-    files again.
+    A row on disk holds the manifest's block size + 1 tokens and the number of its real targets (tokens 1, 2, ...); the
+    rest is padding, which is returned as IGNORE_INDEX. Data packed "concat" is one stream per shard and can be read
+    with any `block_size` (the last block of a shard is padded). Data packed "best_fit" has one block size.
+    data_dir: a folder, or the name of a dataset on the Hub. Pickling keeps only the arguments: a worker process maps
+    the files again.
 
-    manifest: what prepare_data.py wrote; tokens: real targets of the split; bytes_per_token: UTF-8 bytes of its text
-    per token, which turns nats per token into bits per byte.
-    Raises GPT2ModernError naming the file for a folder without a manifest or of another format, and for a missing, cut
-    or altered shard (size, columns and counts; `verify_checksums` reads every byte).
+    manifest: content of manifest.json. tokens: number of real targets in the split. bytes_per_token: mean UTF-8 bytes
+    of text per token, which converts nats per token to bits per byte.
+    Raises GPT2ModernError that names the file if the manifest is missing or of another format, or if a shard is
+    missing or differs in size, columns or counts. Only `verify_checksums` reads every byte.
     """
 
     def __init__(self, data_dir: str | Path, split: str, block_size: int | None = None):
         self.data_dir, self.split = local_folder(data_dir), split
         self.manifest = read_manifest(self.data_dir)
         splits = self.manifest["splits"]
-        _require(split in splits, f"{self.data_dir}: no split {split!r}; there is {', '.join(splits)}")
+        _require(split in splits, f"{self.data_dir} has no split {split!r}; its splits are {', '.join(splits)}")
         counts = splits[split]
         self.row_size: int = self.manifest["block_size"]
         self.block_size: int = self.row_size if block_size is None else block_size
         self.packing: str = self.manifest["packing"]
-        _require(self.block_size >= 1, f"--block_size {block_size}: must be at least 1")
+        _require(self.block_size >= 1, f"--block_size {block_size} must be at least 1")
         _require(
             self.packing == "concat" or self.block_size == self.row_size,
-            f"--block_size {block_size}: {self.data_dir} was packed {self.packing} for {self.row_size}; leave the flag "
-            f"out, or prepare the data with --block_size {block_size} or --packing concat",
+            f"--block_size {block_size}: {self.data_dir} was packed {self.packing} for {self.row_size}; omit the flag, "
+            f"or prepare the data with --block_size {block_size} or --packing concat",
         )
-        _require(counts["tokens"] > 0, f"{self.data_dir}: split {split!r} has no tokens; prepare it from more text")
+        _require(counts["tokens"] > 0, f"{self.data_dir}: the split {split!r} has no tokens; prepare it from more text")
         self.vocab_size: int = self.manifest["vocab_size"]
         self.eos_token_id: int = self.manifest["eos_token_id"]
         self.tokens: int = counts["tokens"]
@@ -57,9 +56,9 @@ class PackedBlocks(torch.utils.data.Dataset):
         self.tokenizer_files = read_tokenizer_files(self.data_dir)
         shards = [self._map_shard(shard) for shard in counts["shards"]]
         self._chunks = [chunk for chunks, _ in shards for chunk in chunks]
-        # Concat has full rows and blocks up to each shard's last one; only best_fit needs its 4 bytes a row: (rows,)
+        # (rows,) real targets of each row; concat needs no array, as only the last row of a shard is not full.
         self._row_tokens = np.concatenate([tokens for _, tokens in shards]) if self.packing == "best_fit" else None
-        # Entry i: where chunk i begins among all rows, shard i among all rows and among all blocks; the end comes last.
+        # Entry i: number of rows before chunk i; of rows, and of blocks, before shard i. The last entry is the total.
         self._chunk_starts = [0, *itertools.accumulate(map(len, self._chunks))]
         shard_rows = np.array([shard["rows"] for shard in counts["shards"]])
         self._shard_tokens = np.array([shard["tokens"] for shard in counts["shards"]])
@@ -71,12 +70,12 @@ class PackedBlocks(torch.utils.data.Dataset):
         return int(self._block_starts[-1])
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """One block: (block_size + 1,) int64; raises IndexError outside of [-len, len)."""
+        """Return one block: (block_size + 1,) int64. Raises IndexError if `index` is not in [-len, len)."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Blocks in the order asked: (len(indices), block_size + 1) int64, IGNORE_INDEX after a block's last real
-        target. A DataLoader calls it once per batch; give it an identity `collate_fn`."""
+        """Return blocks in the order of `indices`: (len(indices), block_size + 1) int64, IGNORE_INDEX where there is
+        padding. A DataLoader calls this once per batch; give the DataLoader an identity `collate_fn`."""
         blocks = self._checked(indices)
         shard, start = self._shard_and_start(blocks)
         tokens = self._read(shard, start)
@@ -84,9 +83,9 @@ class PackedBlocks(torch.utils.data.Dataset):
         for padded in (num_targets < self.block_size).nonzero()[0]:
             tokens[padded, 1 + num_targets[padded] :] = IGNORE_INDEX
         if (largest := tokens.max(initial=0)) >= self.vocab_size:  # an embedding would read beyond its table
-            where = f"{self.data_dir / self.split}: has token id {largest}"
             raise GPT2ModernError(
-                f"{where}, but the manifest says vocab_size {self.vocab_size}; prepare the data again"
+                f"{self.data_dir / self.split} has token id {largest}, but the manifest says vocab_size "
+                f"{self.vocab_size}; prepare the data again"
             )
         return torch.from_numpy(tokens)
 
@@ -94,46 +93,46 @@ class PackedBlocks(torch.utils.data.Dataset):
         return type(self), (self.data_dir, self.split, self.block_size)
 
     def num_targets(self, indices: Sequence[int]) -> int:
-        """Real targets in the given blocks, all together: what their summed loss is divided by. Reads no tokens."""
+        """Return the total number of real targets in the given blocks, by which to divide their summed loss."""
         blocks = self._checked(indices)
         return int(self._num_targets(blocks, *self._shard_and_start(blocks)).sum())
 
     @property
     def tokenizer_path(self) -> Path:
-        """Folder of the tokenizer, for `AutoTokenizer.from_pretrained`."""
+        """Return the folder of the tokenizer, for `AutoTokenizer.from_pretrained`."""
         return self.data_dir / "tokenizer"
 
     def verify_checksums(self) -> None:
-        """Read every file of the split, and tokenizer.json; GPT2ModernError for the first whose sha256 differs."""
+        """Check the sha256 of all files of the split and the tokenizer. Raises GPT2ModernError for a mismatch."""
         self._check_files(checksum=True)
 
     def _check_files(self, *, checksum: bool) -> None:
-        """Raise GPT2ModernError for a file of another size; checksum: or sha256, which of tokenizer.json always counts."""
+        """Raise GPT2ModernError if a file has another size or, with `checksum` (always for tokenizer.json), sha256."""
         for path, recorded in recorded_files(self.data_dir, self.manifest, [self.split]):
             problem = file_problem(path, recorded, checksum=checksum or path.name == "tokenizer.json")
             _require(problem is None, problem)
 
     def _checked(self, indices: Sequence[int]) -> np.ndarray:
-        """(n,) block numbers in [0, len); IndexError for others than those and their negative names."""
+        """Return (n,) block numbers in [0, len); negative ones count from the end. Raises IndexError for any other."""
         blocks = np.asarray(indices, dtype=np.int64)
         blocks = np.where(blocks < 0, blocks + len(self), blocks)
         if blocks.size and not (blocks.min() >= 0 and blocks.max() < len(self)):
-            raise IndexError(f"block index out of range: {self.split} has {len(self)} blocks")
+            raise IndexError(f"block index out of range: the split {self.split} has {len(self)} blocks")
         return blocks
 
     def _num_targets(self, blocks: np.ndarray, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """(n,) block numbers, and where they are -> (n,) real targets of each."""
+        """Return (n,) real targets per block, given the blocks' numbers, shards and starts (see `_shard_and_start`)."""
         if self._row_tokens is not None:
             return self._row_tokens[blocks]
         return np.minimum(self._shard_tokens[shard] - start, self.block_size)
 
     def _shard_and_start(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) block numbers -> (n,) shards, and (n,) where the blocks begin in their shard's stream of targets."""
+        """Return for (n,) block numbers their (n,) shards and (n,) offsets, in targets, from the start of the shard."""
         shard = np.searchsorted(self._block_starts, blocks, side="right") - 1
         return shard, (blocks - self._block_starts[shard]) * self.block_size
 
     def _read(self, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """(n,) places of blocks -> (n, block_size + 1) int64; what lies past the end of a shard is not filled in."""
+        """Return (n, block_size + 1) int64 tokens of blocks; positions past the end of a shard stay uninitialized."""
         rows, offsets = np.divmod(start, self.row_size)
         rows, ends = rows + self._row_starts[shard], self._row_starts[shard + 1]
         out = np.empty((len(rows), self.block_size + 1), dtype=np.int64)
@@ -149,9 +148,9 @@ class PackedBlocks(torch.utils.data.Dataset):
         return out
 
     def _map_shard(self, shard: dict) -> tuple[list[np.ndarray], np.ndarray]:
-        """Map a shard's files: its record batches, each (rows, row_size + 1), and (rows,) real targets of each row.
+        """Memory-map a shard. Returns its record batches, each (rows, row_size + 1), and (rows,) real targets per row.
 
-        Raises GPT2ModernError where its columns or counts are not those of the manifest.
+        Raises GPT2ModernError if the columns or counts differ from those in the manifest.
         """
         path = self.data_dir / shard["path"]
         files = [path / name for name in sorted(shard["files"]) if name.endswith(".arrow")]
@@ -160,21 +159,21 @@ class PackedBlocks(torch.utils.data.Dataset):
         try:
             table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
             found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (table.schema, expected))
-            problem = f"mixed formats: has the columns {found}, the manifest says {wanted}; prepare the data again"
-            _require(table.schema.equals(expected), f"{path}: {problem}")
+            problem = f"mixed formats: the shard has the columns {found}, but the manifest says {wanted}"
+            _require(table.schema.equals(expected), f"{path}: {problem}; prepare the data again")
             chunks = table["input_ids"].chunks
             rows = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in chunks]
         except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
             raise GPT2ModernError(f"{[*files, path][0]}: cannot be read ({error}); prepare the data again") from error
         num_tokens = table["num_tokens"].to_numpy()
         for name, count in {"rows": len(table), "tokens": num_tokens.sum(dtype=np.int64)}.items():
-            known = shard[name]
-            _require(count == known, f"{path}: has {count} {name}, the manifest says {known}; prepare the data again")
+            problem = f"{path} has {count} {name}, but the manifest says {shard[name]}; prepare the data again"
+            _require(count == shard[name], problem)
         full = num_tokens[:-1] if self.packing == "concat" else num_tokens[:0]
         _require(
             (full == self.row_size).all() and ((num_tokens >= 1) & (num_tokens <= self.row_size)).all(),
-            f"{path}: mixed formats: its rows have {num_tokens.min()} to {num_tokens.max()} tokens, "
-            f"which packing {self.packing} for {self.row_size} does not give; prepare the data again",
+            f"{path}: mixed formats: the rows have {num_tokens.min()} to {num_tokens.max()} tokens, which is invalid "
+            f"for packing {self.packing} with block size {self.row_size}; prepare the data again",
         )
         return rows, num_tokens
 
@@ -185,7 +184,7 @@ def _require(condition: bool, problem: str | None) -> None:
 
 
 def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
-    """Raise GPT2ModernError if the model folder has another tokenizer.json than the data was encoded with."""
+    """Raise GPT2ModernError if the folder `model` has a tokenizer.json that differs from the one of the data."""
     path, expected = Path(model) / "tokenizer.json", blocks.manifest["tokenizer"]["sha256"]
     _require(
         not path.is_file() or sha256_of(path) == expected,
@@ -194,9 +193,9 @@ def refuse_other_tokenizer(model: str, blocks: PackedBlocks) -> None:
 
 
 def refuse_larger_vocabulary(model: str, vocab_size: int, blocks: PackedBlocks) -> None:
-    """Raise GPT2ModernError if the data has token ids beyond a model's `vocab_size`; model: its name in the message."""
+    """Raise GPT2ModernError if the data's vocabulary is larger than `vocab_size`. model: its name in the message."""
     _require(
         blocks.vocab_size <= vocab_size,
-        f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, {model}'s vocab_size is only "
-        f"{vocab_size}; prepare the data with the model's tokenizer",
+        f"{blocks.data_dir / 'manifest.json'}: the data has {blocks.vocab_size} token ids, but the vocab_size of "
+        f"{model} is only {vocab_size}; prepare the data with the model's tokenizer",
     )

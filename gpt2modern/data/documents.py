@@ -1,6 +1,6 @@
-"""Pieces of files and tables as a `datasets.IterableDataset` of documents, one of its shards for each piece.
+"""Turn pieces (ranges of a file or table) into a `datasets.IterableDataset` of documents, one shard per piece.
 
-This module holds the builder alone: `datasets` replaces `open` and `Path` in the module of every builder.
+The builder has its own module, because `datasets` replaces `open` and `Path` in the module of every builder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ COLUMN = "document"  # large_string, or lists of uint16 from files of tokens
 
 
 class Documents(datasets.ArrowBasedBuilder):
-    """Read pieces as Arrow tables of the one column `document`; `as_streaming_dataset` makes them a dataset."""
+    """Build a dataset with the one column `document` from pieces; get it by `as_streaming_dataset("train")`."""
 
     def __init__(self, pieces: Sequence[Piece], options: ReadOptions, cache_dir: str | None = None):
         self.pieces, self.options = list(pieces), options
@@ -37,7 +37,7 @@ class Documents(datasets.ArrowBasedBuilder):
 
 
 def read_piece(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
-    """Read the documents of one piece up to its limit, as arrays; raises GPT2ModernError that names file and place."""
+    """Yield arrays of the documents of one piece, at most `piece.limit`. GPT2ModernError names the file and place."""
     seen = 0
     for documents in FORMATS[piece.format].read(piece, options):
         if documents := documents.slice(0, None if piece.limit is None else piece.limit - seen):
@@ -48,13 +48,13 @@ def read_piece(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 
 
 def array_of(table: pa.Table, column: str) -> pa.Array:
-    """Return a column as one array."""
+    """Return a table's column as one array, joining its chunks."""
     chunks = table.column(column).chunks
     return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
 
 
 def first_documents(pieces: Sequence[Piece], options: ReadOptions, count: int) -> list[Piece]:
-    """Return the pieces of the first `count` documents, the last one limited to what is left."""
+    """Return the pieces that hold the first `count` documents. The last piece is limited to the documents needed."""
     kept: list[Piece] = []
     for piece in pieces:
         if count > 0:

@@ -1,7 +1,4 @@
-"""The folder that is being prepared: what decides its bytes, and its resumption with the same settings only.
-
-It is held against other processes and left clean.
-"""
+"""Manage the output folder during preparation: lock it, resume it with equal settings only, clean it after errors."""
 
 import contextlib
 import dataclasses
@@ -24,13 +21,13 @@ from gpt2modern.data.tokenizing import read_template
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import flush_to_disk, locked, write_file, write_json
 
-WORKSPACE = ".preparing"  # in the folder, while it is not finished
+WORKSPACE = ".preparing"  # folder in the output folder, until that is finished
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SECONDS_TO_DIE = 5  # that the workers of a killed process take at most
+SECONDS_TO_DIE = 5  # most seconds that the workers of a killed process take to end
 
 
 def settings_of(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict:
-    """Return the settings and fingerprints that decide the result; where it goes and who makes it do not."""
+    """Return the settings and fingerprints that decide the output bytes; --output_dir and --num_proc do not."""
     kinds = {ALWAYS}
     if config.dataset_name not in (None, "stdlib") or isinstance(dataset, dict):
         kinds.add(HUB)
@@ -49,7 +46,7 @@ def settings_of(config: PrepareConfig, dataset: AnyDataset | None = None) -> dic
     if config.chat_template:
         settings["chat_template"] = read_template(config.chat_template)
     if config.tokenizer_name:
-        # Of a folder what is in it counts, EOS and chat template included, not where it lies.
+        # A folder is identified by its content, which includes EOS and chat template, not by its place.
         folder = Path(config.tokenizer_name)
         settings["tokenizer_name"] = folder.name if folder.is_dir() else config.tokenizer_name
         contents = [path for name in TOKENIZER_FILES if (path := folder / name).is_file()]
@@ -61,48 +58,49 @@ def settings_of(config: PrepareConfig, dataset: AnyDataset | None = None) -> dic
 
 @contextlib.contextmanager
 def folder_in_preparation(output_dir: Path, settings: dict, *, shared: bool) -> Iterator[dict | None]:
-    """Hold a folder, and give its manifest if it is finished with these settings, None if it is to be written.
+    """Lock `output_dir` for a `with` block; yield its manifest if it is finished, or None if it must be written.
 
-    shared: others write shards of it at the same time. Raises GPT2ModernError for a folder of other settings or of
-    another process, and for whatever the disk refuses. After a GPT2ModernError what this call began is removed.
+    shared: other machines write shards of it at the same time. Raises GPT2ModernError if the folder has other
+    settings, another process prepares it, or it cannot be written. If the block raises GPT2ModernError, the files of
+    a preparation that this call started are removed.
     """
     existed, workspace = output_dir.exists(), output_dir / WORKSPACE
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with locked(output_dir, shared=shared, seconds=SECONDS_TO_DIE):
             manifest = _finished_manifest(output_dir, settings)
-            begins = manifest is None and not (workspace / "settings.json").exists()
+            starts = manifest is None and not (workspace / "settings.json").exists()
             try:
                 if manifest is None:
                     workspace.mkdir(exist_ok=True)
                     write_json(workspace / "settings.json", settings)
                 else:
-                    shutil.rmtree(workspace, ignore_errors=True)  # of a run killed while it tidied up
+                    shutil.rmtree(workspace, ignore_errors=True)  # of a run killed while it cleaned up
                 yield manifest
             except GPT2ModernError:
-                if begins and not (output_dir / "manifest.json").exists():
+                if starts and not (output_dir / "manifest.json").exists():
                     _remove_what_was_begun(output_dir, shared)
                 raise
     except BlockingIOError:
         raise GPT2ModernError(
-            f"--output_dir {output_dir}: another process is preparing it; wait for that one, or end it"
+            f"--output_dir {output_dir} is being prepared by another process; wait until that one ends, or stop it"
         ) from None
     except GPT2ModernError:
         if not existed and not os.listdir(output_dir):
             output_dir.rmdir()
         raise
     except OSError as error:
-        way_out = "make room and run" if error.errno in FULL else "run"
+        advice = "free disk space and run" if error.errno in FULL else "run"
         cause = os.strerror(error.errno) if error.errno else error
         raise GPT2ModernError(
-            f"--output_dir {output_dir}: {cause}; what is finished is kept: {way_out} the same command again"
+            f"--output_dir {output_dir}: {cause}; finished shards are kept: {advice} the same command again to resume"
         ) from error
 
 
 def finish(output_dir: Path, manifest: dict, report: str) -> None:
-    """Write the report, then the manifest, which says that all is there; then remove the workspace."""
+    """Write the report and then the manifest, which marks the folder as finished; then remove the workspace."""
     write_file(output_dir / "report.html", report)
-    # Made in the workspace: a process that is killed leaves nothing of it in the folder.
+    # Written in the workspace and then moved, so that a killed process leaves no temporary file in the folder.
     write_json(output_dir / WORKSPACE / "manifest.json", manifest)
     (output_dir / WORKSPACE / "manifest.json").rename(output_dir / "manifest.json")
     flush_to_disk(output_dir)
@@ -110,28 +108,36 @@ def finish(output_dir: Path, manifest: dict, report: str) -> None:
 
 
 def _finished_manifest(output_dir: Path, settings: dict) -> dict | None:
-    """Return the manifest that is there if it was made with the same settings, None if the folder is empty or
-    unfinished; else raise GPT2ModernError."""
-    manifest, begun, again = None, output_dir / WORKSPACE / "settings.json", f"remove {output_dir} and run it again"
+    """Return the manifest of a folder finished with these settings, or None if the folder is empty or unfinished.
+    Raises GPT2ModernError if it has other settings, is damaged, or was not written by prepare_data.py."""
+    manifest, started, again = (
+        None,
+        output_dir / WORKSPACE / "settings.json",
+        f"remove {output_dir} and run the same command",
+    )
     if (output_dir / "manifest.json").is_file():
         try:
             manifest = read_manifest(output_dir)
         except GPT2ModernError as error:
-            raise GPT2ModernError(f"{error}; {again}") from None
+            raise GPT2ModernError(f"{error}: {again}") from None
         found = manifest.get("settings", {})
-    elif begun.is_file():
-        found = json.loads(begun.read_text(encoding="utf-8"))
+    elif started.is_file():
+        try:
+            found = dict(json.loads(started.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise GPT2ModernError(f"{started} is damaged ({error}); {again}") from None
     elif set(os.listdir(output_dir)) <= {WORKSPACE}:
         return None
     else:
-        raise GPT2ModernError(f"--output_dir {output_dir}: exists and is not a prepared dataset; choose another folder")
+        raise GPT2ModernError(f"--output_dir {output_dir} exists and is not a prepared dataset; choose another folder")
     if names := [name for name in {**settings, **found} if settings.get(name) != found.get(name)]:
-        differences = ", ".join(f"{name} is {found.get(name)} there, {settings.get(name)} here" for name in names)
+        differences = ", ".join(f"{name} was {found.get(name)}, now {settings.get(name)}" for name in names)
         raise GPT2ModernError(
-            f"--output_dir {output_dir}: holds other data ({differences}); choose another folder or remove it"
+            f"--output_dir {output_dir} was prepared with other settings or files ({differences}); choose another "
+            "folder, or remove this one"
         )
     if manifest is not None and (problems := find_problems(output_dir)):
-        raise GPT2ModernError(f"{problems[0]}; {again}")
+        raise GPT2ModernError(f"{problems[0]}: {again}")
     return manifest
 
 
@@ -144,14 +150,14 @@ def _remove_what_was_begun(output_dir: Path, shared: bool) -> None:
 
 
 def _described(dataset: AnyDataset) -> object:
-    """Return the fingerprints of a dataset given from Python; a stream has none, so streams are taken for equal."""
+    """Return the fingerprints of a dataset given from Python, or the class name of a stream, which has none."""
     if isinstance(dataset, dict):
         return {split: _described(each) for split, each in dataset.items()}
     return dataset._fingerprint if isinstance(dataset, datasets.Dataset) else type(dataset).__name__
 
 
 def _described_files(names: list[str] | None) -> list[dict] | None:
-    """Return name, size and fingerprint of each file."""
+    """Return name, size and fingerprint of each file that `names` match, or None without names."""
     if names is None:
         return None
     given = [path for path in expand(names) for path in (sorted(path.rglob("*")) if path.is_dir() else [path])]
@@ -162,13 +168,12 @@ def _described_files(names: list[str] | None) -> list[dict] | None:
             if path.is_file()
         ]
     except OSError as error:
-        raise GPT2ModernError(f"{error.filename}: {error.strerror}") from None
+        raise GPT2ModernError(f"{error.filename} cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _fingerprint(path: Path) -> str:
-    """Hash 64 evenly spaced pieces of 64 KB, and the end, by xxh3: a file up to 4 MB whole, a larger one by sample, so
-    that a machine that writes one shard of a hundred need not read all the text. What is inserted or removed moves all
-    that follows it and is seen; a few bytes overwritten in place in a large file are not."""
+    """Return the xxh3 hash of a file: of all its bytes up to 4 MB, of evenly spaced samples of 64 KB if it is larger.
+    A change of the length is always detected; a few bytes overwritten in place in a large file may not be."""
     size, piece = path.stat().st_size, 1 << 16
     digest = xxh3_128(str(size).encode())
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
 """Build, read and verify manifest.json of a prepared folder: its settings, counts, and the sha256 of every file.
 
-It is what the writer and the readers share, so it imports neither `datasets` nor torch.
+Writer and readers share this module, so it imports neither `datasets` nor torch.
 """
 
 import functools
@@ -17,7 +17,7 @@ from gpt2modern.files import is_hub_name, sha256_of
 
 FORMAT_VERSION = 2
 CHOICES = {"dtype": ("uint16", "uint32"), "packing": ("concat", "best_fit")}
-# What of `tokenizer/` goes into a model's folder: nothing else there could be taken for weights or code of the model.
+# Files of `tokenizer/` that are copied into a model's folder; any other could be mistaken for weights or code.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -25,10 +25,10 @@ TOKENIZER_FILES = (
 
 
 def local_folder(data_dir: str | Path) -> Path:
-    """Return `data_dir` itself, or, if it is no folder here but reads user/name, the copy of that dataset of the Hub.
+    """Return the path `data_dir`, or, if it is a Hub name (user/name) and no local folder, a downloaded copy.
 
-    Of the repository only what its manifest names is fetched, and nothing if it has no manifest of this format.
-    Raises GPT2ModernError where the Hub does not give it.
+    Downloads only the files that the dataset's manifest names. Raises GPT2ModernError if it cannot be downloaded from
+    the Hub or has no valid manifest.
     """
     if not is_hub_name(data_dir):
         return Path(data_dir)
@@ -40,18 +40,18 @@ def local_folder(data_dir: str | Path) -> Path:
         return Path(fetch(revision=folder.name, allow_patterns=["manifest.json", "tokenizer/*", *names]))
     except GPT2ModernError:
         raise
-    except Exception as error:  # the network, the Hub, the disk: none of it is a defect of ours
+    except Exception as error:  # the network, the Hub or the disk failed
         raise GPT2ModernError(
-            f"{data_dir}: no such folder, and no dataset that the Hub gives ({first_line(error)}); prepare the data, or "
-            "check the name and the network"
+            f"{data_dir}: no such folder, and it cannot be downloaded from the Hub ({first_line(error)}); prepare the "
+            "data with prepare_data.py, or check the name and the network"
         ) from None
 
 
 def build_manifest(
     config: PrepareConfig, settings: dict, vocabulary: dict, rule: str, shards: list[dict], validation: dict
 ) -> dict:
-    """Sum up what was written. vocabulary: dtype, vocab_size and eos_token_id; rule: what is held out; shards,
-    validation: what was counted while the training shards and the one of validation were written."""
+    """Build the content of manifest.json. vocabulary: dtype, vocab_size and eos_token_id. rule: describes which
+    documents are held out. shards, validation: the receipts (counts and files) of the written shards."""
     splits = {}
     for split, written in {"train": shards, "validation": [validation]}.items():
         summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
@@ -87,33 +87,31 @@ def build_manifest(
 
 
 def read_manifest(data_dir: str | Path) -> dict:
-    """Read manifest.json of a prepared folder; GPT2ModernError if there is none, it is of another format, or it
-    contradicts itself."""
+    """Return the content of manifest.json of a prepared folder. Raises GPT2ModernError if the file is missing, has
+    another format version, contradicts itself, or has a missing or mistyped value."""
     path = Path(data_dir) / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["format_version"] if isinstance(manifest, dict) else None
         problem = _contradiction(manifest) if version == FORMAT_VERSION else None
     except OSError:
-        raise GPT2ModernError(f"{path}: no such file; prepare_data.py makes folders that have one") from None
+        raise GPT2ModernError(f"{path}: no such file; name a folder that prepare_data.py has written") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        problem = f"not JSON ({error})"
-    except KeyError as error:
-        problem = f"has no {error.args[0]}"
-    except (TypeError, AttributeError, ValueError, OverflowError) as error:
-        problem = f"a value is not of its type ({error})"
+        problem = f"the file is not valid JSON ({error})"
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        problem = f"a value is missing or not of its type ({type(error).__name__}: {error})"
     else:
         if version != FORMAT_VERSION:
-            problem = f"format_version {version!r}, this code reads {FORMAT_VERSION}"
+            problem = f"the file has format_version {version!r}, but this code reads only {FORMAT_VERSION}"
     if problem:
         raise GPT2ModernError(f"{path}: {problem}; prepare the data again")
     return manifest
 
 
 def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
-    """List the files of the tokenizer and of the splits (None: of all) with what is recorded of each: {size, sha256}.
+    """Yield the path and record ({size, sha256}) of each file of the tokenizer and of `splits` (None: all splits).
 
-    Of a tokenizer without a list of files, tokenizer.json, whose checksum is its name in training and evaluation.
+    If the manifest does not list the tokenizer's files, only its tokenizer.json is yielded.
     """
     named = {"tokenizer.json": {"sha256": manifest["tokenizer"]["sha256"]}}
     for name, recorded in manifest["tokenizer"].get("files", named).items():
@@ -125,23 +123,23 @@ def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None 
 
 
 def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
-    """Say in one line what is wrong with a file; None if nothing is. Without `checksum` its bytes are not read."""
+    """Return a message that names the file and its problem, or None. Without `checksum`, only its size is checked."""
     try:
         size = path.stat().st_size
         if size != recorded.get("size", size):
-            problem = f"has {size} bytes, the manifest says {recorded['size']}"
+            problem = f"the file has {size} bytes, but the manifest says {recorded['size']}"
         elif checksum and sha256_of(path) != recorded["sha256"]:
-            problem = "altered since it was written (sha256 differs)"
+            problem = "the file was altered since it was written (its sha256 differs)"
         else:
             return None
-    except (OSError, ValueError) as error:  # ValueError for what no file can be called
-        problem = "missing" if isinstance(error, FileNotFoundError) else first_line(error)
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        problem = "the file is missing" if isinstance(error, FileNotFoundError) else first_line(error)
     return f"{path}: {problem}; prepare the data again"
 
 
 def find_problems(data_dir: str | Path) -> list[str]:
-    """Read every byte of a prepared folder; one line for each file that is missing, cut or altered, none if it is
-    whole. A folder whose manifest cannot be read has that one problem."""
+    """Check the size and sha256 of every file of a prepared folder. Returns one message per file that is missing or
+    altered (an empty list if the folder is valid), or a single message if the manifest cannot be read."""
     try:
         folder = local_folder(data_dir)
         manifest = read_manifest(folder)
@@ -149,48 +147,60 @@ def find_problems(data_dir: str | Path) -> list[str]:
         return [str(error)]
     problems = [file_problem(path, recorded, checksum=True) for path, recorded in recorded_files(folder, manifest)]
     if manifest.get("checksum", checksum_of(manifest)) != checksum_of(manifest):
-        problems.append(f"{folder / 'manifest.json'}: altered since it was written; prepare the data again")
+        problems.append(f"{folder / 'manifest.json'} was altered since it was written; prepare the data again")
     return [problem for problem in problems if problem]
 
 
 def checksum_of(manifest: dict) -> str:
-    """Hash all that the manifest says besides its own `checksum`."""
+    """Return the sha256, in hexadecimal, of a manifest without its own entry `checksum`."""
     content = {name: value for name, value in manifest.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_tokenizer_files(data_dir: Path) -> dict[str, bytes]:
-    """Read the files of the tokenizer. Raises GPT2ModernError for a link that leads out of the folder, or out of its
-    place in the Hub's cache, whose content a model's folder would otherwise make public."""
+    """Return name and content of each tokenizer file. Raises GPT2ModernError for a link that leads out of the folder
+    (or of its Hub cache), as its target would be copied into model folders, and so perhaps made public."""
     folder = data_dir.resolve()
-    # The snapshots of the Hub's cache are links to the blobs beside them.
+    # The files of a snapshot in the Hub's cache are links to the folder `blobs` next to `snapshots`.
     roots = [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
     paths = [path for name in TOKENIZER_FILES if (path := data_dir / "tokenizer" / name).is_file()]
     for path in paths:
         if not any(path.resolve().is_relative_to(root) for root in roots):
-            raise GPT2ModernError(f"{path}: is a link out of {data_dir}; put the file itself there")
+            raise GPT2ModernError(
+                f"{path} is a link to a file outside of {data_dir}; replace the link by the file itself"
+            )
     return {path.name: path.read_bytes() for path in paths}
 
 
 def _contradiction(manifest: dict) -> str | None:
-    """Say what in the manifest cannot be; KeyError or TypeError for what is absent or of another type."""
+    """Return a message about values that contradict each other, or None. Raises KeyError, TypeError, AttributeError,
+    ValueError or OverflowError if a value is missing or of another type."""
     for name, choices in CHOICES.items():
         if manifest[name] not in choices:
-            return f"{name} {manifest[name]!r} is none of {', '.join(choices)}"
-    block_size, vocab_size, eos_token_id = (manifest[name] for name in ("block_size", "vocab_size", "eos_token_id"))
+            return f"{name} is {manifest[name]!r}, but must be one of {', '.join(choices)}"
+    block_size, vocab_size, eos_token_id = _integers(manifest, "block_size", "vocab_size", "eos_token_id")
     if block_size < 1 or not 0 <= eos_token_id < vocab_size:
-        return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} do not go together"
-    _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"]
+        return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} contradict each other"
+    _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
     for split, counts in manifest["splits"].items():
-        _ = counts["documents"], counts["bytes"], counts["cut_documents"]
+        _integers(counts, "documents", "bytes", "cut_documents", "rows", "tokens", "padding")
         for path, recorded in recorded_files(Path(), manifest, [split]):
             _ = recorded["sha256"]
             if path.is_absolute() or ".." in path.parts:
-                return f"{str(path)!r} of split {split} is not inside of the folder"
-        rows, tokens = (sum(shard[name] for shard in counts["shards"]) for name in ("rows", "tokens"))
+                return f"the file {str(path)!r} of the split {split} is outside of the folder"
+        shards = [_integers(shard, "rows", "tokens") for shard in counts["shards"]]
+        rows, tokens = (sum(shard[i] for shard in shards) for i in range(2))
         if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):
             return (
-                f"split {split} has {counts['rows']} rows, {counts['tokens']} tokens and {counts['padding']} of "
-                f"padding, its shards have {rows}, {tokens} and {rows * block_size - tokens}"
+                f"the split {split} has {counts['rows']} rows, {counts['tokens']} tokens and {counts['padding']} "
+                f"padding tokens, but its shards have {rows}, {tokens} and {rows * block_size - tokens}"
             )
     return None
+
+
+def _integers(values: dict, *names: str) -> list[int]:
+    """Return the values of these names. Raises TypeError for one that is not an integer, KeyError if it is missing."""
+    for name in names:
+        if type(values[name]) is not int:
+            raise TypeError(f"{name} is {values[name]!r}, not an integer")
+    return [values[name] for name in names]

@@ -1,7 +1,7 @@
-"""Packing: encoded documents to rows of block_size + 1 tokens.
+"""Pack encoded documents into rows of block_size + 1 tokens.
 
-A row's first token is context only; its next `num_tokens` are targets, each token of each document exactly once; the
-rest, if any, is padding with EOS. Documents come in windows, each followed by its EOS.
+A row's first token is context only; its next `num_tokens` tokens are targets; the rest, if any, is padding with EOS.
+Each token of each document, and of the EOS that follows it, is a target exactly once.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,17 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """input_ids: (rows, block_size + 1), dtype of the ids; num_tokens: (rows,) int32, targets in each row."""
+    """Hold rows. input_ids: (rows, block_size + 1), uint16 or uint32; num_tokens: (rows,) int32 targets per row."""
 
     input_ids: np.ndarray
     num_tokens: np.ndarray
 
 
 class ConcatPacker:
-    """Cut one stream every block_size tokens: no padding but in the last row, documents cut where a row ends.
+    """Join documents to one stream and cut it every block_size tokens; only the last row has padding.
 
-    A row begins with the last token of the one before, the first with EOS, so that the stream can be cut again to any
-    other block size. cut_documents: how many lie in more than one row.
+    A row starts with the last token of the previous row (the first row with EOS), so that the stream can be cut again
+    to another block size. cut_documents: number of documents that are spread over more than one row.
     """
 
     def __init__(self, block_size: int, eos_token_id: int, dtype: str):
@@ -29,7 +29,7 @@ class ConcatPacker:
         self._tokens = 0
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> Rows:
-        """ids: documents one after the other; lengths: tokens of each. Returns the rows that are full."""
+        """Add documents and return the rows that are now full. ids: of all documents; lengths: tokens of each one."""
         ends = self._tokens + np.cumsum(lengths)
         self.cut_documents += int(((ends - lengths) // self.block_size != (ends - 1) // self.block_size).sum())
         self._tokens += len(ids)
@@ -42,7 +42,7 @@ class ConcatPacker:
         return Rows(rows, np.full(count, self.block_size, dtype=np.int32))
 
     def finish(self) -> Rows:
-        """The last row, padded; none if nothing is left."""
+        """Return the last row, padded with EOS, or no row if no tokens are left."""
         left = len(self._rest) - 1
         row = np.full((1, self.block_size + 1), self.eos_token_id, dtype=self._rest.dtype)
         row[0, : left + 1] = self._rest
@@ -50,10 +50,10 @@ class ConcatPacker:
 
 
 class BestFitPacker:
-    """Best-fit-decreasing (arXiv:2404.10830): a document is whole in one row if it fits, with its EOS, in a block.
+    """Pack by best-fit-decreasing (arXiv:2404.10830): a document that fits, with its EOS, into a block is not cut.
 
-    Longer ones are cut every block_size tokens. Each row begins with EOS, or where it continues a document with that
-    document's previous token. WINDOW_TOKENS are packed at a time, so that memory does not grow with the corpus.
+    Longer documents are cut every block_size tokens. A row starts with EOS, or, if it continues a document, with that
+    document's previous token. At least WINDOW_TOKENS tokens are collected and packed together; then memory is freed.
     """
 
     WINDOW_TOKENS = 1 << 24
@@ -63,13 +63,13 @@ class BestFitPacker:
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> Rows:
-        """As `ConcatPacker.add`; no rows until a window is full, then all of it."""
+        """Add documents as `ConcatPacker.add` does. Returns no rows until WINDOW_TOKENS are collected, then all."""
         self._waiting.append((ids, lengths))
         full = sum(len(ids) for ids, _ in self._waiting) >= self.WINDOW_TOKENS
         return self.finish() if full else Rows(np.empty((0, self.block_size + 1), self.dtype), np.empty(0, np.int32))
 
     def finish(self) -> Rows:
-        """The rows of what is waiting."""
+        """Pack the collected documents and return their rows."""
         ids = np.concatenate([np.empty(0, self.dtype), *(ids for ids, _ in self._waiting)])
         lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in self._waiting)])
         self._waiting = []
@@ -86,7 +86,8 @@ class BestFitPacker:
         return Rows(rows, np.bincount(bins, weights=lengths, minlength=count).astype(np.int32))
 
     def _parts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Documents cut to block_size: where each part starts in the ids, its tokens, whether it continues one."""
+        """Cut documents into parts of at most block_size tokens. Returns each part's start in the ids, its number of
+        tokens, and whether it continues a document."""
         counts = -(-lengths // self.block_size)
         number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         ends = np.repeat(np.cumsum(lengths), counts)
@@ -95,15 +96,14 @@ class BestFitPacker:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Put items, the longest first, each into the fullest bin that still takes it.
+    """Put items of `lengths`, each in [1, capacity], into bins: longest first, each into the fullest bin that fits.
 
-    Returns the bin of each item, its offset there, and the number of bins. Raises nothing: lengths are in
-    [1, capacity]. About a microsecond per item: which free spaces exist is the bits of one integer.
+    Returns the bin of each item, its offset in the bin, and the number of bins.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     offsets = np.empty(len(lengths), dtype=np.int64)
     bins_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    spaces = count = 0
+    spaces = count = 0  # bit i of spaces: there is a bin with i free
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
         fitting = spaces >> length

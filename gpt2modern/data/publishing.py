@@ -1,4 +1,4 @@
-"""Show a finished folder: a table on the terminal, a page of HTML, a dataset of the Hub with its card."""
+"""Present a finished folder: print a table, build an HTML report, upload it to the Hub with a dataset card."""
 
 import html
 from pathlib import Path
@@ -15,21 +15,20 @@ STYLE = "body { font: 15px sans-serif } td { padding: .1em 1em } div { backgroun
 
 
 def print_summary(output_dir: Path, manifest: dict, seconds: float) -> None:
-    """Print what was made, how fast, and what to type next."""
+    """Print the counts of the finished folder, the time taken, and the command that trains on it."""
     print(f"\n{output_dir}: {_summary(manifest)}")
     table = _table(manifest)
     widths = [max(map(len, column)) + 3 for column in zip(*table, strict=True)]
     for row in table:
         print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     text_bytes = sum(counts["bytes"] for counts in manifest["splits"].values())
-    print(
-        f"{seconds:.1f} s in all, {text_bytes / 1e6 / seconds:,.0f} MB/s; {output_dir / 'report.html'} shows the rest"
-    )
+    rate = f"{text_bytes / 1e6 / seconds:,.0f} MB of text per second"
+    print(f"{seconds:.1f} s in total, {rate}; {output_dir / 'report.html'} shows the document lengths")
     print(f"next: python train_accelerate.py --config recipes/NAME.yaml --data_dir {output_dir} --output_dir out/NAME")
 
 
 def report_page(manifest: dict) -> str:
-    """Make a page of HTML: the counts of each split, and a histogram of document lengths."""
+    """Return an HTML page with the counts of each split and a histogram of document lengths."""
     source = manifest["source"]["name"]
     name = html.escape(source if isinstance(source, str) else ", ".join(source))
     parts = [f"<h1>{name}</h1><p>{html.escape(_summary(manifest))}</p>", _html_table(_table(manifest))]
@@ -46,7 +45,7 @@ def report_page(manifest: dict) -> str:
 
 
 def dataset_card(manifest: dict, repo_id: str) -> str:
-    """Make README.md of the dataset; its metadata tells `load_dataset` which files are which split."""
+    """Return the text of the dataset's README.md, whose metadata tells `load_dataset` the files of each split."""
     source, name = manifest["source"]["name"], repo_id.split("/")[-1]
     files = [{"split": split, "path": f"{split}/*/*.arrow"} for split in manifest["splits"]]
     data = DatasetCardData(
@@ -68,7 +67,7 @@ Packed token blocks for training a language model: {_summary(manifest)}.
 {table}
 
 Each row holds `input_ids`, block_size + 1 = {manifest["block_size"] + 1} tokens of which the first is context only, and
-`num_tokens`, the number of targets that follow it; the rest of a row is padding with EOS (id {manifest["eos_token_id"]}).
+`num_tokens`, the number of targets after it. The rest of a row is padding with EOS (id {manifest["eos_token_id"]}).
 Documents end with EOS. The tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of shards and
 tokenizer.
 
@@ -83,9 +82,9 @@ GPT2-Modern trains on it by name: `--data_dir {repo_id}`.
 
 
 def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) -> None:
-    """Upload a finished folder with its card; GPT2ModernError when the Hub refuses or is not there. The folder stays.
+    """Upload a finished folder, with a dataset card, to `repo_id` on the Hub. The local folder is kept.
 
-    The token is the one that `hf auth login` stored, or HF_TOKEN.
+    Uses HF_TOKEN or the token that `hf auth login` stored. Raises GPT2ModernError if the upload fails.
     """
     write_file(folder / "README.md", dataset_card(manifest, repo_id))
     place = {"repo_id": repo_id, "repo_type": "dataset"}
@@ -93,10 +92,10 @@ def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) ->
         api = huggingface_hub.HfApi()
         api.create_repo(**place, private=private, exist_ok=True)
         api.upload_folder(**place, folder_path=folder, commit_message="Packed token blocks", ignore_patterns=[".*"])
-    except Exception as error:  # the network, the token, the name: none of it is a defect of ours
+    except Exception as error:  # the network, the token or the name
         raise GPT2ModernError(
-            f"--hub_dataset_id {repo_id}: the upload failed ({cause_of(error)}); {folder} is finished: the same "
-            "command tries the upload again"
+            f"--hub_dataset_id {repo_id}: the upload failed ({cause_of(error)}); {folder} is finished, so run the same "
+            "command again to retry only the upload"
         ) from error
     print(f"uploaded to https://huggingface.co/datasets/{repo_id}")
 
@@ -104,13 +103,13 @@ def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) ->
 def _summary(manifest: dict) -> str:
     return (
         f"blocks of {manifest['block_size']:,} tokens, packing {manifest['packing']}, {manifest['vocab_size']:,} "
-        f"vocabulary entries; validation: {manifest['validation_rule']}; empty documents left out: "
+        f"vocabulary entries; validation: {manifest['validation_rule']}; empty documents skipped: "
         f"{manifest['source']['empty_documents']:,}"
     )
 
 
 def _table(manifest: dict) -> list[tuple[str, ...]]:
-    """List COLUMNS and the numbers of each split."""
+    """Return the rows of a table: COLUMNS, then the formatted counts of each split."""
     rows = [COLUMNS]
     for split, counts in manifest["splits"].items():
         documents, size, tokens, cut, blocks = (

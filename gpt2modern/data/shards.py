@@ -1,10 +1,10 @@
-"""Shards: each is read, encoded, packed and written by one process, and is either complete or not there.
+"""Write shards, the folders of a split: one process reads, encodes, packs and writes a shard, completely or not at all.
 
-The documents of a shard flow through `datasets`, whose `map` marks what is held out; then windows of them, sized by
-bytes where `map` counts documents, are shuffled, encoded, packed and written in the format of `datasets`. A shard is
-built under a temporary name and renamed; a receipt with its counts and checksums follows, by which a run that was
-killed finds and verifies the finished shards. What a shard holds follows from the settings alone, so any number of
-processes or machines writes the same bytes.
+The documents of a shard pass through `datasets.map`, which marks those held out for validation; then they are
+collected to windows of about 32 MB, and each window is shuffled, encoded, packed and written in the format of
+`datasets`. A shard is built under a temporary name and renamed; then its receipt (a file with its counts and checksums)
+is written, with which a resumed run finds and verifies finished shards. The content of a shard depends only on the
+settings, not on the number of processes or machines.
 """
 
 import json
@@ -28,9 +28,9 @@ from gpt2modern.data.tokenizing import Encoder, check_engine
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import atomic_folder, locked, sha256_of, write_json
 
-WINDOW_BYTES = 32 << 20  # of text: what is shuffled at a time, and so what a process holds
-BATCH_BYTES = 8 << 20  # of text: what is encoded and packed at a time
-ROWS_PER_BATCH = 1000  # of an Arrow record batch, as `datasets` writes
+WINDOW_BYTES = 32 << 20  # of text, shuffled together and so held in memory by a process
+BATCH_BYTES = 8 << 20  # of text, encoded and packed together
+ROWS_PER_BATCH = 1000  # in an Arrow record batch, as `datasets` writes
 DATA_FILE = "data-00000-of-00001.arrow"
 RECEIPT_FILE = "receipt.json"
 HELD_OUT_FILE = "held_out_tokens.arrow"
@@ -40,7 +40,7 @@ HELD_OUT_SCHEMA = pa.schema({"input_ids": HELD_OUT_IDS, "bytes": pa.int64(), "ha
 
 @dataclass
 class Job:
-    """Hold what it takes to write any shard."""
+    """Hold what a process needs to write any shard of a run."""
 
     source: Source
     rule: ValidationRule
@@ -48,25 +48,25 @@ class Job:
     config: PrepareConfig
     num_shards: int
     output_dir: Path
-    workspace: Path  # for what is not finished; in output_dir, so that a rename moves it
+    workspace: Path  # for unfinished files; in output_dir, so that a rename can move them
 
     def shard_path(self, index: int) -> Path:
         return self.output_dir / "train" / f"shard-{index:05d}-of-{self.num_shards:05d}"
 
     def receipt_dir(self, index: int) -> Path:
-        """Return the folder of what is kept about a training shard until all are there."""
+        """Return the folder with a training shard's receipt and held-out documents, kept until the run is finished."""
         return self.workspace / f"shard-{index:05d}"
 
 
 class Stopped(Exception):
-    """A shard is left unwritten, because another process has failed and says why."""
+    """Signal that a shard was not finished because another process failed; that process raises the actual error."""
 
 
 @dataclass
 class Counts:
-    """Count what is seen while a shard is written. document_lengths[i]: documents of 2**i to 2**(i+1) - 1 tokens."""
+    """Hold the counts of a shard. document_lengths[i]: number of documents with 2**i to 2**(i+1) - 1 tokens."""
 
-    read_documents: int = 0  # of the source, with those that are empty or held out
+    read_documents: int = 0  # read from the source, including empty and held-out ones
     documents: int = 0
     empty_documents: int = 0
     bytes: int = 0
@@ -74,10 +74,10 @@ class Counts:
     rows: int = 0
     cut_documents: int = 0
     document_lengths: tuple[int, ...] = (0,) * 40
-    fingerprint: int = 0  # sum of the hashes of all documents read, the held-out ones included
+    fingerprint: int = 0  # sum of the hashes of all documents read, including held-out ones
 
     def add(self, encoded: "Encoded") -> None:
-        """Count documents that go into the shard."""
+        """Add documents that are written to the shard to the counts of documents, tokens, bytes and lengths."""
         self.documents += len(encoded.lengths)
         self.tokens += int(encoded.lengths.sum())
         self.bytes += int(encoded.num_bytes.sum())
@@ -86,9 +86,9 @@ class Counts:
 
 
 def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: False) -> None:
-    """Write training shard `index`, and aside the documents held out of it, unless both are there and verify.
+    """Write training shard `index` and, in its receipt folder, the documents held out of it for validation.
 
-    Raises Stopped soon after `is_stopped` says so.
+    Does nothing if both exist and are valid. Raises Stopped soon after `is_stopped` returns True.
     """
     with locked(job.workspace / f"shard-{index:05d}.lock"):
         if is_finished(job, index):
@@ -100,41 +100,41 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         with atomic_folder(receipt_dir) as receipt_build, atomic_folder(path, job.workspace) as build:
             with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
                 documents = encode_documents(job, job.source, job.rule, counts, index, held_out, is_stopped)
-                nothing = f"--num_shards {job.num_shards}: shard {index} gets no training documents; use fewer shards"
+                nothing = f"--num_shards {job.num_shards}: shard {index} has no training documents; use fewer shards"
                 receipt = write_rows(documents, build, path, job, counts, nothing)
             receipt["held_out_tokens_sha256"] = sha256_of(receipt_build / HELD_OUT_FILE)
             write_json(receipt_build / RECEIPT_FILE, receipt)
 
 
 def write_validation(job: Job, source: Source | None) -> dict:
-    """Write the one validation shard, of `source` or of what the training shards held out; returns its receipt."""
+    """Write the validation shard and return its receipt. source: its documents; None: those held out for validation."""
     path, counts = job.output_dir / "validation" / "shard-00000-of-00001", Counts()
     shutil.rmtree(path, ignore_errors=True)
     rule = ValidationRule("file")
     documents = held_out_documents(job) if source is None else encode_documents(job, source, rule, counts)
-    nothing = "no document is left for validation; give --validation_file or another --validation_split_percentage"
+    nothing = "the validation split has no documents; give another --validation_file or --validation_split_percentage"
     with atomic_folder(path, job.workspace) as build:
         return write_rows(documents, build, path, job, counts, nothing)
 
 
 def read_receipt(job: Job, index: int) -> dict:
-    """Return what was written about a finished shard."""
+    """Return the receipt of a finished shard: its counts, and its files with size and sha256."""
     return json.loads((job.receipt_dir(index) / RECEIPT_FILE).read_text(encoding="utf-8"))
 
 
 def is_finished(job: Job, index: int) -> bool:
-    """Tell whether the shard is there with what was held out of it, and each file has its sha256."""
+    """Return whether a shard, its held-out documents and its receipt exist and all files have the recorded sha256."""
     try:
         receipt = read_receipt(job, index)
         checksums = {job.shard_path(index) / name: file["sha256"] for name, file in receipt["shard"]["files"].items()}
         checksums[job.receipt_dir(index) / HELD_OUT_FILE] = receipt["held_out_tokens_sha256"]
         return all(sha256_of(path) == checksum for path, checksum in checksums.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 class Encoded(NamedTuple):
-    """Hold documents: all ids one after the other, EOS after each; how many each has; the bytes of their text."""
+    """Hold encoded documents: ids of all in sequence, each with EOS; tokens of each, with EOS; text bytes of each."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -150,8 +150,8 @@ def encode_documents(
     held_out: pa.RecordBatchStreamWriter | None = None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Encoded]:
-    """Encode the documents of a source in their order, or of the training shard `index` shuffled WINDOW_BYTES at a
-    time; those that the rule holds out go to `held_out`."""
+    """Encode the documents of training shard `index`, shuffled WINDOW_BYTES at a time, or, if `index` is None, all
+    documents of the source in order. Documents that the rule holds out are written to `held_out`."""
     documents, step = source.documents(None if index is None else job.config.shuffle_seed), (1, 0)
     if index is not None and documents.num_shards >= job.num_shards:
         documents = documents.shard(job.num_shards, index)
@@ -177,7 +177,7 @@ def encode_documents(
 
 
 def held_out_documents(job: Job) -> Iterator[Encoded]:
-    """Read what the shards held out, in the order of the documents' hashes."""
+    """Yield the encoded documents that the training shards held out, sorted by the hash of the document."""
     parts = [datasets.Dataset.from_file(str(job.receipt_dir(i) / HELD_OUT_FILE)) for i in range(job.num_shards)]
     if not (parts := [part for part in parts if len(part)]):
         return
@@ -197,9 +197,9 @@ def split_documents(
     step: tuple[int, int],
     is_stopped: Callable[[], bool],
 ) -> Iterator[pa.Table]:
-    """Map documents to tables of document, is_held_out and, of those that are held out, hash; empty ones are left out.
+    """Yield tables with the columns document, is_held_out and hash (0 if not held out), without empty documents.
 
-    step: (n, i) takes every n-th document from the i-th on. Adds what is read to `counts`.
+    step: (n, i) takes every n-th document, starting with number i. Adds the documents read to `counts`.
     """
 
     def split(table: pa.Table, indices: list[int]) -> pa.Table:
@@ -224,7 +224,7 @@ def split_documents(
 
 
 def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Put tables together until they have WINDOW_BYTES."""
+    """Concatenate tables to windows of at least WINDOW_BYTES; the last one may be smaller."""
     pending, size = [], 0
     for table in tables:
         pending.append(table)
@@ -237,7 +237,7 @@ def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encoded]:
-    """Encode about BATCH_BYTES at a time; name: what the documents are, for messages."""
+    """Encode documents, about BATCH_BYTES of text at a time. name: of the source, for error messages."""
     for part in np.array_split(np.arange(len(documents)), documents.nbytes // BATCH_BYTES + 1):
         if len(part):
             texts = documents.slice(part[0], len(part))
@@ -246,8 +246,8 @@ def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encode
 
 
 def write_rows(documents: Iterator[Encoded], folder: Path, path: Path, job: Job, counts: Counts, nothing: str) -> dict:
-    """Pack encoded documents into the `datasets` folder `folder`, which becomes `path`; returns its receipt: `counts`,
-    to which is added what is written, and its files with size and sha256. nothing: the error without documents."""
+    """Pack documents and write them to `folder`, which is later renamed to `path`. Returns the receipt of the shard:
+    `counts`, updated here, and the files with size and sha256. nothing: error message if there are no documents."""
     dtype, row_size = job.encoder.dtype, job.config.block_size + 1
     kinds = {"input_ids": datasets.List(datasets.Value(dtype), length=row_size), "num_tokens": datasets.Value("int32")}
     features = datasets.Features(kinds)
@@ -268,7 +268,7 @@ def write_rows(documents: Iterator[Encoded], folder: Path, path: Path, job: Job,
         raise GPT2ModernError(nothing)
     counts.cut_documents += packer.cut_documents
     digest = sha256_of(unnamed)
-    # What surrounds the data file is written by `datasets` itself, for an empty table of the same features.
+    # The files next to the data file are written by `datasets`, for an empty table of the same features.
     empty = datasets.Dataset(pa.table(features.arrow_schema.empty_table()), fingerprint=digest[:16])
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()

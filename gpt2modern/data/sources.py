@@ -1,8 +1,8 @@
-"""Choose where documents come from: files, the standard library, a dataset of the Hub, or one given from Python.
+"""Open the source of documents: files, the standard library, a dataset of the Hub, or one given from Python.
 
-A source is pieces of files and tables, about a megabyte each where the format allows it, so that no machine reads more
-than its share; `Source.documents` gives them as a `datasets.IterableDataset`. A stream with a bound (--max_tokens,
---max_documents) is read once, up to exactly its bound, into a table on disk: its documents are needed several times.
+A source is a list of pieces: ranges of bytes or rows of a file or table, about 1 MB each if the format can be divided,
+so that each machine reads only its share. A stream that is limited by --max_tokens or --max_documents is written to a
+table on disk first, because its documents are read several times.
 """
 
 import contextlib
@@ -31,21 +31,21 @@ from gpt2modern.data.tokenizing import Encoder
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import locked
 
-SHARD_BYTES = 128 << 20  # of the source, per shard, where --num_shards is not given
+SHARD_BYTES = 128 << 20  # of the source, per shard, if --num_shards is not given
 PIECE_BYTES = 1 << 20
-MAX_PIECES = 100_000  # the list of them is in memory
-BATCH_BYTES = 4 << 20  # of text in a batch of documents, as far as a sample tells
+MAX_PIECES = 100_000  # as their list is held in memory
+BATCH_BYTES = 4 << 20  # of text in a batch of documents, estimated from a sample
 BATCH_ROWS = (16, 4096)  # least and most
-STREAM_ROWS = 256  # documents of a stream at a time
+STREAM_ROWS = 256  # documents of a stream that are processed together
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 
 
 @dataclass
 class Source:
-    """Documents: pieces of files and tables, or a stream of `datasets` whose shards are its pieces.
+    """Represent a source of documents: pieces of files and tables, or a stream of `datasets`, which has no pieces.
 
-    size: bytes on disk, 0 where unknown. name: for messages. cache_dir: where `datasets` keeps its locks.
+    size: bytes on disk, 0 if unknown. name: for error messages. cache_dir: folder for the locks of `datasets`.
     """
 
     options: ReadOptions
@@ -56,7 +56,7 @@ class Source:
     cache_dir: str | None = None
 
     def documents(self, shuffle_seed: int | None = None) -> datasets.IterableDataset:
-        """Return the documents, one shard for each piece; the order of the pieces is the source's or a shuffled one."""
+        """Return a dataset of the documents with one shard per piece, shuffled if `shuffle_seed` is given."""
         if self.stream is not None:
             shuffled = shuffle_seed is not None and self.stream.num_shards > 1
             return self.stream.shuffle(seed=shuffle_seed, buffer_size=1) if shuffled else self.stream
@@ -67,7 +67,7 @@ class Source:
 
     @functools.cached_property
     def batch_rows(self) -> int:
-        """Return how many documents make a batch of about 4 MB, by the largest mean size among eight pieces."""
+        """Return the number of documents in about 4 MB, estimated from the largest mean size in up to eight pieces."""
         documents, largest = self.documents(), 1.0
         for index in np.unique(np.linspace(0, documents.num_shards - 1, 8, dtype=int)):
             shard = documents.shard(documents.num_shards, index)
@@ -78,12 +78,12 @@ class Source:
 
     @property
     def default_num_shards(self) -> int:
-        """Return a shard for each 128 MB, as a power of two, so that they share out evenly among processes."""
+        """Return the default of --num_shards: one per 128 MB, rounded up to a power of two, at most one per piece."""
         wanted = 2 ** math.ceil(math.log2(max(1.0, self.size / SHARD_BYTES)))
         return max(1, min(wanted, self.documents().num_shards))
 
     def arrays(self) -> Iterator[pa.Array]:
-        """Read all documents in their order, some at a time."""
+        """Yield all documents in order, as arrays of `batch_rows` documents."""
         for table in self.documents().with_format("arrow").iter(self.batch_rows):
             yield array_of(table, COLUMN)
 
@@ -95,9 +95,9 @@ def open_source(
     tokenizer: PreTrainedTokenizerFast | None,
     workspace: Path,
 ) -> Source:
-    """Open what the flags name, or `dataset`, cut to --max_documents and --max_tokens, which `tokenizer` counts.
+    """Open the source that the flags name, or `dataset`, limited to --max_documents and --max_tokens.
 
-    Raises GPT2ModernError if there is no text at all.
+    tokenizer: counts the tokens for --max_tokens. Raises GPT2ModernError if the source has no text.
     """
     if dataset is not None:
         source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)
@@ -115,19 +115,19 @@ def open_source(
     if config.max_documents is not None and source.stream is None:
         source.pieces = first_documents(source.pieces, source.options, config.max_documents)
     if not any(is_not_empty(array).any() for array in source.arrays()):
-        raise GPT2ModernError("the corpus is empty: no document has any text; check the source")
+        raise GPT2ModernError(f"{source.name} is empty: no document has any text; check the source and the column")
     return source
 
 
 def open_validation(
     config: PrepareConfig, dataset: AnyDataset | None, options: ReadOptions, workspace: Path
 ) -> Source | None:
-    """Open --validation_file, or the split `validation` of a dataset given from Python; None where there is neither."""
+    """Open --validation_file, or the split `validation` of a dataset given from Python. Returns None without either."""
     if config.validation_file is not None:
         trained_on = {os.path.realpath(path) for path in expand(config.train_file or [])}
         for path in expand(config.validation_file):
             if os.path.realpath(path) in trained_on:
-                warn(f"--validation_file {path}: is trained on too; its loss says nothing of other text")
+                warn(f"--validation_file {path} is also in --train_file, so its loss does not measure other text")
         source = open_files(config.validation_file, options, None)
     elif isinstance(dataset, dict) and "validation" in dataset:
         source = open_dataset("validation", dataset["validation"], options, None)
@@ -138,22 +138,22 @@ def open_validation(
 
 
 def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | None) -> Source:
-    """Open files, globs, and folders of files or of `save_to_disk`, in the order given.
+    """Open files, globs, and folders of files or saved by `save_to_disk`, in the given order.
 
-    Raises GPT2ModernError for what is not there, is empty, or has no column of documents.
+    Raises GPT2ModernError if a file is missing, empty, or has no column of documents.
     """
     paths = expand(names)
     formats = [format_of(path, options.file_format) for path in paths]
     if len({FORMATS[name].holds_tokens for name in formats}) > 1:
         first = next(path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens)
-        raise GPT2ModernError(f"{first}: tokens cannot be mixed with text; prepare them separately")
+        raise GPT2ModernError(f"{first} holds tokens, which cannot be mixed with text files; prepare them separately")
     source = Source(options, size=sum(path.stat().st_size for path in paths if path.is_file()))
     for path, name in zip(paths, formats, strict=True):
         if path.is_file() and not path.stat().st_size:
-            raise GPT2ModernError(f"{path}: is empty; leave it out")
+            raise GPT2ModernError(f"{path} is an empty file; omit it")
         if options.chat_column and not FORMATS[name].holds_chats:
             able = ", ".join(name for name, format in FORMATS.items() if format.holds_chats)
-            raise GPT2ModernError(f"{path}: {name} files hold no conversations; --chat_column reads {able}")
+            raise GPT2ModernError(f"{path}: {name} files cannot hold conversations; --chat_column works with {able}")
         source.pieces += _pieces_of(str(path), FORMATS[name].open(path, options), name, source, num_shards)
     if len(paths) == 1:
         source.name = str(paths[0])
@@ -166,22 +166,25 @@ def _pieces_of(name: str, origin: object, format: str, source: Source, num_shard
 
 
 def piece_bytes_of(total: int, num_shards: int | None) -> int:
-    """Return the size of pieces: a few per shard, a megabyte at most; more only where they would be too many."""
+    """Return the most bytes of a piece: about an eighth of a shard, at most 1 MB unless there were too many pieces."""
     return max(min(PIECE_BYTES, total // (8 * (num_shards or 1)) + 1), total // MAX_PIECES, 4096)
 
 
 def expand(names: Sequence[str]) -> list[Path]:
-    """Replace globs by their sorted matches, folders by their known files; GPT2ModernError where nothing is left."""
+    """Replace globs by their sorted matches and folders by their known files. GPT2ModernError if a name has none."""
     paths: list[Path] = []
     for name in names:
-        found, problem = [Path(name)], "no such file"
+        found, problem = [Path(name)], "no such file; check the path"
         if glob.has_magic(name) and not Path(name).exists():
-            found, problem = [Path(match) for match in sorted(glob.glob(name, recursive=True))], "no file matches"
+            found, problem = (
+                [Path(match) for match in sorted(glob.glob(name, recursive=True))],
+                "no file matches this pattern",
+            )
             found = [path for path in found if path.is_file()]
         elif Path(name).is_dir() and not arrow.is_saved_dataset(Path(name)):
             known = extensions()
             found = sorted(path for path in Path(name).rglob("*") if path.is_file() and suffix(path) in known)
-            problem = f"holds no file with a known extension ({', '.join(known)})"
+            problem = f"the folder has no file with a known extension ({', '.join(known)})"
         if not found or not found[0].exists():
             raise GPT2ModernError(f"{name}: {problem}")
         paths += found
@@ -189,7 +192,7 @@ def expand(names: Sequence[str]) -> list[Path]:
 
 
 def standard_library_files() -> list[Path]:
-    """List the .py files of the running Python's standard library by relative path, without installed packages."""
+    """Return the .py files of Python's standard library, sorted by relative path, without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     files = [path for path in root.rglob("*.py") if not skipped.intersection(path.relative_to(root).parts)]
@@ -197,7 +200,7 @@ def standard_library_files() -> list[Path]:
 
 
 def open_standard_library(options: ReadOptions) -> Source:
-    """Open about 1,700 documents, 31 MB; test files that are not UTF-8 on purpose are left out."""
+    """Open the files of Python's standard library: about 1,700 documents, 31 MB. Skips files that are not UTF-8."""
     source = Source(replace(options, sample_by="document", separator=None))
     for path in standard_library_files():
         data = path.read_bytes()
@@ -211,7 +214,7 @@ def open_standard_library(options: ReadOptions) -> Source:
 def open_dataset(
     name: str, dataset: datasets.Dataset | datasets.IterableDataset, options: ReadOptions, num_shards: int | None
 ) -> Source:
-    """Open a table, or a stream, which is reduced to the column `document`: text, or rendered conversations."""
+    """Open a `datasets` table or stream. name: for error messages. num_shards: of the run, which sizes the pieces."""
 
     def take_text(table: pa.Table, indices: list[int]) -> pa.Table:
         require_column(table.schema, options, name)
@@ -231,9 +234,11 @@ def _split_of(dataset: AnyDataset, split: str) -> datasets.Dataset | datasets.It
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset
     if not isinstance(dataset, dict):
-        raise GPT2ModernError(f"dataset is {type(dataset).__name__}; give a Dataset, IterableDataset or DatasetDict")
+        raise GPT2ModernError(
+            f"dataset has the type {type(dataset).__name__}; give a Dataset, IterableDataset or DatasetDict"
+        )
     if split not in dataset:
-        raise GPT2ModernError(f"dataset has no split {split!r}; there is {', '.join(dataset)}; give dataset_split")
+        raise GPT2ModernError(f"dataset has no split {split!r}; choose dataset_split from {', '.join(dataset)}")
     return dataset[split]
 
 
@@ -243,9 +248,9 @@ def _load_hub_dataset(config: PrepareConfig) -> datasets.Dataset | datasets.Iter
         return datasets.load_dataset(
             config.dataset_name, name, split=split, revision=revision, streaming=config.streaming
         )
-    except Exception as error:  # the network, the Hub, the dataset's own files: none of it is a defect of ours
+    except Exception as error:  # the network, the Hub or the dataset's own files
         raise GPT2ModernError(
-            f"--dataset_name {config.dataset_name}: cannot be loaded ({cause_of(error)}); "
+            f"--dataset_name {config.dataset_name} cannot be loaded ({cause_of(error)}); "
             "check the name and the network, or use --dataset_name stdlib or --train_file"
         ) from error
 
@@ -257,10 +262,10 @@ def spool(
     tokenizer: PreTrainedTokenizerFast | None,
     workspace: Path,
 ) -> datasets.Dataset:
-    """Write the first documents of a stream to a table on disk, and open it; a finished one is used again.
+    """Write the first documents of a stream to a table on disk and open it. A finished table is opened again.
 
-    The bounds are met exactly: the last document is the one that reaches --max_tokens. Machines that share the folder
-    share the table. Raises GPT2ModernError where the stream ends with an error.
+    The last document is the one that reaches --max_tokens, or number --max_documents. Machines that share the folder
+    share the table. Raises GPT2ModernError if reading the stream fails or the stream has no documents.
     """
     max_documents, max_tokens = config.max_documents, config.max_tokens
     finished, unfinished = workspace / "stream.arrow", workspace / "stream.unfinished"
@@ -290,10 +295,10 @@ def spool(
                 raise
             except Exception as error:  # the network, the Hub, the dataset's own files
                 raise GPT2ModernError(
-                    f"{name}: the stream ended with an error after {seen} documents ({cause_of(error)}); "
-                    "run the same command again"
+                    f"{name}: reading the stream failed after {seen} documents ({cause_of(error)}); "
+                    "check the network and run the same command again"
                 ) from error
         if not seen:
-            raise GPT2ModernError(f"{name}: the stream has no documents")
+            raise GPT2ModernError(f"{name}: the stream has no documents; check its name and split")
         unfinished.rename(finished)
     return datasets.Dataset.from_file(str(finished))

@@ -1,9 +1,8 @@
-"""Which documents, or parts of them, are held out for validation.
+"""Choose the documents, or parts of documents, that are held out for validation.
 
-By hash: a document belongs to the validation split when the 64-bit hash of its text falls below the asked share of the
-range, whatever the other documents and the seed are: the choice stays when data is added, and equal texts never stand
-on both sides. Where this would hold out fewer than 10 documents on average, the
-last part of each document is held out instead, cut at a line break.
+By hash: a document is held out if the 64-bit hash of its text is below the requested share of the range of hashes. So
+the choice does not change when documents are added or the seed changes, and equal texts are in the same split. If this
+would hold out fewer than 10 documents on average, the last part of each document, cut at a line break, is held out.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 from xxhash import xxh3_64_intdigest
 
-# Below this many expected validation documents their number, and with it the split, is mostly chance.
+# With fewer expected validation documents, their actual number would be mostly chance.
 MIN_HELD_OUT_DOCUMENTS = 10
 
 
 @dataclass(frozen=True)
 class ValidationRule:
-    """Say what is held out. by: `file` (nothing, --validation_file is there), `hash` or `tail` of each document."""
+    """Describe what is held out: by `hash`, documents; by `tail`, their ends; by `file`, nothing (files are given)."""
 
     by: Literal["file", "hash", "tail"]
     fraction: float = 0.0
@@ -34,7 +33,7 @@ class ValidationRule:
         }[self.by]
 
     def split(self, documents: pa.Array, hashes: np.ndarray) -> tuple[pa.Array, pa.Array, np.ndarray]:
-        """Split documents, none empty, by their hashes or at their tails: train, held out, hashes of the held out."""
+        """Split non-empty documents by their (n,) hashes. Returns training ones, held-out ones, and their hashes."""
         if self.by == "hash":
             below = hashes < np.uint64(self.fraction * 2**64)
             return documents.filter(pa.array(~below)), documents.filter(pa.array(below)), hashes[below]
@@ -47,7 +46,7 @@ class ValidationRule:
 
 
 def choose_rule(documents: Iterable[pa.Array], percentage: float, has_validation: bool) -> ValidationRule:
-    """Choose the rule after reading as many documents as it takes to know that there are enough for the one by hash."""
+    """Return the rule `file` if there are validation files, `hash` if there are enough documents, otherwise `tail`."""
     if has_validation:
         return ValidationRule("file")
     fraction, found = percentage / 100, 0
@@ -59,29 +58,29 @@ def choose_rule(documents: Iterable[pa.Array], percentage: float, has_validation
 
 
 def training_texts(documents: Iterable[pa.Array], rule: ValidationRule) -> Iterator[list[str]]:
-    """Give the texts of the training split, some at a time."""
+    """Yield the texts of the training split, as one list per array of `documents`."""
     for some in documents:
         filled = some.filter(pa.array(is_not_empty(some)))
         yield rule.split(filled, hash_documents(filled))[0].to_pylist()
 
 
 def is_not_empty(documents: pa.Array) -> np.ndarray:
-    """Tell of each document whether it has text or tokens."""
+    """Return for each document whether it has any text or tokens: (documents,) bool."""
     return np.diff(_offsets(documents)) > 0
 
 
 def hash_documents(documents: pa.Array) -> np.ndarray:
-    """Hash each document's UTF-8, or its tokens, by xxh3-64: uint64."""
+    """Return the xxh3-64 hash of each document's UTF-8 bytes or token bytes: (documents,) uint64."""
     values = documents.buffers()[-1]
     itemsize = 1 if pa.types.is_large_string(documents.type) else documents.type.value_type.bit_width // 8
     view = memoryview(values if values is not None else b"")
     edges = (_offsets(documents) * itemsize).tolist()
-    digests = [xxh3_64_intdigest(view[begin:end]) for begin, end in pairwise(edges)]
+    digests = [xxh3_64_intdigest(view[start:end]) for start, end in pairwise(edges)]
     return np.array(digests, dtype=np.uint64)
 
 
 def _offsets(documents: pa.Array) -> np.ndarray:
-    """Return where each document begins in the array's values: (documents + 1,)."""
+    """Return where each document starts in the array's values, and where the last one ends: (documents + 1,)."""
     if not len(documents):
         return np.zeros(1, dtype=np.int64)
     offsets = np.frombuffer(documents.buffers()[1], dtype=np.int64)
@@ -89,7 +88,7 @@ def _offsets(documents: pa.Array) -> np.ndarray:
 
 
 def _cut(document, fraction: float):
-    """Cut a document into (head, tail): text at a line break (without one it is all head), lists of tokens anywhere."""
+    """Cut a document into (head, tail): text at a line break (tail is empty without one), a list of tokens anywhere."""
     target = int(len(document) * (1 - fraction))
     if isinstance(document, str):
         target = document.rfind("\n", 0, target) + 1 or document.find("\n", target) + 1 or len(document)

@@ -1,8 +1,8 @@
-"""The tokenizer of a run, trained or loaded, and the encoder: Arrow arrays of documents to token ids.
+"""Train or load the tokenizer of a run, and encode Arrow arrays of documents to token ids.
 
-gigatoken encodes; `tokenizers` trains vocabularies, is the reference that each shard is checked against on a sample,
-and serves where gigatoken cannot. The ids are those of `tokenizers` with `add_special_tokens=False`, which is what the
-saved tokenizer gives at inference: text that spells a special token becomes that token, with either engine.
+gigatoken encodes; `tokenizers` trains vocabularies, checks a sample of each shard, and encodes if gigatoken does not
+support the tokenizer. Both return the ids of `tokenizers` with `add_special_tokens=False`: text that spells a special
+token becomes that token.
 """
 
 import contextlib
@@ -28,14 +28,13 @@ from gpt2modern.files import move_folder, sha256_of
 
 END_OF_TEXT = "<|endoftext|>"
 CHECKED_DOCUMENTS = 16  # in each shard
-CHECKED_CHARACTERS = 2_000  # of each: `tokenizers` encodes about 1.5 MB/s per core
+CHECKED_CHARACTERS = 2_000  # of each document: `tokenizers` encodes about 1.5 MB/s per core
 
 
 def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE as GPT-2's, `<|endoftext|>` (id 0) its bos and eos, any text decoding to itself.
+    """Train a byte-level BPE tokenizer like GPT-2's, with `<|endoftext|>` (id 0) as BOS and EOS, and return it.
 
-    A corpus too small for `vocab_size` entries gives fewer, which is said; the manifest and the model follow the
-    number there is.
+    If the texts are too few for `vocab_size` entries, the tokenizer has fewer, and a note with the number is printed.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,57 +43,58 @@ def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_lengt
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() < vocab_size:
-        print(f"note: the corpus gives {bpe.get_vocab_size()} tokenizer entries, not --train_tokenizer {vocab_size}")
+        few = f"the text is enough for only {bpe.get_vocab_size()} tokenizer entries"
+        print(f"note: {few}, fewer than --train_tokenizer {vocab_size}")
     ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=model_max_length, **ends)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer with an EOS token from a folder or the Hub; raises GPT2ModernError for anything else."""
+    """Load a tokenizer from a folder or the Hub. Raises GPT2ModernError unless it is fast, has EOS and is undamaged."""
     folder = Path(name)
     saved = all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     try:
-        # `transformers` imports torch with AutoTokenizer, which takes 2 s.
+        # AutoTokenizer is looked up only when needed, because it imports torch, which takes 2 s.
         tokenizer_class = PreTrainedTokenizerFast if saved else transformers.AutoTokenizer
         tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, KeyError, ... by what is missing
         raise GPT2ModernError(
-            f"--tokenizer_name {name}: not a tokenizer ({cause_of(error)}); a folder needs tokenizer.json and "
-            "tokenizer_config.json, a name of the Hub the network"
+            f"--tokenizer_name {name} is not a tokenizer ({cause_of(error)}); give a folder with tokenizer.json and "
+            "tokenizer_config.json, or a name on the Hub (which needs the network)"
         ) from error
     for name_of_this_call in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name_of_this_call, None)  # or they are saved
+        tokenizer.init_kwargs.pop(name_of_this_call, None)  # otherwise they are saved
     problem = None
     if not tokenizer.is_fast:
         problem = "has no fast version (tokenizer.json); choose another tokenizer"
     elif tokenizer.eos_token_id is None:
         problem = "has no EOS token; set eos_token in its tokenizer_config.json"
-    elif (size := vocabulary_size(tokenizer)) > MOST_TOKENS:  # tables are as long as the largest id
+    elif (size := vocabulary_size(tokenizer)) > MOST_TOKENS:  # tables have one entry per id
         problem = f"has token id {size - 1}; its tokenizer.json is damaged"
     if problem:
-        raise GPT2ModernError(f"--tokenizer_name {name}: {problem}")
+        raise GPT2ModernError(f"--tokenizer_name {name} {problem}")
     return tokenizer
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return one more than the largest id."""
+    """Return the largest token id of a tokenizer plus one."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 @dataclass
 class Encoder:
-    """Encode text with the tokenizer of a file; pickling carries its path only."""
+    """Encode text with the tokenizer in a file tokenizer.json; a pickled encoder holds only the path of the file."""
 
     tokenizer_json: Path
     engine: Literal["auto", "gigatoken", "tokenizers"]
     dtype: Literal["uint16", "uint32"]
     eos_token_id: int
-    sha256: str = ""  # of the file: another one may be written under its name
+    sha256: str = ""  # of the file, which may be overwritten by another one
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast, folder: Path, engine: str) -> "Encoder":
-        """Build the encoder of a tokenizer that was saved to `folder`; engine auto becomes gigatoken where it serves,
-        or `tokenizers`, with a note. GPT2ModernError where gigatoken was asked for and cannot serve."""
+        """Return the encoder of a tokenizer saved to `folder`. The engine auto becomes gigatoken, or, with a printed
+        note, `tokenizers`. Raises GPT2ModernError if `engine` is gigatoken, which does not support the tokenizer."""
         dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
         path = folder / "tokenizer.json"
         reference = cls(path, "tokenizers", dtype, tokenizer.eos_token_id, sha256_of(path))
@@ -102,20 +102,18 @@ class Encoder:
             return reference
         try:
             _load_gigatoken(path, reference.sha256)
-        except Exception as error:  # not installed, or a kind of tokenizer that it does not know
-            problem = f"cannot serve this tokenizer ({cause_of(error)})"
+        except Exception as error:  # not installed, or an unsupported kind of tokenizer
+            problem = f"cannot load this tokenizer ({cause_of(error)})"
             if engine == "gigatoken":
-                raise GPT2ModernError(f"--tokenizer_engine gigatoken: {problem}; use auto or tokenizers") from error
-            print(f"note: encoding with tokenizers; gigatoken {problem}")
+                raise GPT2ModernError(f"--tokenizer_engine gigatoken {problem}; use auto or tokenizers") from error
+            print(f"note: encoding with tokenizers, which is slower, because gigatoken {problem}")
             return reference
         return replace(reference, engine="gigatoken")
 
     def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a `large_string` array: all ids one after the other (uint32), and how many each text has (int64)."""
+        """Encode a `large_string` array. Returns all ids in sequence, uint32, and the number of ids per text, int64."""
         if self.engine == "gigatoken":
-            import awkward  # what comes with gigatoken, which is optional
-
-            ids = _load_gigatoken(self.tokenizer_json, self.sha256).encode_batch(awkward.from_arrow(texts)).layout
+            ids = _load_gigatoken(self.tokenizer_json, self.sha256)(texts)
             return ids.content.data, np.diff(ids.offsets.data)
         tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256)
         encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
@@ -123,7 +121,8 @@ class Encoder:
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
 
     def encode(self, documents: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Encode documents: ids in `dtype` with EOS after each, and the lengths with it. Lists of ids pass through."""
+        """Encode texts, or take lists of ids as they are. Returns the ids in `dtype`, with EOS after each document, and
+        the number of ids per document, EOS included."""
         if pa.types.is_large_list(documents.type):
             ids, lengths = documents.flatten().to_numpy(), np.diff(documents.offsets.to_numpy())
         else:
@@ -137,22 +136,22 @@ class Encoder:
         return with_eos, lengths + 1
 
     def text_bytes(self, documents: pa.Array, name: str) -> np.ndarray:
-        """Count the UTF-8 bytes of each document, int64; GPT2ModernError for an id that the tokenizer lacks."""
+        """Return the UTF-8 bytes of each document, (documents,) int64. GPT2ModernError if the tokenizer lacks an id."""
         if pa.types.is_large_string(documents.type):
             return pc.binary_length(documents).to_numpy()
         token_bytes = _bytes_of_tokens(self.tokenizer_json, self.sha256)
         ids, offsets = documents.flatten().to_numpy(), documents.offsets.to_numpy()
         if len(ids) and ids.max() >= len(token_bytes):
-            known = f"--tokenizer_name has {len(token_bytes)} entries"
-            raise GPT2ModernError(f"{name}: holds the id {ids.max()}, but {known}")
+            problem = f"{name} holds the token id {ids.max()}, but --tokenizer_name has only {len(token_bytes)} entries"
+            raise GPT2ModernError(f"{problem}; name the tokenizer that the tokens were made with")
         total = np.append(0, np.cumsum(token_bytes[ids]))
         return np.diff(total[offsets - offsets[0]])
 
 
 def check_engine(encoder: Encoder, documents: pa.Array, name: str) -> None:
-    """Encode a sample of the documents with `tokenizers` too; GPT2ModernError for the first that differs.
+    """Check gigatoken against `tokenizers` on a sample of the documents. Raises GPT2ModernError if the ids differ.
 
-    name: what the documents are, for the message.
+    Does nothing for the engine `tokenizers` and for documents of token ids. name: of the source, for the message.
     """
     if encoder.engine == "tokenizers" or not pa.types.is_large_string(documents.type):
         return
@@ -165,20 +164,21 @@ def check_engine(encoder: Encoder, documents: pa.Array, name: str) -> None:
         if not np.array_equal(found, correct):
             raise GPT2ModernError(
                 f"{encoder.engine} and tokenizers encode a document of {name} differently "
-                f"(it begins {text.as_py()[:60]!r}); use --tokenizer_engine tokenizers"
+                f"(it starts with {text.as_py()[:60]!r}); use --tokenizer_engine tokenizers"
             )
 
 
 def named_tokenizer(config: PrepareConfig) -> PreTrainedTokenizerFast | None:
-    """Load the tokenizer of --tokenizer_name with its chat template; None where one is to be trained."""
+    """Load the tokenizer of --tokenizer_name, with --chat_template if given. Returns None if one must be trained."""
     if config.tokenizer_name is None:
         return None
     tokenizer = load_tokenizer(config.tokenizer_name)
     if config.chat_template:
         tokenizer.chat_template = read_template(config.chat_template)
     if config.chat_column and not tokenizer.chat_template:
-        problem = "has no chat template; give one by --chat_template"
-        raise GPT2ModernError(f"--tokenizer_name {config.tokenizer_name}: {problem}")
+        raise GPT2ModernError(
+            f"--tokenizer_name {config.tokenizer_name} has no chat template; give one with --chat_template"
+        )
     return tokenizer
 
 
@@ -190,33 +190,35 @@ def get_tokenizer(
     folder: Path,
     workspace: Path,
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a run, saved to `folder`: the named one, or one trained on the training documents."""
-    if folder.is_dir():  # of a run that was killed
+    """Return the tokenizer of a run and save it to `folder`: `named`, or one trained on the training documents."""
+    if folder.is_dir():  # saved by a run that was killed
         return load_tokenizer(str(folder)) if named is None else named
     tokenizer = named
     if tokenizer is None:
         tokenizer = train_tokenizer(training_texts(documents, rule), config.train_tokenizer, config.block_size)
     build = workspace / f"tokenizer-{uuid.uuid4().hex}"
     tokenizer.save_pretrained(build)
-    with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine was first
+    with contextlib.suppress(OSError if config.shard_index is not None else ()):  # another machine saved it first
         move_folder(build, folder)
     return tokenizer
 
 
 def read_template(path: str) -> str:
-    """Read the file of --chat_template."""
+    """Return the text of the file --chat_template. Raises GPT2ModernError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise GPT2ModernError(f"--chat_template {path}: cannot be read ({error})") from None
+        raise GPT2ModernError(f"--chat_template {path} cannot be read ({error}); name a text file in UTF-8") from None
 
 
-@functools.cache  # once in each process: it takes longer than the check of a shard
+@functools.cache  # once per process: loading takes longer than checking a shard
 def _load_gigatoken(tokenizer_json: Path, sha256: str):
-    import awkward  # noqa: F401, takes a quarter of a second: before workers are forked, not in each
-    import gigatoken  # optional: `tokenizers` serves without it
+    """Return a function from `large_string` arrays to awkward's layout of their ids. Call it before workers fork."""
+    import awkward  # noqa: PLC0415  optional: installed with gigatoken
+    import gigatoken  # noqa: PLC0415  optional: `tokenizers` encodes without it
 
-    return gigatoken.Tokenizer.from_json(tokenizer_json.read_text(encoding="utf-8"))
+    tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json.read_text(encoding="utf-8"))
+    return lambda texts: tokenizer.encode_batch(awkward.from_arrow(texts)).layout
 
 
 @functools.cache
@@ -229,7 +231,7 @@ def _load_tokenizers(tokenizer_json: Path, sha256: str) -> Tokenizer:
 
 @functools.cache
 def _bytes_of_tokens(tokenizer_json: Path, sha256: str) -> np.ndarray:
-    """Count the UTF-8 bytes that each id of a byte-level BPE stands for (int64)."""
+    """Return the number of UTF-8 bytes that each id of a byte-level BPE stands for: (ids,) int64."""
     tokenizer = _load_tokenizers(tokenizer_json, sha256)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}

@@ -1,7 +1,4 @@
-"""Write several shards at a time, each by one process.
-
-Only numbers of shards pass between processes: each follows the documents of its shard from the file to the blocks.
-"""
+"""Write several shards in parallel, each in one process, which gets only the number of its shard."""
 
 import contextlib
 import multiprocessing
@@ -19,14 +16,14 @@ from gpt2modern.data.shards import Job, Stopped, is_finished, write_shard
 
 
 def write_shards(job: Job, indices: Sequence[int], num_proc: int | None) -> None:
-    """Write the training shards that are not there yet, `num_proc` at a time.
+    """Write the training shards that are not finished yet, in `num_proc` processes (None: one per core).
 
-    Raises what the first process that fails raises, OSError where one is ended from outside; the others leave their
-    shards then, and finished shards stay.
+    Raises the error of the first process that fails, or OSError if a process is killed. Then the other processes stop,
+    and finished shards are kept.
     """
     pending = [index for index in indices if not is_finished(job, index)]
     if len(pending) < len(indices):
-        print(f"{len(indices) - len(pending)} of {len(indices)} shards are there already, verified")
+        print(f"{len(indices) - len(pending)} of {len(indices)} shards are already finished and verified")
     num_proc = min(num_proc or available_cores(), len(pending))
     bar = tqdm(total=len(pending), desc="Preparing shards", disable=not pending)
     if num_proc <= 1:
@@ -35,7 +32,7 @@ def write_shards(job: Job, indices: Sequence[int], num_proc: int | None) -> None
                 write_shard(job, index)
                 bar.update()
         return
-    # Workers are forked after `tokenizers` has used threads here: without this each warns of it, at length.
+    # Workers are forked after `tokenizers` used threads here; without this, each worker prints a long warning.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
     stop = context.Event()
@@ -45,19 +42,21 @@ def write_shards(job: Job, indices: Sequence[int], num_proc: int | None) -> None
                 written.result()
                 bar.update()
         except BrokenProcessPool:
-            raise OSError("one of its processes was ended from outside, perhaps for want of memory") from None
-        finally:  # after an error, or Ctrl-C, nothing more is begun
+            raise OSError(
+                "one of its processes was killed, perhaps because memory ran out (then use a smaller --num_proc)"
+            ) from None
+        finally:  # after an error, or Ctrl-C, no more shards are started
             stop.set()
             pool.shutdown(cancel_futures=True)
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(job: Job, stop) -> None:
-    """Keep what this worker process writes, leave Ctrl-C to the main process, and end when that one does."""
+    """Store `job` and `stop` in this worker process, ignore Ctrl-C, and end the worker when the main process ends."""
     global _job, _stop
     _job, _stop = job, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

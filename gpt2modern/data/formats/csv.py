@@ -1,4 +1,4 @@
-"""CSV and TSV: a document is the text column of each row, which may hold line breaks."""
+"""Read CSV and TSV: each row is a document, namely the value of its text column, which may have line breaks."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ MAX_ROW_BYTES = 1 << 30
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
-    """Keep a file whole: where a row begins is known only from the file's beginning on."""
+    """Return the complete file as one piece, because row starts can only be found by reading from the file's start."""
     with reading.errors_named(path, "csv"), reading.open_stream(path) as stream:
         lines = io.TextIOWrapper(stream, "utf-8-sig", "replace", newline="")
         columns = next((row for row in csv.reader(lines, delimiter=_delimiter(path)) if row), [])
@@ -24,7 +24,7 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
-    """Read the text column of all rows."""
+    """Yield arrays of the text column of all rows."""
     rows, block_bytes = 0, reading.READ_BYTES
     with reading.errors_named(piece.name, "csv"):
         while True:
@@ -34,7 +34,7 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
                     rows += len(documents)
                 return
             except pa.ArrowInvalid as error:
-                # Arrow refuses a row that is longer than a block: read on from there in larger ones.
+                # Arrow rejects a row that is longer than a block: continue from there with larger blocks.
                 if "straddling" not in str(error) or block_bytes >= MAX_ROW_BYTES:
                     raise
                 block_bytes = min(8 * block_bytes, MAX_ROW_BYTES)

@@ -1,4 +1,4 @@
-"""Parquet: a document is the text column, or a conversation, of each row; a piece is a row group."""
+"""Read Parquet: each row holds a document, a text or a conversation; a piece is one row group."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
-    """List the row groups of a file."""
+    """Return the row groups of a file, each as a range [group, group + 1)."""
     with reading.errors_named(path, "parquet"):
         file = pyarrow.parquet.ParquetFile(path)
     reading.require_column(file.schema_arrow, options, str(path))
@@ -19,7 +19,7 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
-    """Read the text column of a row group, about 4 MB at a time."""
+    """Yield the documents of a row group, in arrays of about 4 MB."""
     with reading.errors_named(piece.name, "parquet"):
         file = pyarrow.parquet.ParquetFile(piece.origin)
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))

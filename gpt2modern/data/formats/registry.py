@@ -1,7 +1,7 @@
-"""The registry of file formats: a format owns its extensions, the pieces that a file is read in, and how one is read.
+"""Register the file formats: the extensions of each, and how its files are divided into pieces and read.
 
 To add one, put a `Format` into FORMATS under its --file_format name: in a module of this package that `__init__`
-imports, or from outside, anywhere before `prepare` is called. `reading` has what most of them need.
+imports, or in other code before `prepare` is called. The module `reading` has helpers for formats.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read; the names are those of the flags of prepare_data.py."""
+    """Hold the options for reading files; the fields have the names of the flags of prepare_data.py."""
 
     text_column: str = "text"
     chat_column: str | None = None
@@ -33,7 +33,7 @@ class ReadOptions:
 
     @classmethod
     def of(cls, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast | None) -> "ReadOptions":
-        """Collect what the formats need to know to read files; tokenizer: None where it is trained on them."""
+        """Return the options of a run. tokenizer: of the run, or None if it is trained on the files that are read."""
         flags = ("text_column", "chat_column", "sample_by", "separator", "encoding_errors", "file_format")
         options = cls(**{name: getattr(config, name) for name in flags})
         if tokenizer is None:
@@ -42,16 +42,16 @@ class ReadOptions:
 
     @property
     def column(self) -> str:
-        """Name of the column that holds the documents."""
+        """Return the name of the column that holds the documents."""
         return self.chat_column or self.text_column
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Name a part of a file or table that is read at once: what is shuffled and shared out among shards.
+    """Represent a part of a file or table; pieces are shuffled and distributed over the shards.
 
-    origin: what the format's `open` gave. [start, stop) counts what the format counts: bytes, row groups, rows, tokens.
-    A document belongs to the piece in which it begins. limit: only its first so many documents.
+    origin: the value that the format's `open` returned. [start, stop): range of bytes, row groups, rows or tokens, as
+    the format defines. A document belongs to the piece in which it starts. limit: most documents to read; None: all.
     """
 
     format: str
@@ -66,9 +66,9 @@ class Piece:
 class Format:
     """Describe one file format.
 
-    extensions: in lower case, ".csv". pieces: (origin, options, most bytes of a piece) -> [(start, stop), ...]; it
-    raises GPT2ModernError for a file that cannot be read. read: (piece, options) -> Arrow arrays of documents,
-    `large_string`, or lists of uint16 ids where `holds_tokens`. open: (path, options) -> origin, by default the path.
+    extensions: in lower case, such as ".csv". pieces: (origin, options, most bytes of a piece) -> [(start, stop), ...];
+    it raises GPT2ModernError if the file cannot be read. read: (piece, options) -> Arrow arrays of documents, of type
+    `large_string`, or lists of uint16 ids if `holds_tokens`. open: (path, options) -> origin; default: the path.
     """
 
     extensions: tuple[str, ...]
@@ -84,7 +84,8 @@ FORMATS: dict[str, Format] = {}
 
 
 def format_of(path: Path, file_format: str = "auto") -> str:
-    """Return the name of a file's format, by its extension unless `file_format` names one."""
+    """Return the name of a file's format: `file_format` unless it is auto, or by extension; a folder is always arrow.
+    Raises GPT2ModernError if the format is unknown."""
     if path.is_dir():
         return "arrow"
     if file_format != "auto":
@@ -94,19 +95,21 @@ def format_of(path: Path, file_format: str = "auto") -> str:
     for name, format in FORMATS.items():
         if suffix(path) in format.extensions and (format.may_be_compressed or not compression_of(path)):
             return name
-    raise GPT2ModernError(f"{path}: unknown extension; known are {', '.join(extensions())}; or name its --file_format")
+    raise GPT2ModernError(
+        f"{path} has an unknown extension; known are {', '.join(extensions())}; or give --file_format"
+    )
 
 
 def extensions() -> list[str]:
-    """List the extensions of all formats."""
+    """Return the extensions of all formats."""
     return [extension for format in FORMATS.values() for extension in format.extensions]
 
 
 def suffix(path: Path) -> str:
-    """Return the extension of a file in lower case, without the one of its compression."""
+    """Return a file's extension in lower case; of a compressed file, the one before: ".csv" of a.csv.gz."""
     return Path(path.stem if compression_of(path) else path.name).suffix.lower()
 
 
 def compression_of(path: Path) -> str | None:
-    """Return Arrow's name of the compression that a file's extension stands for."""
+    """Return Arrow's name of the compression that a file's extension names, or None if it names none."""
     return COMPRESSIONS.get(path.suffix.lower())

@@ -1,6 +1,6 @@
-"""Text files: a document is the file, a line, a paragraph, or what stands between separators.
+"""Read text files: a document is the complete file, a line, a paragraph, or the text between separators.
 
-A document is what `str.split` gives, wherever the file is cut into pieces.
+The documents are those of `str.split` on the complete text; they do not depend on the division into pieces.
 """
 
 import itertools
@@ -15,7 +15,8 @@ from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
-    """Cut a text file into byte ranges; it stays whole if it is one document or has to be read from its beginning."""
+    """Divide a text file into byte ranges [start, stop). It is one piece if it is one document or compressed, or if
+    matches of the separator can overlap."""
     separator = separator_of(options)
     if separator is None or compression_of(path) or overlaps_itself(separator):
         return reading.whole_file(path, options, piece_bytes)
@@ -23,7 +24,7 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
-    """Read the documents that begin in a byte range."""
+    """Yield arrays of the documents that start in a byte range."""
     separator = separator_of(options)
     if separator is None:
         yield reading.text_of_bytes([reading.read_bytes(piece.origin)], options, piece.name, [0])
@@ -33,25 +34,25 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 
 
 def separator_of(options: ReadOptions) -> bytes | None:
-    """Return what stands between the documents of a text file; None: the file is one document."""
+    """Return the bytes that separate the documents of a text file, or None if the file is one document."""
     if options.separator is not None:
         return options.separator.encode()
     return {"document": None, "line": b"\n", "paragraph": b"\n\n"}[options.sample_by]
 
 
 def overlaps_itself(separator: bytes) -> bool:
-    """Tell whether text can be cut in two ways at a separator: then a file is read from its beginning."""
+    """Return whether matches of a separator can overlap, as of b"aa"; then a file must be read from its start."""
     return any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
 
 
 def byte_ranges(path: Path, piece_bytes: int) -> list[tuple[int, int]]:
-    """Cut a file into ranges of `piece_bytes`."""
+    """Return ranges [start, stop) of `piece_bytes` bytes (the last one is shorter) that cover a file."""
     size = path.stat().st_size
     return [(start, min(start + piece_bytes, size)) for start in range(0, size, piece_bytes)]
 
 
 def blocks_of(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
-    """Read (bytes, their offset in the file): whole documents, each with its separator but perhaps the file's last."""
+    """Yield blocks of complete documents with their separators, and the offset in bytes of each block in the file."""
     path = piece.origin
     whole = compression_of(path) or (piece.start, piece.stop) == (0, path.stat().st_size)
     return _stream_blocks(path, separator) if whole else _range_block(piece, separator)
@@ -70,7 +71,7 @@ def _range_block(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _document_start(data: mmap.mmap, position: int, separator: bytes) -> int:
-    """Return the offset of the first document that begins at `position` or later."""
+    """Return the offset of the first document that starts at `position` or later, or len(data) if there is none."""
     if position == 0:
         return 0
     found = data.find(separator, max(0, position - len(separator)))
@@ -78,7 +79,7 @@ def _document_start(data: mmap.mmap, position: int, separator: bytes) -> int:
 
 
 def _stream_blocks(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:
-    # Cut from the left where it matters, so that what a separator is does not depend on how the stream arrives.
+    # Overlapping separators are matched from the left, so that the result does not depend on the blocks of the stream.
     from_the_left = overlaps_itself(separator)
     offset, rest = 0, b""
     kind = "a compressed file" if compression_of(path) else "a file"

@@ -1,6 +1,6 @@
-"""Token files of the speedrun community (kjj0/fineweb10B-gpt2): a header, then uint16 ids, an EOS before each document.
+"""Read token files like those of kjj0/fineweb10B-gpt2: a header, then uint16 ids with EOS before each document.
 
-The header is 256 int32, of which three say something: magic number, version, number of tokens.
+The header is 256 int32, of which three are used: magic number, version, number of tokens.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions
 from gpt2modern.errors import GPT2ModernError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
-SCANNED_TOKENS = 1 << 20  # at a time, for the next EOS
+SCANNED_TOKENS = 1 << 20  # searched at once for the next EOS
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
-    """Cut a file into ranges of tokens."""
+    """Divide a file into ranges of tokens [start, stop). GPT2ModernError if it is damaged or no tokenizer is named."""
     if options.eos_token_id is None:
-        raise GPT2ModernError(f"{path}: holds tokens; name their tokenizer with --tokenizer_name")
+        raise GPT2ModernError(f"{path} holds token ids; name their tokenizer with --tokenizer_name")
     tokens, per_piece = len(_map_tokens(path)), max(1, piece_bytes // 2)
     return [(start, min(start + per_piece, tokens)) for start in range(0, tokens, per_piece)]
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
-    """Read the documents that begin in a range of tokens, without the EOS that divides them."""
+    """Yield one array of the documents that start in a range of tokens, without their EOS."""
     tokens, eos_token_id = _map_tokens(piece.origin), options.eos_token_id
 
     def start_after(position: int) -> int:
@@ -37,7 +37,7 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
             if len(found):
                 return position + int(found[0]) + 1
             position += SCANNED_TOKENS
-        return len(tokens) + 1  # one past the end, as if an EOS stood there
+        return len(tokens) + 1  # one past the end, as if there were an EOS
 
     begin, end = start_after(piece.start), start_after(piece.stop)
     if begin > len(tokens) or begin >= end:
@@ -52,18 +52,19 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
 
 
 def _map_tokens(path: Path) -> np.ndarray:
-    """Map the tokens of a file; GPT2ModernError if its header is another, or its length not the announced one."""
+    """Return the memory-mapped tokens of a file. Raises GPT2ModernError if its header or its size is wrong."""
     with reading.errors_named(path, "tokens"):
         header, size = np.fromfile(path, dtype="<i4", count=3).tolist(), path.stat().st_size
     if len(header) < 3 or header[:2] != [MAGIC, VERSION]:
         raise GPT2ModernError(
-            f"{path}: not a file of GPT-2 tokens (its header should begin with {MAGIC} and version {VERSION}, it begins "
-            f"with {header})"
+            f"{path} is not a file of GPT-2 tokens: its header starts with {header}, not with the magic number {MAGIC} "
+            f"and version {VERSION}; give files in the format of kjj0/fineweb10B-gpt2"
         )
     expected = HEADER_BYTES + 2 * header[2]
     if size != expected or not header[2]:
         raise GPT2ModernError(
-            f"{path}: has {size} bytes, its header announces {header[2]} tokens, which take {expected}"
+            f"{path} has {size} bytes, but its header promises {header[2]} tokens, which take {expected} bytes; copy "
+            "the file again"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
 
