@@ -135,7 +135,7 @@ def test_a_found_micro_batch_trains_like_a_given_one(data_dir, tmp_path, monkeyp
     found = train(data_dir, tmp_path / "found", per_device_train_batch_size="auto", **flags)
     assert losses(found) == losses(given)
     assert_same_weights(found, given)
-    assert capsys.readouterr().out.count("8 x 32 tokens per step, 2 forward passes each") == 2
+    assert capsys.readouterr().out.count("8 x 32 tokens per step, in 2 forward passes per process") == 2
 
 
 WARM_UP = {"batch_size_warmup_steps": 5, "initial_total_batch_size": 128, "total_batch_size": 512}

@@ -101,9 +101,7 @@ FLAGS = [
     train("--total_batch_size 128000", "blocks but one step takes 4000"),
     train("--per_device_train_batch_size some", "--per_device_train_batch_size 'some' is neither a number nor auto"),
     train("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 must be at least 1"),
-    train(
-        "--batch_size_warmup_steps 3", "a batch-size warm-up from 32 tokens (--initial_total_batch_size) must go from"
-    ),
+    train("--batch_size_warmup_steps 3", "warm-up cannot start from 32 tokens (--initial_total_batch_size)"),
     train("--initial_total_batch_size 128", "--initial_total_batch_size needs --batch_size_warmup_steps"),
     train(
         "--block_size 1000000",
