@@ -337,9 +337,9 @@ def test_a_length_with_other_learning_rates_is_refused(finished, data_dir, tmp_p
     flags["resume_from_checkpoint"] = finished / "checkpoints" / "step_0000006"
     with pytest.raises(SystemExit):
         train(data_dir, tmp_path, **flags)
-    assert "other settings: max_steps was 8, is 12; put them back" in capsys.readouterr().err
+    assert "other settings: max_steps was 8, is 12; restore these settings" in capsys.readouterr().err
     run = train(data_dir, tmp_path, force_resume=True, save_steps=0, **flags)
-    assert "--force_resume: max_steps was 8, is 12" in capsys.readouterr().out and metrics(run)[-1]["step"] == 12
+    assert "changed settings: max_steps was 8, is 12" in capsys.readouterr().out and metrics(run)[-1]["step"] == 12
 
 
 def test_a_constant_run_is_lengthened(data_dir, tmp_path):

@@ -188,7 +188,7 @@ PLACES = [
     train("--resume_from_checkpoint model", "model/checksums.json is missing", "name a folder of RUN/checkpoints"),
     train(
         "--resume_from_checkpoint escaping",
-        "'../model/model.safetensors' is outside of the checkpoint",
+        "'../model/model.safetensors' is outside the checkpoint",
         "take another checkpoint: this one was tampered with",
     ),
     train("--resume_from_checkpoint altered", "altered/model.safetensors was altered", "take another checkpoint"),
