@@ -515,7 +515,7 @@ def test_emulated_bf16_is_refused(monkeypatch):
     accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    with pytest.raises(GPT2ModernError, match="Tesla T4 has no bf16: use --mixed_precision fp16"):
+    with pytest.raises(GPT2ModernError, match="Tesla T4 does not support bf16; use --mixed_precision fp16"):
         _refuse_precision(accelerator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     _refuse_precision(accelerator)

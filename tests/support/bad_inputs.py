@@ -195,7 +195,7 @@ PLACES = [
 ]
 
 ENVIRONMENT = [
-    environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset it"),
+    environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset this variable"),
     environment("WORLD_SIZE", "2", "cannot set up 2 process(es)"),
     environment("LOCAL_RANK", "first", "cannot set up 1 process(es)", "unset what an earlier launch left behind"),
     environment("ACCELERATE_TORCH_DEVICE", "toaster", "cannot set up 1 process(es)", "unset ACCELERATE_TORCH_DEVICE"),
@@ -205,7 +205,7 @@ ENVIRONMENT = [
     environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "sets gradient_accumulation_steps=4; remove it"),
     environment("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
     environment("ACCELERATE_DYNAMO_BACKEND", "inductor", "sets dynamo_backend inductor; remove it"),
-    train("--mixed_precision fp16", "--mixed_precision fp16 is for GPUs", environment={"ACCELERATE_USE_CPU": "true"}),
+    train("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU", environment={"ACCELERATE_USE_CPU": "true"}),
     train("--report_to wandb", "--report_to wandb: it is not installed; python -m pip install wandb", without="wandb"),
     train(
         "--model_name_or_path model --config_overrides '' --lora_rank 2",
