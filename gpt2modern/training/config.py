@@ -39,9 +39,7 @@ class TrainConfig:
     optimizer: the only value of --optimizer with which it has an effect.
     """
 
-    config: str | None = setting(
-        None, "YAML recipe with these flags as keys: a file, or a shipped recipe's name (demo, ...)"
-    )
+    config: str | None = setting(None, "YAML recipe with these flags as keys: a file, or a shipped recipe (demo, ...)")
     dry_run: bool = setting(False, "print all settings, model size, memory and FLOPs, and exit; works without data")
 
     model_preset: str = model("modern", "architecture and size of a new model: gpt2, modern, speedrun, ...")
@@ -51,9 +49,7 @@ class TrainConfig:
     model_name_or_path: str | None = model(
         None, "GPT2-Modern model to fine-tune instead of training a new one: a folder or a name on the Hub"
     )
-    lora_rank: int = model_decides(
-        0, "train only LoRA adapters of this rank (needs PEFT); 0: train all weights", least=0
-    )
+    lora_rank: int = model_decides(0, "train only LoRA adapters of this rank (PEFT); 0: train all weights", least=0)
     lora_alpha: float | None = model_decides(
         None, "LoRA adapters are scaled by lora_alpha / lora_rank; default: twice the rank", least=0
     )
@@ -61,9 +57,7 @@ class TrainConfig:
         None, "linear layers that get LoRA adapters: q_proj, ...; default: all in the decoder layers"
     )
 
-    data_dir: str | None = batch(
-        None, "prepared data: a folder from prepare_data.py, or its name on the Hub (required)", card=False
-    )
+    data_dir: str | None = batch(None, "folder from prepare_data.py, or its name on the Hub (required)", card=False)
     block_size: int | None = batch(None, "tokens per sequence; default: that of the prepared data", least=1)
     per_device_train_batch_size: str = batch(
         "8", "sequences per forward pass and process; auto: the largest number that fits in memory"
@@ -107,9 +101,7 @@ class TrainConfig:
     decay_type: Literal["1-sqrt", "linear", "cosine"] | None = rate_decides(
         None, "shape of the decay of warmup_stable_decay; default: 1-sqrt"
     )
-    min_lr_ratio: float = rate_decides(
-        0.1, "final learning rate as a fraction of the peak; no effect with the constant schedule", most=1
-    )
+    min_lr_ratio: float = rate_decides(0.1, "final learning rate as a fraction of the peak (not for constant)", most=1)
 
     optimizer: str = optimizer_decides(
         "adamw", "adamw, or muon: Muon for the matrices inside the layers and AdamW for the rest"
@@ -167,9 +159,7 @@ class TrainConfig:
         "warn", "if a checkpoint cannot be written: warn and continue the run, or stop it with an error"
     )
     resume_from_checkpoint: str = checkpoint(
-        "auto",
-        "auto (newest valid checkpoint in output_dir), none (start at step 0), or a checkpoint folder",
-        card=False,
+        "auto", "auto (newest valid one in output_dir), none (start at step 0), or a checkpoint folder", card=False
     )
     force_resume: bool = checkpoint(
         False, "resume although settings have changed, at the checkpoint's step in the new data order"

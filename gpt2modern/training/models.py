@@ -105,9 +105,7 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     model_config = pretrained_config(name)
     overrides = parse_config_overrides(config.config_overrides)
     if fixed := sorted(overrides.keys() - set(DROPOUTS)):
-        raise GPT2ModernError(
-            f"--config_overrides {fixed[0]} is fixed by {flag}; only {', '.join(DROPOUTS)} can be set"
-        )
+        raise GPT2ModernError(f"--config_overrides {fixed[0]} is fixed by {flag}; set only {', '.join(DROPOUTS)}")
     model_config.update(overrides)
     if isinstance(data, PackedBlocks):
         refuse_larger_vocabulary(name, model_config.unpadded_vocab_size or model_config.vocab_size, data)
@@ -120,8 +118,7 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
 
 
 def pretrained_config(name: str) -> GPT2ModernConfig:
-    """Return the configuration of the model `name` (--model_name_or_path); raises GPT2ModernError if it is not a
-    GPT2-Modern model."""
+    """Return the configuration of the model `name`; raises GPT2ModernError if it is not a GPT2-Modern model."""
     config = load_config(name, flag="--model_name_or_path")
     if not isinstance(config, GPT2ModernConfig):
         raise GPT2ModernError(
@@ -228,8 +225,7 @@ def load_adapters(model: GPT2ModernForCausalLM, checkpoint: Path) -> None:
 
 
 def merged(model: GPT2ModernForCausalLM) -> PreTrainedModel:
-    """Return a copy of the model with its adapters added to the weights; its tensors have the names and shapes of a
-    model without adapters."""
+    """Return a copy of the model with its adapters added to the weights and removed, as an ordinary model."""
     model = copy.deepcopy(model)
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in adapted.items():
