@@ -49,7 +49,7 @@ class BatchPlan:
         )
 
     def tokens_seen(self, step: int) -> int:
-        """Return the number of tokens in all updates before `step`, over all processes, including padding."""
+        """Return the number of tokens in all updates before `step`, over all processes; padding is counted too."""
         return self.consumed_samples(step) * self.block_size
 
     @functools.cached_property

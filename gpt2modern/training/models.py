@@ -85,9 +85,7 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
                 fitted["unpadded_vocab_size"] = data.vocab_size
         model_config = GPT2ModernConfig.from_preset(config.model_preset, **(fitted | overrides))
     except (ValueError, TypeError) as error:
-        raise GPT2ModernError(
-            f"--model_preset {config.model_preset} or --config_overrides is invalid: {error}"
-        ) from None
+        raise GPT2ModernError(f"--model_preset {config.model_preset} with --config_overrides: {error}") from None
     if isinstance(data, PackedBlocks):
         refuse_larger_vocabulary("the model", model_config.vocab_size, data)
     _refuse_longer_blocks("--config_overrides", model_config, data)
