@@ -8,8 +8,8 @@
     torchrun --nproc_per_node 8 train_accelerate.py --config ... --mixed_precision bf16
     sbatch accelerate_configs/slurm_two_nodes.sbatch --config ...
 
-On two nodes the second gets --machine_rank 1. The command line wins over the recipe. The process count comes from the
-launcher; every hyperparameter comes from here. From Python: `train(TrainConfig(data_dir=..., output_dir=..., ...))`.
+On two nodes, give the second one --machine_rank 1. Flags override the values of the recipe. The launcher sets the
+number of processes; flags and recipe set everything else. From Python: `train(TrainConfig(data_dir=..., ...))`.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ Callback = Callable[..., None]
 
 
 def no_callback(event: str, **details: Any) -> None:
-    """Do nothing at the events of a run; see `train`."""
+    """Ignore every event of a run: the default `callback` of `train`."""
 
 
 def main(argv: list[str] | None = None, callback: Callback = no_callback) -> None:
@@ -81,16 +81,16 @@ def main(argv: list[str] | None = None, callback: Callback = no_callback) -> Non
 
 
 def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, Any]:
-    """Train a model, or resume its training, and return what summary.json holds, with `stopped`: why the run ended
-    before its last step (a signal, --max_train_time), None for a finished run.
+    """Train a model, or resume its training, and return the contents of summary.json plus the key `stopped`: the reason
+    why the run ended before its last step (a signal or --max_train_time), or None if the run finished.
 
-    callback: called as callback(event, step=..., ...) in each process: "before_update" (model, loss, grad_norm: the
-    gradients are there and clipped; what is changed in place counts), "logged" (row), "evaluating", "saving" (folder:
-    of the checkpoint that is being written). Raises GPT2ModernError for whatever its user can mend.
+    callback: called in each process as callback(event, step=..., ...): "before_update" (model, loss, grad_norm: the
+    gradients are clipped, and in-place changes take effect), "logged" (row), "evaluating", "saving" (main process only;
+    folder: where the checkpoint is being written). Raises GPT2ModernError for every error that the user can fix.
     """
     stop = StopRequest(time.monotonic() + config.max_train_seconds())
     with stop, joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes):
-        config = replace(config, mixed_precision=accelerator.mixed_precision)  # the launcher's, where none was given
+        config = replace(config, mixed_precision=accelerator.mixed_precision)  # the launcher's, if no flag is given
         model, unwrapped_model, optimizers, train_blocks, eval_blocks, plan = build(config, accelerator)
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
         checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, optimizers, train_blocks, plan)
@@ -160,8 +160,8 @@ def evaluation_is_due(config: TrainConfig, state: TrainState) -> bool:
 
 
 class Built(NamedTuple):
-    """model: wrapped and maybe compiled, what is trained; unwrapped_model: the same weights, what is evaluated, sampled
-    from and saved."""
+    """Hold the parts of a run that `build` creates. `model` is trained: it may be wrapped by DDP and compiled.
+    `unwrapped_model` has the same weights and is evaluated, sampled from and saved."""
 
     model: torch.nn.Module
     unwrapped_model: GPT2ModernForCausalLM
@@ -172,11 +172,15 @@ class Built(NamedTuple):
 
 
 def build(config: TrainConfig, accelerator: Accelerator) -> Built:
-    """Open the data, build the model and let Accelerate place and wrap it; print what will be trained."""
+    """Open the prepared data, build the model and its optimizers, move the model to its device (wrapped by DDP or
+    sharded by FSDP2), and print one line about what will be trained."""
     refuse_fp16_on_cpu(accelerator)
     check_trackers(config.report_to)
     if config.lora_rank and accelerator.is_fsdp2:
-        raise GPT2ModernError("--lora_rank does not go with FSDP2: adapters are small; use a DDP configuration")
+        raise GPT2ModernError(
+            f"--lora_rank {config.lora_rank} cannot be used with FSDP2; LoRA adapters are small, so use a DDP "
+            "configuration such as accelerate_configs/eight_gpus_ddp.yaml"
+        )
     train_blocks = PackedBlocks(config.data_dir, "train", config.block_size)
     eval_blocks = PackedBlocks(config.data_dir, "validation", config.block_size)
     plan = plan_batches(config, block_size=train_blocks.block_size, num_processes=accelerator.num_processes)
@@ -198,11 +202,11 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
         f"{unwrapped_model.num_parameters(only_trainable=True):,} of them trained, on {accelerator.num_processes} x "
         f"{accelerator.device.type}{', sharded by FSDP2' if accelerator.is_fsdp2 else ''}, "
         f"precision {accelerator.mixed_precision}; {plan.samples_per_step} x "
-        f"{plan.block_size} tokens per step, {plan.grad_accum_steps(config.max_steps)} forward passes each"
+        f"{plan.block_size} tokens per step, in {plan.grad_accum_steps(config.max_steps)} forward passes per process"
     )
     if accelerator.num_processes > 1:
-        # DistributedDataParallel regroups what it sums together after its first backward pass. Without this one, whose
-        # gradients are thrown away, a resumed run's first sum would be rounded in another way.
+        # DistributedDataParallel regroups its gradient buckets after the first backward pass. Without this pass, whose
+        # gradients are discarded, the first gradient sum of a resumed run would be rounded differently.
         model.train()
         batch = train_blocks.__getitems__([0] * plan.micro_batch_size).to(accelerator.device)
         accelerator.backward(batch_loss(model, batch, num_items=batch.numel())[0])
@@ -211,8 +215,9 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
 
 
 class StepResult(NamedTuple):
-    """loss: this process's part of the step's mean loss (nats/token; the mean over processes is the step's); grad_norm:
-    before clipping. Both stay on the device. finite: False if the update was skipped for a NaN or infinite value."""
+    """Hold the results of one optimizer step. loss: this process's part of the step's loss in nats per token (the mean
+    of the parts over processes is the step's mean loss); grad_norm: before clipping; both are scalars on the device.
+    finite: False if the update was skipped because of a NaN or infinite value."""
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
@@ -231,18 +236,18 @@ def train_step(
     step: int,
     callback: Callback = no_callback,
 ) -> StepResult:
-    """Make update number `step` (the first is 0) from the micro-batches of `batch`.
+    """Run forward and backward passes over the micro-batches of `batch` and make update `step` (the first is 0).
 
-    objective: called with (model, micro_batch, num_items=...), returns what is minimised and the loss, both summed over
-    targets and divided by num_items. Each micro-batch's loss is divided by the step's targets of all processes, not by
-    its own: the gradient is that of one big batch however it is divided.
+    objective: called as objective(model, micro_batch, num_items=...); returns the value to minimise and the loss to
+    report, both summed over the micro-batch's targets and divided by num_items. This is the number of targets of the
+    complete step, not of one micro-batch, so that the gradient does not depend on how the step is divided.
     """
     factor = config.schedule.factor(step)
     set_schedules(optimizer, step=step, learning_rate_factor=factor)
-    # Dropout depends on (seed, step, process) alone, so that no generator has to be saved for an exact resume.
+    # Dropout depends only on (seed, step, process), so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, step, accelerator.process_index))
     # DistributedDataParallel averages gradients over processes; dividing by the targets per process makes it a sum.
-    # A tensor, because a compiled step would be compiled again for another number.
+    # A tensor, because a compiled step would be recompiled for every new Python number.
     targets_per_process = torch.tensor(batch.num_targets / accelerator.num_processes, device=accelerator.device)
     model.train()
     loss = torch.zeros((), device=accelerator.device)
@@ -256,7 +261,7 @@ def train_step(
     grad_norm = whole_tensor(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
     callback("before_update", step=step + 1, model=model, loss=loss, grad_norm=grad_norm)
     finite = all_finite(loss, grad_norm, accelerator, processes)
-    if finite or accelerator.scaler is not None:  # a loss scale skips the update by itself
+    if finite or accelerator.scaler is not None:  # the loss scaler skips the update itself
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, config.learning_rate * factor, finite)
@@ -273,9 +278,9 @@ def evaluate(
     callback: Callback,
     state: TrainState,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Evaluate the model, record it in `state`, and return the results by the names of METRICS, and samples.
+    """Evaluate the model, store the results in `state`, and return them by the names in METRICS, plus sample rows.
 
-    Nothing, if the processes are asked to stop while it runs: the resumed run begins with this evaluation.
+    Returns ({}, []) if the run is asked to stop meanwhile; the resumed run then starts with this evaluation.
     """
     with clock.paused():
         callback("evaluating", step=state.step)

@@ -179,7 +179,7 @@ def test_the_growth_does_not_depend_on_processes_or_micro_batches():
 
 
 def test_a_first_batch_that_does_not_divide_is_refused_with_those_that_do():
-    with pytest.raises(GPT2ModernError, match=r"from 256 tokens .* multiple of 512.* 1024; use 512"):
+    with pytest.raises(GPT2ModernError, match=r"from 256 tokens .* multiple of 512 tokens .* 1024; use 512"):
         warm_plan(micro_batch_size=8)
 
 

@@ -135,7 +135,7 @@ def test_a_found_micro_batch_trains_like_a_given_one(data_dir, tmp_path, monkeyp
     found = train(data_dir, tmp_path / "found", per_device_train_batch_size="auto", **flags)
     assert losses(found) == losses(given)
     assert_same_weights(found, given)
-    assert capsys.readouterr().out.count("8 x 32 tokens per step, 2 forward passes each") == 2
+    assert capsys.readouterr().out.count("8 x 32 tokens per step, in 2 forward passes per process") == 2
 
 
 WARM_UP = {"batch_size_warmup_steps": 5, "initial_total_batch_size": 128, "total_batch_size": 512}
@@ -337,9 +337,9 @@ def test_a_length_with_other_learning_rates_is_refused(finished, data_dir, tmp_p
     flags["resume_from_checkpoint"] = finished / "checkpoints" / "step_0000006"
     with pytest.raises(SystemExit):
         train(data_dir, tmp_path, **flags)
-    assert "other settings: max_steps was 8, is 12; put them back" in capsys.readouterr().err
+    assert "other settings: max_steps was 8, is 12; restore these settings" in capsys.readouterr().err
     run = train(data_dir, tmp_path, force_resume=True, save_steps=0, **flags)
-    assert "--force_resume: max_steps was 8, is 12" in capsys.readouterr().out and metrics(run)[-1]["step"] == 12
+    assert "changed settings: max_steps was 8, is 12" in capsys.readouterr().out and metrics(run)[-1]["step"] == 12
 
 
 def test_a_constant_run_is_lengthened(data_dir, tmp_path):
@@ -515,7 +515,7 @@ def test_emulated_bf16_is_refused(monkeypatch):
     accelerator = SimpleNamespace(mixed_precision="bf16", device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    with pytest.raises(GPT2ModernError, match="Tesla T4 has no bf16: use --mixed_precision fp16"):
+    with pytest.raises(GPT2ModernError, match="Tesla T4 does not support bf16; use --mixed_precision fp16"):
         _refuse_precision(accelerator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     _refuse_precision(accelerator)

@@ -1,7 +1,7 @@
-"""Divide the training blocks into steps, micro-batches and processes, in an order that a resumed run repeats.
+"""Divide the training blocks (token sequences of one length) into steps, micro-batches and processes, in a fixed order.
 
-The order is a pure function of (seed, epoch, consumed samples): the position of a run in its data is one integer. A
-resumed run, also with another number of processes or another micro-batch, sees the blocks it would have seen.
+The order depends only on seed, epoch and the number of consumed samples, so that one integer is a run's position in its
+data. A resumed run, even with another number of processes or micro-batch size, continues with the same blocks.
 """
 
 import functools
@@ -22,10 +22,10 @@ from gpt2modern.training.stopping import ignore_signals
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Divide each optimizer step's samples (blocks) over micro-batches and processes.
+    """Describe how the samples (blocks) of each optimizer step are divided over micro-batches and processes.
 
-    With a warm-up (arXiv:2005.14165, appendix B) step 0 takes `first_samples`, and steps take ever larger multiples of
-    them in a straight line, until `samples_per_step` are reached at step `warmup_steps`.
+    With a batch-size warm-up (arXiv:2005.14165, appendix B) step 0 takes `first_samples` samples; their number then
+    grows linearly, in multiples of `first_samples`, to `samples_per_step` at step `warmup_steps`.
     """
 
     samples_per_step: int
@@ -36,20 +36,20 @@ class BatchPlan:
     first_samples: int | None = None  # None: there is no warm-up
 
     def samples_at(self, step: int) -> int:
-        """Count the samples of update number `step` (the first is 0), over all processes."""
+        """Return the number of samples that update `step` alone takes (the first is 0), over all processes."""
         if step >= self.warmup_steps:
             return self.samples_per_step
         growth = self.samples_per_step // self.first_samples - 1
         return self.first_samples * (1 + growth * step // self.warmup_steps)
 
     def consumed_samples(self, step: int) -> int:
-        """Count the samples of all updates before `step`: the position in the order of the data."""
+        """Return the number of samples that all updates before `step` take in total, over all processes."""
         return self._consumed_in_warmup[min(step, self.warmup_steps)] + (
             max(0, step - self.warmup_steps) * self.samples_per_step
         )
 
     def tokens_seen(self, step: int) -> int:
-        """Count the positions of all updates before `step`, over all processes: padding counts, but has no loss."""
+        """Return the number of tokens in all updates before `step`, over all processes; padding is counted too."""
         return self.consumed_samples(step) * self.block_size
 
     @functools.cached_property
@@ -57,7 +57,8 @@ class BatchPlan:
         return list(itertools.accumulate(map(self.samples_at, range(self.warmup_steps)), initial=0))
 
     def micro_batch_sizes(self) -> list[int]:
-        """List, ascending, the micro-batch sizes of which a whole number on every process makes up each step."""
+        """Return, in ascending order, the micro-batch sizes (samples per process and forward pass) that divide each
+        process's share of every step without remainder."""
         per_process = self.samples_at(0) // self.num_processes
         return [size for size in range(1, per_process + 1) if per_process % size == 0]
 
@@ -66,10 +67,10 @@ class BatchPlan:
 
 
 def plan_batches(config: TrainConfig, *, block_size: int, num_processes: int) -> BatchPlan:
-    """Derive the accumulation count from --total_batch_size; without it there is none.
+    """Return the BatchPlan of the flags; without --total_batch_size a step is one forward pass on every process.
 
-    An automatic micro-batch is planned as single sequences, to be replaced by what fits. Raises GPT2ModernError if the
-    tokens of a step are not a whole number of micro-batches on every process.
+    With --per_device_train_batch_size auto the plan has micro-batches of one sequence, until `fit_micro_batch` replaces
+    them. Raises GPT2ModernError if a step cannot be divided into equal micro-batches on every process.
     """
     size = 1 if config.per_device_train_batch_size == "auto" else config.per_device_train_batch_size
     tokens_per_pass = size * block_size * num_processes
@@ -89,15 +90,16 @@ def plan_batches(config: TrainConfig, *, block_size: int, num_processes: int) ->
         passes = total // tokens_per_pass
         choices = [str(tokens_per_pass * n) for n in range(1, passes) if passes % n == 0]
         raise GPT2ModernError(
-            f"a batch-size warm-up from {first} tokens (--initial_total_batch_size) must go from a multiple of "
-            f"{tokens_per_pass}, one forward pass of all processes, to a multiple of itself, --total_batch_size "
-            f"{total}; " + (f"use {' or '.join(choices[-4:])}" if choices else "lower --per_device_train_batch_size")
+            f"the batch-size warm-up cannot start from {first} tokens (--initial_total_batch_size): this number must "
+            f"be a multiple of {tokens_per_pass} tokens (one forward pass on every process) and divide "
+            f"--total_batch_size {total}; "
+            + (f"use {' or '.join(choices[-4:])}" if choices else "lower --per_device_train_batch_size")
         )
     return replace(plan, warmup_steps=config.batch_size_warmup_steps, first_samples=first // block_size)
 
 
 def refuse_too_few_blocks(blocks: PackedBlocks, plan: BatchPlan) -> None:
-    """Raise GPT2ModernError if one step takes more training blocks than there are."""
+    """Raise GPT2ModernError if the training split has fewer blocks than a full step takes."""
     if len(blocks) < plan.samples_per_step:
         raise GPT2ModernError(
             f"the training split has {len(blocks)} blocks but one step takes {plan.samples_per_step} "
@@ -106,10 +108,11 @@ def refuse_too_few_blocks(blocks: PackedBlocks, plan: BatchPlan) -> None:
 
 
 def samples_in_order(num_blocks: int, plan: BatchPlan, *, seed: int, first: int, count: int) -> np.ndarray:
-    """List the blocks at places first, ..., first + count - 1 of the endless order that all processes share: (count,).
+    """Return the block indices (count,) at positions first, ..., first + count - 1 of the endless order of the data,
+    which all processes share.
 
-    Every epoch is a fresh permutation of the blocks, cut to a multiple of the global batch: the cut must not depend on
-    the number of processes, and a step must not mix two epochs (after a batch-size warm-up it may).
+    Every epoch is a new permutation of the blocks, cut to a multiple of samples_per_step. The cut thus does not depend
+    on the number of processes, and no step mixes two epochs (except after a batch-size warm-up).
     """
     samples_per_epoch = num_blocks // plan.samples_per_step * plan.samples_per_step
     epoch, position = np.divmod(np.arange(first, first + count), samples_per_epoch)
@@ -119,22 +122,22 @@ def samples_in_order(num_blocks: int, plan: BatchPlan, *, seed: int, first: int,
 
 
 def hash_seed(*numbers: int) -> int:
-    """Return a 64-bit seed; neighbouring numbers give unrelated random streams."""
+    """Return a 64-bit seed computed from `numbers`; similar numbers give unrelated random streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-@functools.lru_cache(maxsize=2)  # two epochs: a sampler that reads ahead may have begun the next one
+@functools.lru_cache(maxsize=2)  # two epochs: a sampler that reads ahead may already be in the next one
 def _permutation(num_blocks: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_blocks)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one optimizer update takes.
+    """Hold the data of one optimizer update.
 
-    samples: (samples_of_step,) indices of the blocks, over all processes. num_targets: their real targets together,
-    over all processes. grad_accum_steps: micro-batches of this process, which `micro_batches` reads as they are asked
-    for: int64 (micro_batch_size, block_size + 1), padding as -100.
+    samples: (samples_of_step,) block indices, over all processes. num_targets: number of their targets (without
+    padding), over all processes. grad_accum_steps: number of this process's micro-batches. micro_batches: reads them
+    on demand as int64 (micro_batch_size, block_size + 1) with padding as -100.
     """
 
     samples: np.ndarray
@@ -146,9 +149,9 @@ class StepBatch:
 def step_batches(
     config: TrainConfig, accelerator: Accelerator, blocks: PackedBlocks, plan: BatchPlan, *, first_step: int
 ) -> Iterator[StepBatch]:
-    """Yield the batches of updates first_step, ..., max_steps - 1 as this process sees them.
+    """Yield one StepBatch for each of the updates first_step, ..., max_steps - 1, with this process's micro-batches.
 
-    Close the generator, or let it end, before the process exits: worker processes read ahead for it.
+    Close or exhaust the generator before the process exits: its worker processes read data ahead until then.
     """
     loader = DataLoader(
         blocks,
@@ -175,22 +178,24 @@ def step_batches(
             count = plan.grad_accum_steps(step)
             yield StepBatch(samples, blocks.num_targets(samples), count, itertools.islice(micro_batches, count))
     finally:
-        # Ends the workers. They ignore the signal with which Python ends child processes, so that a process that exits
-        # while a traceback holds this frame would wait for them for ever.
+        # Ends the workers. They ignore the signal with which Python ends child processes: without this line, a process
+        # that exits while a traceback holds this frame would wait for them forever.
         del micro_batches
 
 
 def micro_batch_indices(
     num_blocks: int, plan: BatchPlan, *, seed: int, consumed_samples: int, process_index: int
 ) -> Iterator[list[int]]:
-    """List the block indices of each micro-batch of one process, endlessly, from `consumed_samples` on."""
+    """Yield, without end, the list of block indices of each micro-batch of one process, after the first
+    `consumed_samples` samples of the data order."""
     size = plan.micro_batch_size
     for first in itertools.count(consumed_samples + process_index * size, size * plan.num_processes):
         yield samples_in_order(num_blocks, plan, seed=seed, first=first, count=size).tolist()
 
 
 def _in_one_line(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the same batches; take the traceback of a worker, which the loader adds, out of a GPT2ModernError."""
+    """Yield the batches unchanged. If a worker raises GPT2ModernError, raise it without the worker's traceback, which
+    the DataLoader adds to its message."""
     while True:
         try:
             batch = next(batches)

@@ -1,4 +1,4 @@
-"""summary.json and the model card (README.md) of a run: what was trained on what, how it went, how to load it."""
+"""Make the contents of a run's summary.json and model card (README.md): data, settings, results, how to load it."""
 
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ generate = pipeline("text-generation", model="{{ name }}", trust_remote_code=Tru
 print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
 ```
 
-The model's code is part of this folder, hence `trust_remote_code=True`. It continues text; unless it was trained on
-conversations it follows no instructions.
+The model's code is part of this folder, hence `trust_remote_code=True`. The model continues text; it does not follow
+instructions unless it was trained on conversations.
 
 ## Results
 
@@ -47,8 +47,8 @@ conversations it follows no instructions.
 {% if samples -%}
 ## Samples
 
-What the model wrote after fixed prompts at step {{ samples[0].step }}, drawn at temperature 0.8 from the 50 likeliest
-tokens, not chosen:
+How the model continued fixed prompts at step {{ samples[0].step }}, sampled at temperature 0.8 from the 50 most likely
+tokens; these samples were not selected by hand:
 {% for sample in samples %}
 {{ sample.block }}
 {% endfor %}
@@ -62,7 +62,7 @@ tokens, not chosen:
 {% endfor %}
 ## Training
 
-The numbers of each logged step are in `metrics.jsonl`; `resolved_config.yaml` repeats the run.
+The numbers of each logged step are in `metrics.jsonl`; `--config resolved_config.yaml` repeats the run.
 
 | setting | value |
 |---|---|
@@ -84,11 +84,11 @@ def summarize(
     plan: BatchPlan,
     eval_blocks: PackedBlocks,
 ) -> dict[str, Any]:
-    """Return the contents of summary.json after `state.step` steps. rows: of metrics.jsonl.
+    """Return the contents of summary.json after `state.step` steps. rows: all rows of metrics.jsonl.
 
-    Its evaluation results are those of the last evaluation, None where there was none.
+    The results under the names in METRICS are those of the last evaluation, or None if there was no evaluation.
     """
-    loss = state.evaluation.get("eval_loss")  # all that a checkpoint of an earlier version has
+    loss = state.evaluation.get("eval_loss")  # the only result in checkpoints of earlier versions
     results = {} if loss is None else {name: metric.of(loss, eval_blocks) for name, metric in METRICS.items()}
     losses = [row["loss"] for row in rows if row.get("loss") is not None]  # a skipped update has none
     tokens_seen = plan.tokens_seen(state.step)
@@ -122,10 +122,10 @@ def model_card(
     manifest: dict[str, Any],
     num_eval_blocks: int,
 ) -> str:
-    """Write the card of a model that was trained from scratch or from `base_model` (Hub id or folder).
+    """Return the model card (Markdown) of a model trained from scratch (base_model: None) or from a Hub id or folder.
 
-    summary: from `summarize`; name: of the repository or folder; samples: rows of samples.jsonl, of which the last
-    step's are shown; manifest: of the data; num_eval_blocks: in the validation split.
+    summary: from `summarize`; name: of the Hub repository or folder; samples: rows of samples.jsonl, of which those of
+    the last step are shown; manifest: of the prepared data; num_eval_blocks: size of the validation split in blocks.
     """
     source = _source_name(manifest)
     dataset_id, base_id = source if is_hub_name(source) else None, base_model if is_hub_name(base_model) else None
@@ -163,7 +163,7 @@ def model_card(
         ],
         data=_data(manifest, summary),
         settings=sorted((config.chosen(card=True) | {"num_processes": summary["num_processes"]}).items()),
-        licence=f"The weights: {config.license}." if config.license else "Their owner has stated none for the weights.",
+        licence=f"The weights: {config.license}." if config.license else "The weights have no stated licence.",
     )
     return str(card)
 
@@ -220,7 +220,7 @@ def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dic
 
 
 def _fenced(text: str) -> str:
-    """Put `text` into a code block of Markdown whose fence is longer than any in it."""
+    """Return `text` as a Markdown code block whose fence has more backticks than any fence inside the text."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -1,8 +1,8 @@
-"""Checkpoints that are either complete or not there: save, verify, choose, restore.
+"""Save, verify, choose and restore checkpoints, each of which is either complete or absent.
 
-A checkpoint is written into a hidden temporary folder, checksummed, flushed to disk and renamed; rotation comes after.
-A process killed at any moment leaves the older checkpoints as they were. What is resumed is the newest one whose files
-match their checksums. `checkpoints/step_0000100/` is at the same time a model folder for `from_pretrained`.
+A checkpoint is written into a hidden temporary folder, checksummed, flushed to disk and renamed; only then are old ones
+deleted. A process killed at any moment leaves the older checkpoints unchanged. A run resumes from the newest one whose
+files match their checksums. `checkpoints/step_0000100/` is also a model folder for `from_pretrained`.
 """
 
 import errno
@@ -44,10 +44,10 @@ TRAINING_STATE_FILES = {STATE_FILE, OPTIMIZER_FILE, CHECKSUM_FILE}  # the rest o
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run: where it resumes and what it saves.
+    """Restore a run from its checkpoints and save new ones.
 
-    model: not wrapped; optimizers: those whose state is saved. Every process has one and calls the same methods; the
-    main process writes.
+    model: not wrapped by DDP; optimizers: those whose state is saved. Every process creates one such object and calls
+    the same methods; only the main process writes files.
     """
 
     config: TrainConfig
@@ -65,13 +65,13 @@ class Checkpoints:
         self.settings = fixed_settings(self.config, precision, self.model, self.blocks, self.plan)
 
     def restore(self) -> TrainState:
-        """Load the checkpoint that --resume_from_checkpoint names into model and optimizers; return its position, or
-        that of a fresh run.
+        """Load the checkpoint that --resume_from_checkpoint selects into model and optimizers and return its TrainState
+        (step and results); without a checkpoint return a new TrainState and load nothing.
 
-        Another max_steps is the same setting as long as the schedule gives the updates so far the learning rates they
-        had: a constant one, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot.
-        Other settings need --force_resume, and then the optimizer state of another optimizer is left out. Raises
-        GPT2ModernError listing every setting that differs.
+        A changed max_steps is accepted if the schedule gives all finished updates the learning rates that they had: a
+        constant schedule, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot. For
+        other changed settings raises GPT2ModernError that lists them, unless --force_resume is set; the optimizer state
+        is then skipped if --optimizer itself has changed.
         """
         checkpoint = self.processes.on_main(
             lambda: choose_checkpoint(self.config.resume_from_checkpoint, self.folder, report=self.accelerator.print)
@@ -86,12 +86,12 @@ class Checkpoints:
             differing.append(f"max_steps was {schedule.max_steps}, is {self.schedule.max_steps}")
         if differing and not self.config.force_resume:
             raise GPT2ModernError(
-                f"{checkpoint} was made under other settings: {'; '.join(differing)}; put them back, resume all the "
-                "same with --force_resume true, or start over with --resume_from_checkpoint none or another "
-                "--output_dir"
+                f"{checkpoint} was saved with other settings: {'; '.join(differing)}; restore these settings, keep the "
+                "new ones with --force_resume true, or start again from step 0 with --resume_from_checkpoint none or "
+                "another --output_dir"
             )
         if differing:
-            self.accelerator.print(f"--force_resume: {'; '.join(differing)}")
+            self.accelerator.print(f"--force_resume true: resuming with changed settings: {'; '.join(differing)}")
         same_optimizer = saved["settings"]["optimizer"] == self.config.optimizer
         load_checkpoint(checkpoint, self.model, self.optimizers if same_optimizer else None)
         if self.accelerator.scaler is not None and saved["grad_scaler"]:
@@ -100,17 +100,18 @@ class Checkpoints:
         return state
 
     def save(self, state: TrainState, callback: Callable[..., None]) -> bool:
-        """Write a checkpoint and return whether it is there; the other processes wait for it.
+        """Write a checkpoint on the main process, while the others wait, and return whether it was written.
 
-        A disk that is full, read-only or gone leaves the older checkpoints and, by --save_failure warn, the run alive;
-        with `stop` it raises GPT2ModernError on every process. callback: told "saving" with the temporary folder.
+        If it cannot be written (disk full, read-only or missing), the older checkpoints stay unchanged; with
+        --save_failure warn a warning is printed, with `stop` every process raises GPT2ModernError, as it does if the
+        weights are NaN or infinite. callback: gets "saving" and the temporary folder, on the main process.
         """
         main, config = self.accelerator.is_main_process, self.config
         norm = whole_tensor(torch.nn.utils.get_total_norm(self.model.parameters())).item()
         refuse_nonfinite("norm of the weights", norm, state.step, self.folder)
         model = whole_model(self.model, keep=main)
         tensors = {}
-        if main or is_sharded(self.model):  # a sharded one is gathered by all processes together
+        if main or is_sharded(self.model):  # every process takes part in gathering the shards
             tensors = optimizer_state(self.optimizers, self.model, keep=main)
         scaler = self.accelerator.scaler
         problem = None
@@ -136,13 +137,14 @@ class Checkpoints:
                     save_total_limit=config.save_total_limit,
                     num_bytes=num_bytes,
                 )
-            except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
+            except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
                 problem = f"checkpoint {state.step} ({num_bytes:,} bytes) cannot be written to {self.folder}: {error}"
         self.accelerator.wait_for_everyone()
         failed = self.processes.largest(int(problem is not None)) > 0
         if failed and config.save_failure == "stop":
             raise GPT2ModernError(
-                f"{problem or 'the main process could not save'}; the older checkpoints are unchanged"
+                f"{problem or 'the main process could not write the checkpoint'}; the older checkpoints are unchanged; "
+                "make the folder writable or free disk space, then run the same command again to resume"
             )
         if failed:
             self.accelerator.print(f"warning: {problem}; the run continues, the older checkpoints are unchanged")
@@ -161,18 +163,20 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def refuse_nonfinite(name: str, value: float, step: int, folder: Path) -> None:
-    """Raise GPT2ModernError, on every process alike, before a broken model is saved or exported."""
+    """Raise GPT2ModernError if `value`, called `name` in the message, is NaN or infinite, so that no broken model is
+    saved or exported. Every process passes the same value, hence all raise or none does."""
     if not math.isfinite(value):
         raise GPT2ModernError(
-            f"the {name} is {value} at step {step}: lower the learning rate or --max_grad_norm, and resume from an "
-            f"earlier checkpoint of {folder}"
+            f"the {name} is {value} at step {step}; lower --learning_rate or --max_grad_norm and resume from an "
+            f"earlier checkpoint in {folder} with --resume_from_checkpoint and --force_resume true"
         )
 
 
 def fixed_settings(
     config: TrainConfig, mixed_precision: str, model: GPT2ModernForCausalLM, blocks: PackedBlocks, plan: BatchPlan
 ) -> dict[str, Any]:
-    """Return, as JSON values, what must be the same for a checkpoint to be resumed."""
+    """Return the settings that must not change when a checkpoint is resumed, by name, as JSON values: flags, model
+    settings, tokens per step, precision, and a hash of the data's manifest."""
     model_settings = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     manifest = json.dumps(blocks.manifest, sort_keys=True)
     settings = config.fixed_on_resume() | {
@@ -187,7 +191,7 @@ def fixed_settings(
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """List every setting that differs, the model's own by their names, as 'name was X, is Y'."""
+    """Return a text 'name was X, is Y' for each setting whose value in a checkpoint (X) and in this run (Y) differs."""
     saved = saved | saved["model"]
     current = current | current["model"]
     return [
@@ -207,19 +211,19 @@ def save_checkpoint(
     save_total_limit: int,
     num_bytes: int = 0,
 ) -> Path:
-    """Write checkpoint `step` and delete the oldest beyond `save_total_limit` (0: none). Call it on one process only.
+    """Write checkpoint `step` into `folder`, delete the oldest ones until `save_total_limit` are left (0: delete none),
+    and return the checkpoint's path. Call it on one process only.
 
-    save_model: writes the Hub-ready model folder into the path it is given. trainer_state: JSON values; what
-    `read_trainer_state` gives back. num_bytes: about what all of it takes.
-    Raises OSError, before anything is written, if the disk has less room than that, or for what the disk answers; the
-    temporary folder is then removed.
+    save_model: writes the model folder into the path it receives. trainer_state: JSON values for `read_trainer_state`.
+    num_bytes: approximate size of the checkpoint. Raises OSError before writing if the disk has less free space, and
+    if writing fails; the temporary folder is then removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_kill in folder.glob(".step_*.tmp"):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(errno.ENOSPC, f"it takes {num_bytes:,} bytes, the disk has {free:,} left", str(folder))
+        raise OSError(errno.ENOSPC, f"the disk has only {free:,} of {num_bytes:,} bytes free", str(folder))
     final = checkpoint_path(folder, step)
     with atomic_folder(final) as temporary:
         save_model(temporary)
@@ -231,7 +235,7 @@ def save_checkpoint(
         (temporary / CHECKSUM_FILE).write_text(json.dumps(checksums, indent=2))
     if save_total_limit > 0:
         for old in list_checkpoints(folder)[save_total_limit:]:
-            if old.is_symlink():  # what it names is not of this run alone
+            if old.is_symlink():  # its target may be used by other runs
                 old.unlink()
             else:
                 shutil.rmtree(old)
@@ -239,48 +243,51 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the finished checkpoints of a folder, newest first; not yet verified."""
+    """Return the paths of the finished checkpoints in `folder`, newest first, without verifying their files."""
     found = [path for path in folder.glob("step_*") if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def find_problem(checkpoint: Path) -> str | None:
-    """Return None if every file of the checkpoint is there and has its checksum, otherwise what is wrong with which."""
+    """Return None if every file of the checkpoint exists and matches its checksum, otherwise a message that names the
+    first file that does not and what is wrong with it."""
     try:
         checksums = json.loads((checkpoint / CHECKSUM_FILE).read_text())
     except (OSError, ValueError, RecursionError):
         return f"{checkpoint / CHECKSUM_FILE} is missing or unreadable"
     needed = {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE}
     if not isinstance(checksums, dict) or not needed <= checksums.keys():
-        return f"{checkpoint / CHECKSUM_FILE} does not list {', '.join(sorted(needed))}"
+        return f"{checkpoint / CHECKSUM_FILE} does not list all of {', '.join(sorted(needed))}"
     for name, expected in checksums.items():
         path = checkpoint / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{checkpoint / CHECKSUM_FILE} was altered: {name!r} is outside of the checkpoint"
+            return f"{checkpoint / CHECKSUM_FILE} was altered: {name!r} is outside the checkpoint"
         try:
             found = sha256_of(path)
         except FileNotFoundError:
             return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-        except ValueError:  # no file can be called so
-            return f"{checkpoint / CHECKSUM_FILE} was altered: it names {name!r}"
+        except ValueError:  # no file can have this name
+            return f"{checkpoint / CHECKSUM_FILE} was altered: it lists the invalid file name {name!r}"
         if found != expected:
-            return f"{path} was altered (its sha256 differs)"
+            return f"{path} was altered (its sha256 checksum differs from the recorded one)"
     return None
 
 
 def choose_checkpoint(resume_from_checkpoint: str, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint auto|none|PATH` names; None for a fresh start.
+    """Return the checkpoint that `--resume_from_checkpoint auto|none|PATH` selects, or None to start from step 0.
 
-    `auto` takes the newest valid one of `folder` and reports those it had to pass over. Raises GPT2ModernError if
-    there are checkpoints but none is valid, or if PATH is not.
+    `auto` selects the newest valid one in `folder`, or None if it has none, and calls `report` for each invalid one
+    that it skips. Raises GPT2ModernError if PATH is invalid, or if `folder` has checkpoints but no valid one.
     """
     if resume_from_checkpoint == "none":
         return None
     if resume_from_checkpoint != "auto":
         if problem := find_problem(Path(resume_from_checkpoint)):
-            raise GPT2ModernError(f"--resume_from_checkpoint {resume_from_checkpoint}: {problem}")
+            raise GPT2ModernError(
+                f"--resume_from_checkpoint {resume_from_checkpoint}: {problem}; give a valid checkpoint folder, or auto"
+            )
         return Path(resume_from_checkpoint)
 
     problems = []
@@ -288,18 +295,19 @@ def choose_checkpoint(resume_from_checkpoint: str, folder: Path, report: Callabl
         problem = find_problem(checkpoint)
         if problem is None:
             return checkpoint
-        report(f"passing over {checkpoint.name}: {problem}")
+        report(f"warning: skipping the invalid checkpoint {checkpoint.name}: {problem}")
         problems.append(problem)
     if problems:
         raise GPT2ModernError(
-            f"no checkpoint in {folder} can be resumed ({problems[0]}); "
-            "--resume_from_checkpoint none starts again from step 0"
+            f"no checkpoint in {folder} is valid ({problems[0]}); "
+            "use --resume_from_checkpoint none to start again from step 0"
         )
     return None
 
 
 def set_aside_later_checkpoints(folder: Path, step: int) -> None:
-    """Move checkpoints beyond `step`, where a run begins, into `replaced_N/`, so that none passes for its newest."""
+    """Move checkpoints later than `step`, where a run starts, into a new subfolder `replaced_N` of `folder`, so that
+    none of them is taken for the run's newest. Does nothing if there are none."""
     later = [path for path in list_checkpoints(folder) if int(path.name[5:]) > step]
     if later:
         number = next(n for n in itertools.count(1) if not (folder / f"replaced_{n}").exists())
@@ -310,14 +318,15 @@ def set_aside_later_checkpoints(folder: Path, step: int) -> None:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the `trainer_state` that `save_checkpoint` was given."""
+    """Return the `trainer_state` that `save_checkpoint` has written into the checkpoint."""
     return json.loads((checkpoint / STATE_FILE).read_text())
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
-    """Load weights and optimizer state in place; with None for the optimizers, the weights alone.
+    """Load the weights (or the LoRA adapters, if the model has any) and the optimizer state of a checkpoint in place.
 
-    Raises GPT2ModernError, naming one, if the checkpoint's tensors are not those of this model.
+    With optimizers=None no optimizer state is loaded. Raises GPT2ModernError that names a tensor if the names or shapes
+    of the weights differ from those of `model`.
     """
     if has_adapters(model):
         load_adapters(model, checkpoint)
@@ -334,7 +343,8 @@ def _load_weights(checkpoint: Path, model: nn.Module) -> None:
         shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, parameters)]
         if shapes[0] != shapes[1]:
             raise GPT2ModernError(
-                f"{checkpoint / MODEL_FILE} belongs to another model: {name} is {shapes[0]} there and {shapes[1]} here"
+                f"{checkpoint / MODEL_FILE} belongs to another model: tensor {name} is {shapes[0]} in the file but "
+                f"{shapes[1]} in this run; use the model settings of the checkpoint, or another --output_dir"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -344,9 +354,10 @@ def _load_weights(checkpoint: Path, model: nn.Module) -> None:
 def optimizer_state(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, *, keep: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Return the optimizers' tensors, keyed `parameter name/state name`: independent of group order, free of pickle.
+    """Return the tensors of the optimizers' states, unsharded and on the CPU, keyed `parameter name/state name`: the
+    keys do not depend on the order of parameter groups, and saving needs no pickle.
 
-    Those of a sharded model are whole: every process has to call this, and those with keep=False get nothing.
+    For a sharded model every process must call this; processes with keep=False get an empty dict.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
@@ -362,8 +373,8 @@ def optimizer_state(
 def load_optimizer_state(
     optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_state` returned, on each parameter's device (AdamW's step counters included); a tensor
-    with the shape of its parameter is sharded like it."""
+    """Load the tensors that `optimizer_state` returned into the optimizers, on each parameter's device (AdamW's step
+    counters included). A tensor with the shape of its parameter is sharded like the parameter."""
     parameters = dict(model.named_parameters())
     owner = {
         parameter: optimizer

@@ -1,4 +1,4 @@
-"""TrainConfig: every setting of a training run, with its unit, range and group; imports nothing heavy."""
+"""Define TrainConfig: every setting of a training run, with its unit, range and group. Imports no large package."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, number_or_auto, setting
 from gpt2modern.training.schedules import DEFAULT_DECAY_RATIO, Schedule, steps_from
 
-# Settings by their heading in --help. Those whose name ends in _decides must not change when a run is resumed.
+# One function per heading in --help. Settings made by those named *_decides must not change when a run is resumed.
 model = partial(setting, group="model")
 batch = partial(setting, group="data and batches")
 schedule = partial(setting, group="learning rate")
@@ -32,174 +32,174 @@ optimizer_decides = partial(setting, group="optimizer", least=0, resume="same")
 
 @dataclass
 class TrainConfig:
-    """The settings of one training run; raises ValueError, naming the flag, for values that cannot be.
+    """Hold the settings of one training run. Raises ValueError, which names the flag, for an invalid value.
 
-    Metadata of a field: resume="same" if a resumed run must not change it, because it decides the updates; card=False
-    if it says where the run lay and who was told of it, not how the model was made; optimizer: the only value of
-    --optimizer under which it has an effect.
+    Metadata of a field: resume="same" if a resumed run must not change it, because it determines the updates;
+    card=False if the model card does not list it, because it does not affect the model (folders, trackers, Hub);
+    optimizer: the only value of --optimizer with which it has an effect.
     """
 
     config: str | None = setting(None, "YAML recipe with these flags as keys: a file, or a shipped recipe (demo, ...)")
-    dry_run: bool = setting(False, "print the resolved recipe, its sizes and its cost, and stop; needs no data")
+    dry_run: bool = setting(False, "print all settings, model size, memory and FLOPs, and exit; works without data")
 
-    model_preset: str = model("modern", "architecture and size: gpt2, modern, speedrun, ...")
+    model_preset: str = model("modern", "architecture and size of a new model: gpt2, modern, speedrun, ...")
     config_overrides: str | None = model(
-        None, "settings that replace the preset's: hidden_size=64,num_hidden_layers=2", may_be_empty=True
+        None, "model settings that replace those of the preset: hidden_size=64,num_hidden_layers=2", may_be_empty=True
     )
     model_name_or_path: str | None = model(
-        None, "fine-tune this GPT2-Modern model, a folder or a name on the Hub, instead of a preset"
+        None, "GPT2-Modern model to fine-tune instead of training a new one: a folder or a name on the Hub"
     )
-    lora_rank: int = model_decides(0, "train only LoRA adapters of this rank (PEFT); 0: every weight", least=0)
+    lora_rank: int = model_decides(0, "train only LoRA adapters of this rank (PEFT); 0: train all weights", least=0)
     lora_alpha: float | None = model_decides(
-        None, "adapters are scaled by lora_alpha / lora_rank; default: twice the rank", least=0
+        None, "LoRA adapters are scaled by lora_alpha / lora_rank; default: twice the rank", least=0
     )
     lora_target_modules: list[str] | None = model_decides(
-        None, "projections that get adapters: q_proj, ...; default: all in the layers"
+        None, "linear layers that get LoRA adapters: q_proj, ...; default: all in the decoder layers"
     )
 
-    data_dir: str | None = batch(None, "folder from prepare_data.py, or its name on the Hub (needed)", card=False)
-    block_size: int | None = batch(None, "tokens per sequence; default: the block size of the data", least=1)
+    data_dir: str | None = batch(None, "folder from prepare_data.py, or its name on the Hub (required)", card=False)
+    block_size: int | None = batch(None, "tokens per sequence; default: that of the prepared data", least=1)
     per_device_train_batch_size: str = batch(
-        "8", "sequences per forward pass and process; auto: as many as fit in memory"
+        "8", "sequences per forward pass and process; auto: the largest number that fits in memory"
     )
     total_batch_size: int | None = batch(
-        None, "tokens per optimizer step over all processes; default: one forward pass per process", least=1
+        None, "tokens per optimizer step over all processes; default: those of one pass on each process", least=1
     )
     batch_size_warmup_steps: int = batch_decides(
-        0, "steps over which the tokens per step grow to total_batch_size", least=0
+        0, "steps over which the tokens per step grow to total_batch_size; 0: no growth", least=0
     )
     initial_total_batch_size: int | None = batch(
-        None, "tokens of the first step of that growth; default: an eighth of total_batch_size", least=1
+        None, "tokens of the first step of a batch-size warm-up; default: an eighth of total_batch_size", least=1
     )
     document_masking: bool = batch_decides(
-        False, "a token attends to its own document only, not to those before it in the block (evaluation: to all)"
+        False, "in training, tokens attend only to their own document in the block; evaluation does not mask documents"
     )
-    seed: int = batch_decides(42, "seed of weights, data order and dropout", least=0, most=2**63 - 1)
+    seed: int = batch_decides(42, "random seed of initial weights, data order and dropout", least=0, most=2**63 - 1)
 
     max_steps: int = schedule(
-        1000, "optimizer steps; a resumed run may change it if the learning rates so far stay the same", least=1
+        1000, "optimizer steps; a resumed run may change it if the past learning rates stay the same", least=1
     )
     learning_rate: float = rate_decides(6e-4, "peak learning rate of AdamW")
     embedding_learning_rate: float | None = rate_decides(
-        None, "AdamW's peak for the token embedding; default: learning_rate"
+        None, "AdamW's peak learning rate for the token embedding; default: learning_rate"
     )
     scalar_learning_rate: float | None = rate_decides(
-        None, "AdamW's peak for gains, biases and scalars; default: learning_rate"
+        None, "AdamW's peak learning rate for norm gains, biases and scalars; default: learning_rate"
     )
     muon_learning_rate: float = rate_decides(
         0.02, "peak learning rate of Muon; only with --optimizer muon", optimizer="muon"
     )
     lr_scheduler_type: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = rate_decides(
-        "cosine", "decay of the learning rate after the warm-up"
+        "cosine", "shape of the learning-rate decay after the warm-up"
     )
-    warmup_steps: int | None = rate_decides(None, "steps of linear warm-up; default: none")
-    warmup_ratio: float | None = rate_decides(None, "warm-up as a share of max_steps", most=1)
+    warmup_steps: int | None = rate_decides(None, "steps of linear learning-rate warm-up; default: none")
+    warmup_ratio: float | None = rate_decides(None, "warmup_steps as a fraction of max_steps", most=1)
     decay_steps: int | None = rate_decides(
-        None, "last steps, in which warmup_stable_decay decays; default: a fifth of max_steps"
+        None, "number of last steps in which warmup_stable_decay decays; default: a fifth of max_steps"
     )
-    decay_ratio: float | None = rate_decides(None, "decay_steps as a share of max_steps", most=1)
+    decay_ratio: float | None = rate_decides(None, "decay_steps as a fraction of max_steps", most=1)
     decay_type: Literal["1-sqrt", "linear", "cosine"] | None = rate_decides(
-        None, "shape of warmup_stable_decay's decay; default: 1-sqrt"
+        None, "shape of the decay of warmup_stable_decay; default: 1-sqrt"
     )
-    min_lr_ratio: float = rate_decides(0.1, "last learning rate as a share of the peak; no effect on constant", most=1)
+    min_lr_ratio: float = rate_decides(0.1, "final learning rate as a fraction of the peak (not for constant)", most=1)
 
     optimizer: str = optimizer_decides(
         "adamw", "adamw, or muon: Muon for the matrices inside the layers and AdamW for the rest"
     )
-    weight_decay: float = optimizer_decides(0.1, "decay of matrices, times the learning rate")
-    adam_beta1: float = optimizer_decides(0.9, "decay of AdamW's gradient average", most=0.99999)
-    adam_beta2: float = optimizer_decides(0.95, "decay of AdamW's squared-gradient average", most=0.99999)
-    adam_epsilon: float = optimizer_decides(1e-8, "added to the denominator of AdamW")
+    weight_decay: float = optimizer_decides(0.1, "weight decay of matrices, multiplied by the learning rate")
+    adam_beta1: float = optimizer_decides(0.9, "decay rate of AdamW's average of gradients", most=0.99999)
+    adam_beta2: float = optimizer_decides(0.95, "decay rate of AdamW's average of squared gradients", most=0.99999)
+    adam_epsilon: float = optimizer_decides(1e-8, "small number added to the denominator of AdamW's update")
     muon_momentum_warmup_steps: int = optimizer_decides(
-        300, "steps over which Muon's momentum goes from 0.85 to 0.95; only with --optimizer muon", optimizer="muon"
+        300, "steps over which Muon's momentum grows from 0.85 to 0.95; only with --optimizer muon", optimizer="muon"
     )
-    max_grad_norm: float = optimizer_decides(1.0, "clip the gradient to this norm; 0: no clipping")
+    max_grad_norm: float = optimizer_decides(1.0, "clip the gradient's global norm to this value; 0: no clipping")
     z_loss: float = optimizer_decides(
-        0.0, "weight of log(sum(exp(logits)))^2 in what is minimised, such as 1e-4; not part of `loss`"
+        0.0, "weight of log(sum(exp(logits)))^2 added to the minimised loss, such as 1e-4; not in the reported loss"
     )
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = speed(
-        None, "precision of matrix products; default: what accelerate launch says, else no"
+        None, "precision of matrix products; default: that of accelerate launch, otherwise no (fp32)"
     )
-    torch_compile: bool = speed(False, "compile the model of the training step")
+    torch_compile: bool = speed(False, "compile the model for training with torch.compile")
     attn_implementation: str = speed("sdpa", "attention kernel: eager, sdpa, flash_attention_2, flex_attention, ...")
     gradient_checkpointing: bool = speed(
-        False, "recompute activations in the backward pass: less memory, about 30 %% slower"
+        False, "recompute activations in the backward pass: uses less memory, about 30 %% slower"
     )
     dataloader_num_workers: int = speed(
-        0, "processes that read ahead; 0: read in the training process", least=0, most=256
+        0, "worker processes that read data ahead; 0: the training process reads it", least=0, most=256
     )
 
-    logging_steps: int = record(10, "steps between lines of metrics.jsonl", least=1)
-    eval_steps: int = record(100, "steps between evaluations; 0: only at the end", least=0)
-    eval_blocks: int | None = record(None, "validation sequences used; default: all of them", least=1)
+    logging_steps: int = record(10, "steps between two lines of metrics.jsonl", least=1)
+    eval_steps: int = record(100, "steps between two evaluations; 0: evaluate only at the end", least=0)
+    eval_blocks: int | None = record(None, "validation sequences per evaluation; default: all of them", least=1)
     eval_blocks_at: Literal["equal_distances", "start"] = record(
-        "equal_distances", "which these are: spread over the split, or its first ones"
+        "equal_distances", "validation sequences that eval_blocks selects: evenly spaced ones, or the first ones"
     )
-    per_device_eval_batch_size: int = record(8, "sequences per evaluation pass and process", least=1)
+    per_device_eval_batch_size: int = record(8, "sequences per forward pass and process in evaluation", least=1)
     sample_prompts: list[str] | None = record(
         None,
-        "texts that the model continues at each evaluation; '': the start of a document",
+        "prompts that the model continues at each evaluation; '': an empty prompt, the start of a document",
         may_be_empty=True,
         card=False,
     )
-    sample_max_new_tokens: int = record(64, "largest number of tokens of a sample", least=1, card=False)
+    sample_max_new_tokens: int = record(64, "maximum number of tokens generated per sample", least=1, card=False)
     report_to: list[str] = record(
         default_factory=lambda: ["none"],
-        help="trackers that also get the rows of metrics.jsonl: none, trackio, tensorboard, wandb",
+        help="trackers that receive the rows of metrics.jsonl: none, trackio, tensorboard, wandb",
         card=False,
     )
     project: str = record("gpt2-modern", "project name in trackio and wandb", card=False)
-    run_name: str | None = record(None, "name in the trackers; default: made from output_dir", card=False)
+    run_name: str | None = record(None, "run name in the trackers; default: made from output_dir", card=False)
 
-    output_dir: str | None = checkpoint(None, "folder for the model and its records (needed)", card=False)
-    save_steps: int = checkpoint(100, "steps between checkpoints; 0: none", least=0)
-    save_total_limit: int = checkpoint(2, "checkpoints kept; 0: all", least=0)
+    output_dir: str | None = checkpoint(None, "folder for the model and its records (required)", card=False)
+    save_steps: int = checkpoint(100, "steps between two checkpoints; 0: save none", least=0)
+    save_total_limit: int = checkpoint(2, "number of newest checkpoints to keep; 0: all", least=0)
     save_failure: Literal["warn", "stop"] = checkpoint(
-        "warn", "when a checkpoint cannot be written: continue with the older ones, or stop"
+        "warn", "if a checkpoint cannot be written: warn and continue the run, or stop it with an error"
     )
     resume_from_checkpoint: str = checkpoint(
-        "auto", "auto (the newest valid checkpoint in output_dir), none, or a checkpoint folder", card=False
+        "auto", "auto (newest valid one in output_dir), none (start at step 0), or a checkpoint folder", card=False
     )
     force_resume: bool = checkpoint(
-        False, "resume from a checkpoint of other settings, at the same step of the new data order"
+        False, "resume although settings have changed, at the checkpoint's step in the new data order"
     )
     max_train_time: str | None = checkpoint(None, "save and stop after this time: seconds, or hours:minutes:seconds")
     on_nonfinite: Literal["stop", "skip"] = checkpoint(
-        "stop", "at a NaN or infinite loss or gradient: stop before the update, or skip it"
+        "stop", "if the loss or gradient is NaN or infinite: stop the run before the update, or skip the update"
     )
-    max_nonfinite_steps: int = checkpoint(3, "updates skipped in a row before the run stops", least=0)
+    max_nonfinite_steps: int = checkpoint(3, "maximum number of consecutive skipped updates before stopping", least=0)
     ddp_timeout: int = checkpoint(
-        1800, "seconds a process waits for the others before the run ends with an error", least=1
+        1800, "seconds that a process waits for the others before the run ends with an error", least=1
     )
 
-    push_to_hub: bool = hub(False, "upload the model folder in the background")
-    hub_model_id: str | None = hub(None, "repository, owner/name; default: output_dir's name in your account")
+    push_to_hub: bool = hub(False, "upload the model folder to the Hugging Face Hub in the background")
+    hub_model_id: str | None = hub(None, "Hub repository, owner/name; default: output_dir's name in your account")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = hub(
         "end",
-        "end: the finished model; every_save: also each checkpoint's, replacing the last; checkpoint: also each "
-        "checkpoint's, in the repository's folder last-checkpoint",
+        "end: upload only the finished model; every_save: also the model of each checkpoint, replacing the previous "
+        "one; checkpoint: like every_save, but into the repository's folder last-checkpoint",
     )
-    hub_private_repo: bool | None = hub(None, "whether a new repository is private; default: the owner's setting")
-    hub_revision: str | None = hub(None, "branch to upload to; created if it is missing")
-    license: str | None = hub(None, "licence of the weights in the model card: an identifier of the Hub, as apache-2.0")
+    hub_private_repo: bool | None = hub(None, "make a new repository private; default: the owner's Hub setting")
+    hub_revision: str | None = hub(None, "Hub branch to upload to; created if it is missing")
+    license: str | None = hub(None, "licence of the weights in the model card, as a Hub identifier: apache-2.0, ...")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):  # Python code may give a folder as a Path
             if isinstance(value := getattr(self, field.name), Path):
                 setattr(self, field.name, str(value))
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
-            raise ValueError("--data_dir and --output_dir are needed, on the command line or in the --config file")
+            raise ValueError("--data_dir and --output_dir are required, as flags or in the --config file")
         self.per_device_train_batch_size = number_or_auto(
             "--per_device_train_batch_size", self.per_device_train_batch_size
         )
         if self.per_device_train_batch_size == "auto" and self.total_batch_size is None:
-            raise ValueError("--per_device_train_batch_size auto divides a step, whose --total_batch_size is not given")
+            raise ValueError("--per_device_train_batch_size auto needs --total_batch_size; set it or give a number")
         check_ranges(self)
         if self.lora_rank == 0 and (self.lora_alpha is not None or self.lora_target_modules):
-            raise ValueError("--lora_alpha and --lora_target_modules need --lora_rank")
+            raise ValueError("--lora_alpha and --lora_target_modules need --lora_rank above 0; set it or omit them")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
-            raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps")
+            raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps above 0; set it or omit both")
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
@@ -209,12 +209,12 @@ class TrainConfig:
         check_writable_folder("--output_dir", self.output_dir)
         output_dir = os.path.realpath(self.output_dir or "")
         for flag, name, also in (
-            ("--data_dir", self.data_dir, " or inside of it"),
+            ("--data_dir", self.data_dir, " or inside it"),
             ("--model_name_or_path", self.model_name_or_path, ""),
         ):
             taken = name and os.path.isdir(name) and os.path.realpath(name)
             if self.output_dir and taken and (output_dir == taken or (also and output_dir.startswith(taken + os.sep))):
-                raise ValueError(f"--output_dir {self.output_dir} is the {flag}{also}; name another folder")
+                raise ValueError(f"--output_dir {self.output_dir} is the {flag}{also}; use another folder")
 
     def _check_hub_model_id(self) -> None:
         name = self.hub_model_id or (self.output_dir and Path(self.output_dir).resolve().name)
@@ -226,7 +226,7 @@ class TrainConfig:
 
     @functools.cached_property  # read in every step
     def schedule(self) -> Schedule:
-        """The learning rate's schedule; raises ValueError for settings that contradict each other."""
+        """Return the learning-rate schedule of these settings; raises ValueError if they contradict each other."""
         warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
@@ -236,29 +236,32 @@ class TrainConfig:
         )
 
     def max_train_seconds(self) -> float:
-        """Return --max_train_time ('5400', '90:00', '1:30:00') in seconds, infinity where it is not given.
+        """Return --max_train_time ('5400', '90:00', '1:30:00') in seconds, or infinity if it is not given.
 
-        Raises ValueError for anything else, and for zero.
+        Raises ValueError for any other format, and for zero.
         """
         text = self.max_train_time
         if text is None:
             return math.inf
         if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", text):
-            raise ValueError(f"--max_train_time {text}: expected seconds, or hours:minutes:seconds such as 11:50:00")
+            raise ValueError(
+                f"--max_train_time {text} is invalid; give seconds, or hours:minutes:seconds such as 11:50:00"
+            )
         seconds = 0.0
         for part in text.split(":"):
             seconds = 60 * seconds + float(part)
         if not seconds:
-            raise ValueError(f"--max_train_time {text}: must be more than zero")
+            raise ValueError(f"--max_train_time {text} must be above zero")
         return seconds
 
     def chosen(self, *, card: bool = False) -> dict[str, Any]:
-        """Return the settings that have a value, as a recipe would give them; card: only those for the model card."""
+        """Return the settings that are not None, by the names that a recipe uses. card: only those of the model card,
+        without those that have no effect with this optimizer."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if getattr(self, field.name) is not None
-            and field.name not in ("config", "dry_run")  # of the command, not of the run
+            and field.name not in ("config", "dry_run")  # they belong to the command, not to the run
             and (not card or (field.metadata.get("card", True) and self._has_effect(field)))
         }
 
@@ -266,7 +269,7 @@ class TrainConfig:
         return field.metadata.get("optimizer", self.optimizer) == self.optimizer
 
     def fixed_on_resume(self) -> dict[str, Any]:
-        """Return the settings that must not change when a run is resumed."""
+        """Return the settings that must not change when a run is resumed, by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

@@ -1,4 +1,4 @@
-"""Several processes: join those that a launcher started, decide alike, name one that is lost, shard a model (FSDP2)."""
+"""Handle several processes: join them, make common decisions, name the lost ones, shard a model (FSDP2)."""
 
 import contextlib
 import math
@@ -23,10 +23,11 @@ from modeling_gpt2modern import GPT2ModernForCausalLM
 
 @contextlib.contextmanager
 def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator[tuple[Accelerator, Processes]]":
-    """Join the processes of this launch, and leave them at the end of the block, when DistributedDataParallel is gone.
+    """Join the processes of this launch for the duration of the block; yield the Accelerator and the Processes.
 
-    A collective that fails in the block is replaced by the names of the processes that are lost. Another block may
-    follow in the same Python process, also after an error where there is one process only.
+    Models wrapped by DDP must be deleted inside the block. If a collective fails in it because processes are lost,
+    raises GPT2ModernError that names them. The Python process may enter another block later; after an error, only if
+    the launch has a single process.
     """
     try:
         accelerator = build_accelerator(mixed_precision, ddp_timeout)
@@ -45,20 +46,20 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     """Join the processes of this launch and return their Accelerator.
 
     ddp_timeout: seconds that a process waits for the others before the run ends with an error. Raises GPT2ModernError
-    where a launch would silently train one copy per process, or asks for what the training loop cannot do.
+    if every process would silently train its own copy, or if the launcher's settings are invalid or unsupported.
     """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     launched = os.environ.get("WORLD_SIZE", "1")
     if not launched.isdigit():
-        raise GPT2ModernError(f"WORLD_SIZE={launched!r} in the environment is not a number: unset it")
+        raise GPT2ModernError(f"WORLD_SIZE={launched!r} in the environment is not a number: unset this variable")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible not in ("", "-1") and torch.version.cuda and not torch.cuda.is_available():
-        warn(f"CUDA_VISIBLE_DEVICES={visible} names no GPU, or there is no driver: training on the CPU")
+        warn(f"no GPU is usable (CUDA_VISIBLE_DEVICES={visible} may be wrong, or no driver): training on the CPU")
     _refuse_other_engines()
     _join_after_restart(ddp_timeout)
     try:
-        # Accelerate joins CPU processes only if told that the CPU is meant; otherwise each would train alone.
+        # Accelerate joins CPU processes only with cpu=True; otherwise each would train alone.
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=mixed_precision,
@@ -68,19 +69,20 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
         if isinstance(error, torch.distributed.DistError):
             raise
         raise GPT2ModernError(
-            f"cannot set up {launched} process(es), precision {mixed_precision}: {first_line(error)}; check the "
-            "environment (ACCELERATE_*, RANK, MASTER_ADDR, ...) or use a launcher"
+            f"cannot set up {launched} process(es) with mixed precision {mixed_precision}: {first_line(error)}; check "
+            "the environment variables (ACCELERATE_*, RANK, MASTER_ADDR, ...), or start with accelerate launch"
         ) from None
     if int(launched) != accelerator.num_processes:
         raise GPT2ModernError(
             f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
-            f"{accelerator.num_processes}: each would train alone; use a file of accelerate_configs/ for this machine"
+            f"{accelerator.num_processes}: each would train its own model; use --config_file with the file of "
+            "accelerate_configs/ that fits this machine"
         )
     _refuse_precision(accelerator)
     if accelerator.gradient_accumulation_steps != 1:
         raise GPT2ModernError(
             f"the Accelerate configuration sets gradient_accumulation_steps={accelerator.gradient_accumulation_steps}; "
-            "remove it: accumulation follows from --total_batch_size"
+            "remove it; the number of accumulated micro-batches follows from --total_batch_size"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         _set_up_fsdp(accelerator)
@@ -93,21 +95,21 @@ def _refuse_precision(accelerator: Accelerator) -> None:
         raise GPT2ModernError(f"mixed precision {precision!r} of the launcher is unknown; choose from no, fp16, bf16")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise GPT2ModernError(  # GPUs before the A100's generation emulate it, slowly
-            f"{torch.cuda.get_device_name(device)} has no bf16: use --mixed_precision fp16, which scales the loss"
+            f"{torch.cuda.get_device_name(device)} does not support bf16; use --mixed_precision fp16 (scales the loss)"
         )
 
 
 def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
-    """Raise GPT2ModernError where Accelerate would silently train in fp32, its fp16 being for GPUs alone."""
+    """Raise GPT2ModernError for fp16 on a CPU, where Accelerate would silently train in fp32."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise GPT2ModernError("--mixed_precision fp16 is for GPUs, and there is none here: use bf16 or no")
+        raise GPT2ModernError("--mixed_precision fp16 needs a GPU, but this run uses the CPU; use bf16 or no")
 
 
 def _join_after_restart(ddp_timeout: int) -> None:
-    """Form the process group of a run that torchrun --max_restarts has started again; otherwise Accelerate does.
+    """Create the process group if torchrun --max_restarts has restarted this run; otherwise do nothing.
 
-    The launcher's key-value store outlives its processes, with the addresses of those that are gone, which torch would
-    read (seen with 2.13 and --standalone: connection refused). The group therefore meets under keys of its own.
+    On a first start Accelerate creates it. After a restart the launcher's key-value store still has the addresses of
+    the ended processes, which torch would use (seen with 2.13 and --standalone: connection refused); new keys avoid it.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and not torch.distributed.is_initialized():
@@ -122,7 +124,7 @@ def _join_after_restart(ddp_timeout: int) -> None:
 
 
 def _launcher_store(prefix: str) -> torch.distributed.Store:
-    """Connect to the launcher's key-value store, under keys that no earlier attempt of this run has used."""
+    """Return the launcher's key-value store, with a key prefix that no earlier attempt (restart) of this run uses."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
@@ -131,48 +133,50 @@ def _launcher_store(prefix: str) -> torch.distributed.Store:
 
 def _refuse_other_engines() -> None:
     for variable, what in {
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported, as the loop keeps its own optimizers and checkpoints",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported, as it brings its own model and loop",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config is not supported: every process sees its own data",
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported, because it replaces optimizers and checkpoints",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported, because it replaces model and training loop",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config is not supported: every process reads its own data",
     }.items():
         if os.environ.get(variable, "").lower() == "true":
-            raise GPT2ModernError(f"the Accelerate configuration: {what}; use accelerate_configs/fsdp2_one_node.yaml")
+            raise GPT2ModernError(
+                f"{what}; use another Accelerate configuration, such as accelerate_configs/fsdp2_one_node.yaml"
+            )
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if backend.lower() != "no":
         raise GPT2ModernError(
-            f"the Accelerate configuration sets dynamo_backend {backend}; remove it and use --torch_compile"
+            f"the Accelerate configuration sets dynamo_backend {backend}; remove it and use --torch_compile true"
         )
 
 
 def _set_up_fsdp(accelerator: Accelerator) -> None:
-    """Apply the FSDP part of the configuration, on a CPU too, where Accelerate silently ignores it.
+    """Apply the FSDP part of the Accelerate configuration, also on CPUs, where Accelerate silently ignores it.
 
-    Raises GPT2ModernError for FSDP settings that `shard_model` does not follow.
+    Raises GPT2ModernError without a launcher, for FSDP settings that `shard_model` does not support, and for fp16.
     """
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        for state in (PartialState(), accelerator.state):  # the second is filled from the first every now and then
+        for state in (PartialState(), accelerator.state):  # Accelerate fills the second from the first at times
             state.distributed_type = DistributedType.FSDP
     if accelerator.distributed_type != DistributedType.FSDP:
         raise GPT2ModernError(
-            "the Accelerate configuration asks for FSDP, which needs processes started by accelerate launch or torchrun"
+            "the Accelerate configuration selects FSDP, which needs processes started by accelerate launch or torchrun"
         )
     plugin = accelerator.state.fsdp_plugin
     for what, is_set in {
         f"fsdp_version {plugin.fsdp_version}; only 2 is supported": plugin.fsdp_version != 2,
-        "fsdp_activation_checkpointing; use --gradient_checkpointing": plugin.activation_checkpointing,
+        "fsdp_activation_checkpointing; use --gradient_checkpointing true instead": plugin.activation_checkpointing,
         "fsdp_offload_params, which is not supported; remove it": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
     }.items():
         if is_set:
             raise GPT2ModernError(f"the Accelerate configuration sets {what}")
     if accelerator.mixed_precision == "fp16":
-        raise GPT2ModernError("FSDP does not go with fp16: its loss scale is for whole gradients; use bf16 or no")
+        raise GPT2ModernError("FSDP cannot be used with --mixed_precision fp16; use bf16 or no")
 
 
 class Processes:
-    """What all processes of a run decide together, and which of them does not answer.
+    """Let all processes of a run make common decisions, and find out which of them do not answer.
 
-    Messages go over a group between the CPUs, so that asking does not make one wait for its GPU. ddp_timeout: seconds.
+    Messages are sent between the CPUs, so that no process has to wait for its GPU. ddp_timeout: in seconds.
     """
 
     def __init__(self, accelerator: Accelerator, ddp_timeout: int):
@@ -186,7 +190,7 @@ class Processes:
             self.store.set(f"host/{self.index}", socket.gethostname())
 
     def largest(self, number: int) -> int:
-        """Return the largest number that any process has given; every process has to call it."""
+        """Return the largest of the numbers that all processes pass; every process must call this."""
         if self.count == 1:
             return number
         message = torch.tensor([number], dtype=torch.int64)
@@ -195,7 +199,7 @@ class Processes:
 
     @contextlib.contextmanager
     def errors_of_main(self) -> Iterator[None]:
-        """Raise on every process the GPT2ModernError that the main process raises in this block."""
+        """Raise on every process the GPT2ModernError that the main process raises in this block; all must enter it."""
         problem = None
         try:
             yield
@@ -206,22 +210,23 @@ class Processes:
             raise GPT2ModernError(problem)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Call `action` on the main process and return its answer on all; a GPT2ModernError is raised on all."""
+        """Call `action` on the main process only, and return its result, or raise its GPT2ModernError, on all."""
         with self.errors_of_main():
             answer = action() if self.is_main else None
         return broadcast_object_list([answer])[0]
 
     def call_roll(self, wait_s: float | None = None) -> None:
-        """Wait until every process has called; raise GPT2ModernError naming those that have not after `wait_s` seconds.
+        """Wait until every process has called this method. Raises GPT2ModernError that names the processes which have
+        not called it after `wait_s` seconds (default: 0.9 x --ddp_timeout).
 
-        A collective that times out names none. By default this gives up a little before NCCL does, which would end the
-        process without a word.
+        A collective that times out names no process, and NCCL's timeout ends the process without a message: hence the
+        shorter default. Does nothing for a single process.
         """
         if self.count == 1:
             return
         self.roll_calls += 1
         self.store.set(f"{self.roll_calls}/{self.index}", "here")
-        self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # by now everybody has read it
+        self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # every process has read it by now
         keys = [f"{self.roll_calls}/{index}" for index in range(self.count)]
         try:
             self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
@@ -236,7 +241,8 @@ class Processes:
 
     @contextlib.contextmanager
     def lost_ones_named(self) -> Iterator[None]:
-        """Replace the error of a collective that fails in this block by the names of the processes that are lost."""
+        """Replace the error of a collective that fails in this block by a GPT2ModernError that names the processes
+        which do not answer. If all of them answer, the original error is raised."""
         try:
             yield
         except RuntimeError as error:
@@ -246,10 +252,10 @@ class Processes:
 
 
 def all_finite(loss: torch.Tensor, grad_norm: torch.Tensor, accelerator: Accelerator, processes: Processes) -> bool:
-    """Tell, alike on all processes, whether the loss of each of them and the gradient norm are finite.
+    """Return whether the losses of all processes and the gradient norm are finite; the result is the same on all.
 
-    loss: of this process's part of the step; both are scalars. With a loss scale (fp16) an infinite gradient does not
-    count: the scale skips that update and lowers itself. Waits for the device, the only time in a step.
+    loss: scalar, of this process's part of the step; grad_norm: scalar. With loss scaling (fp16) a non-finite gradient
+    norm is ignored, because the scaler skips that update itself. Waits for the device, once per step.
     """
     loss_value, norm_value = torch.stack((loss.float(), grad_norm.float())).tolist()
     finite = math.isfinite(loss_value) and (accelerator.scaler is not None or math.isfinite(norm_value))
@@ -257,17 +263,17 @@ def all_finite(loss: torch.Tensor, grad_norm: torch.Tensor, accelerator: Acceler
 
 
 def shard_model(model: GPT2ModernForCausalLM, accelerator: Accelerator, *, torch_compile: bool) -> torch.nn.Module:
-    """Shard the model's parameters in place (FSDP2): one unit per decoder layer and one, the root, for all the rest.
+    """Shard the model's parameters in place with FSDP2 and return the model: one unit per decoder layer, and one root
+    unit for all other parameters.
 
-    Weights, gradients and optimizer state lie in one piece per process and are gathered layer by layer while they are
-    used, as the Accelerate configuration says (accelerate_configs/fsdp2_*.yaml). Accelerate's own division is not used:
-    it makes a unit of the head that is gathered when the head is called, and the loss without logits reads the head's
-    matrix without calling it. The root is whole from forward to backward. Under bf16 the layers compute in bf16 as
-    under autocast, but the residual stream is bf16 too; gradients are summed over the processes in fp32, and what a
-    forward is given (rotations, the number of targets) keeps its precision.
-    torch_compile: compile each layer; the gathering stays outside.
+    Each process stores one shard of the weights, gradients and optimizer state; a layer's weights are gathered only
+    while they are used (settings: accelerate_configs/fsdp2_*.yaml). Accelerate's own units are not used: its unit of
+    the output head is gathered when the head is called, but the loss reads the head's matrix without calling it. The
+    root unit stays gathered from forward to backward. Under bf16 the layers compute in bf16 and the residual stream is
+    bf16 too; gradients are summed over processes in fp32, and the inputs of forward (rotary embeddings, number of
+    targets) keep their precision. torch_compile: compile each layer, without the gathering.
     """
-    # The values that later layers mix in are a view. It would matter if anything were done to it in place.
+    # The values that later layers mix in are a view. This would matter only if it were changed in place.
     warnings.filterwarnings("ignore", message=".* returned a view tensor")
     precision = MixedPrecisionPolicy()
     if accelerator.mixed_precision == "bf16":
@@ -288,19 +294,20 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Free what a forward pass has gathered and no backward pass has freed: after an evaluation or a sample."""
+    """Free the weights that forward passes without a backward pass (evaluation, sampling) have left gathered. Does
+    nothing if the model is not sharded."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a tensor from its shards, which every process has to do; return any other tensor as it is."""
+    """Return a sharded tensor gathered from all processes, each of which must call this; return any other unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """Copy a whole tensor, which every process has, to the device of `example` and shard it in the same way."""
+    """Return a copy of an unsharded tensor, which every process has, on the device of `example` and sharded like it."""
     tensor = tensor.to(example.device, copy=True)
     if not isinstance(example, DTensor):
         return tensor
@@ -308,9 +315,9 @@ def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
 
 
 def whole_model(model: GPT2ModernForCausalLM, *, keep: bool) -> GPT2ModernForCausalLM | None:
-    """Gather a sharded model into an ordinary one in main memory that can be saved; return any other model as it is.
+    """Return an unsharded copy of a sharded model in CPU memory, ready to be saved; return any other model itself.
 
-    Every process has to call it; those with keep=False get None for a sharded model.
+    Every process must call this; those with keep=False get None for a sharded model.
     """
     if not is_sharded(model):
         return model

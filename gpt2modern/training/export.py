@@ -1,4 +1,4 @@
-"""Write the Hub-ready model folder: weights, configuration, the model's code, tokenizer, generation defaults."""
+"""Write a model folder that can be uploaded to the Hub: weights, config, model code, tokenizer, generation settings."""
 
 import shutil
 from pathlib import Path
@@ -11,9 +11,10 @@ from gpt2modern.training.models import has_adapters, merged, save_adapters
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks) -> None:
-    """Write what from_pretrained expects into `folder`; adapters both merged into the weights and alone.
+    """Write all files that from_pretrained needs into `folder`; LoRA adapters are merged into the weights and also
+    written separately, into its subfolder `adapter`.
 
-    blocks: of the data it was trained on, which has the tokenizer's files as they were when the run began.
+    blocks: of the training data; their tokenizer files, read when the run started, are written too.
     """
     model.generation_config = GenerationConfig(
         bos_token_id=blocks.eos_token_id,
@@ -33,9 +34,9 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
 
 
 def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks) -> list[str]:
-    """Put the model folder's files beside a run's records; each file appears complete or not at all.
+    """Write the files of the model folder into `output_dir`, next to the run's records, and return their names.
 
-    Returns the names of those that make up the model, without the folder of adapters.
+    The names are those at the top level, without the subfolder of adapters. Each file appears complete or not at all.
     """
     temporary = output_dir / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

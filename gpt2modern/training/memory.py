@@ -24,17 +24,17 @@ from gpt2modern.training.optimizers import state_bytes
 from gpt2modern.training.speed import model_flops_per_token
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
-# A CPU core is busy with a few thousand tokens; more of them in one pass only take memory.
+# A few thousand tokens keep a CPU core busy; more of them in one pass only take memory.
 CPU_TOKENS_PER_PASS = 8192
 
 
 def estimate_memory(
     config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, micro_batch_size: int, block_size: int
 ) -> dict[str, int]:
-    """Estimate the bytes that a training step holds on each device, by what they are for.
+    """Return an estimate of the bytes that a training step holds on each device, by purpose (weights, gradients, ...).
 
-    model: may be on the meta device. Weights are fp32, under autocast with bf16 copies. What the allocator loses and a
-    compiler saves is not counted.
+    model: may be on the meta device. Weights are fp32, with 16-bit copies under autocast. Fragmentation by the
+    allocator and savings by a compiler are not counted.
     """
     parameters = model.num_parameters()
     autocast = accelerator.mixed_precision != "no"
@@ -56,9 +56,10 @@ def estimate_memory(
 def activation_bytes(
     config: GPT2ModernConfig, *, autocast: bool, micro_batch_size: int, block_size: int, gradient_checkpointing: bool
 ) -> int:
-    """Count what autograd keeps for the backward pass of one micro-batch, and the buffers of the loss.
+    """Return the bytes that autograd keeps for the backward pass of one micro-batch, plus the buffers of the loss.
 
-    The layers run on fake tensors, which have shapes but no data. With checkpointing one layer is recomputed at a time.
+    The layers run on fake tensors, which have shapes but no data. With gradient checkpointing the activations of one
+    layer are added, because layers are recomputed one at a time.
     """
     kept = _kept_by_autograd(config, autocast, micro_batch_size, block_size, gradient_checkpointing=False)
     if gradient_checkpointing:
@@ -78,7 +79,7 @@ def _kept_by_autograd(
         model = GPT2ModernForCausalLM._from_config(config, attn_implementation=config._attn_implementation).train()
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # A weight's bf16 copy counts among the weights; it is known by its shape.
+        # A weight's bf16 copy is counted with the weights; it is recognised by its shape.
         of_weights = {shape for p in model.parameters() for shape in (tuple(p.shape), tuple(p.shape)[::-1])}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,14 +100,14 @@ def _kept_by_autograd(
 def fit_micro_batch(
     config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, plan: BatchPlan, separator: int | None
 ) -> BatchPlan:
-    """Return the plan with the largest micro-batch that fits on the device of every process.
+    """Return the plan with the largest micro-batch size that fits in the memory of every process's device.
 
-    On an accelerator sizes are tried. On a CPU, where running out of memory ends the process, the estimate decides.
-    `model` is not wrapped yet; its weights, gradients and the random state are left as they are. Raises GPT2ModernError
-    if not even one sequence fits, and under FSDP, where no process holds a whole model.
+    On an accelerator, sizes are tried from small to large. On a CPU, where running out of memory ends the process, the
+    estimate decides. `model` must not be wrapped yet; its weights and the random state do not change. Raises
+    GPT2ModernError if not even one sequence fits, and under FSDP, where no process holds the unsharded model.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        raise GPT2ModernError("--per_device_train_batch_size auto does not go with FSDP2; give a number")
+        raise GPT2ModernError("--per_device_train_batch_size auto cannot be used with FSDP2; give a number")
 
     def fits(size: int) -> bool:
         if accelerator.device.type == "cpu":
@@ -117,21 +118,22 @@ def fit_micro_batch(
     agreed = accelerator.gather(torch.tensor([found], device=accelerator.device)).min().item()
     if agreed == 0:
         raise GPT2ModernError(
-            f"one sequence of {plan.block_size} tokens does not fit in the memory of {accelerator.device}: use "
+            f"one sequence of {plan.block_size} tokens does not fit in the memory of device {accelerator.device}; use "
             "--gradient_checkpointing true, a smaller --block_size or a smaller model"
         )
     return replace(plan, micro_batch_size=agreed)
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """Return the last of ascending `sizes` before the first that does not fit; 0 if there is none."""
+    """Return the last of the ascending `sizes` before the first one that does not fit, or 0 if no size fits."""
     return max(itertools.takewhile(fits, sizes), default=0)
 
 
 def fits_by_estimate(
     config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, size: int, block_size: int
 ) -> bool:
-    """Whether a step takes at most half of the memory that is available, and a pass CPU_TOKENS_PER_PASS tokens."""
+    """Return whether micro-batches of `size` sequences suit the CPU: a step is estimated to take at most half of the
+    available memory (divided by the processes), and a pass has one sequence or at most CPU_TOKENS_PER_PASS tokens."""
     if size * block_size > max(CPU_TOKENS_PER_PASS, block_size):
         return False
     needed = sum(estimate_memory(config, accelerator, model, size, block_size).values())
@@ -146,8 +148,8 @@ def fits_by_trying(
     block_size: int,
     separator: int | None,
 ) -> bool:
-    """Whether a forward and a backward pass fit beside a block of memory as large as what comes later: the optimizer's
-    state, and the buckets in which several processes sum their gradients."""
+    """Return whether a forward and a backward pass of `size` sequences fit in memory together with a reserved block as
+    large as what is allocated later: the optimizer state and, with several processes, the gradient buckets."""
     device, was_training = accelerator.device, model.training
     later_bytes = state_bytes(model, config.optimizer)
     later_bytes += 4 * model.num_parameters() if accelerator.num_processes > 1 else 0
@@ -174,11 +176,11 @@ def fits_by_trying(
 
 
 def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
-    """Return the settings as a recipe, then what follows from them as comments: a file for --config.
+    """Return the settings as YAML, followed by model size, compute and memory as comments: a valid --config file.
 
-    Without --data_dir the preset's own vocabulary and context are assumed, and without --model_name_or_path the preset
-    for the model that adapters are put on. The model is built on the meta device and takes no memory. Raises what the
-    run itself would raise for its settings and its data.
+    Without --data_dir the preset's own vocabulary and context length are assumed. Without --model_name_or_path the
+    preset replaces the model that --lora_rank needs. The model is built on the meta device and takes no memory. Raises
+    the same errors as the run itself for its settings and data.
     """
     data = PackedBlocks(config.data_dir, "train", config.block_size) if config.data_dir else _assumed_data(config)
     with torch.device("meta"):
@@ -211,7 +213,7 @@ def _facts(
     model: GPT2ModernForCausalLM,
     plan: BatchPlan,
 ) -> dict[str, str]:
-    """Say what the settings amount to, each number with its unit."""
+    """Return what follows from the settings (sizes, tokens, FLOPs, memory) as text with units, by name."""
     last = config.max_steps
     samples, tokens = plan.consumed_samples(last), plan.tokens_seen(last)
     epochs = f"{samples / len(data):.2f} epochs of the data" if isinstance(data, PackedBlocks) else "no --data_dir"
@@ -219,7 +221,7 @@ def _facts(
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     formula = "6 N + 12 L D T" if trained == parameters else "6 P + 4 (N - P) + 12 L D T, P of N parameters trained"
     memory = estimate_memory(config, accelerator, model, plan.micro_batch_size, plan.block_size)
-    stand_in = ", in place of the --model_name_or_path that a run with --lora_rank needs" if config.lora_rank else ""
+    stand_in = ", in place of the --model_name_or_path that --lora_rank needs for training" if config.lora_rank else ""
     return {
         "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
         "parameters": f"{parameters:,}",

@@ -1,8 +1,8 @@
-"""Make the model that a run trains: a preset with random weights or a finished model, with LoRA adapters where asked.
+"""Build the model that a run trains: a preset with random weights or a finished model, on request with LoRA adapters.
 
-Adapters (LoRA, arXiv:2106.09685) are PEFT's, put into the model in place: forward, evaluation and wrappers see the same
-class as without them. What is saved of such a run is both the model with the adapters merged in, a model folder as any
-other, and in its subfolder `adapter/` what `PeftModel.from_pretrained(base, ...)` reads.
+Adapters (LoRA, arXiv:2106.09685) are PEFT's and are added in place: the model keeps its class. Such a run saves both
+the model with the adapters merged into its weights, as an ordinary model folder, and, in the subfolder `adapter/`, the
+adapters alone, which `PeftModel.from_pretrained(base, ...)` reads.
 """
 
 import copy
@@ -30,7 +30,7 @@ try:
 except ImportError:  # the extra `finetune`; only --lora_rank needs it
     LoraConfig = inject_adapter_in_model = LoraLayer = None
 
-# What the architecture reads: not what transformers keeps in every configuration, such as return_dict.
+# The settings of the architecture, without those that transformers adds to every configuration, such as return_dict.
 MODEL_SETTINGS = (*GPT2ModernConfig.__annotations__, *GPT2ModernConfig.attribute_map, "rope_theta", "rope_scaling")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "hidden_dropout")
 ADAPTER_FOLDER = "adapter"
@@ -39,7 +39,7 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class DataShape:
-    """What a model must fit of the data; stands for blocks that are not there in a dry run."""
+    """Hold the properties of the data that the model must fit; used instead of blocks in a dry run without data."""
 
     vocab_size: int
     eos_token_id: int
@@ -49,13 +49,13 @@ class DataShape:
 def build_model(
     config: TrainConfig, data: PackedBlocks | DataShape, *, load_weights: bool = True
 ) -> GPT2ModernForCausalLM:
-    """Make the model that a run begins with, in fp32 on the current device, with its adapters.
+    """Return the model that a run starts with, in fp32 on the current device, with adapters if --lora_rank is set.
 
-    load_weights: False gives a finished model's shape alone; adapters may then stand on a preset's shape too. Raises
-    GPT2ModernError for settings that contradict each other and for data that does not fit the model.
+    load_weights: with False the weights of --model_name_or_path are not loaded, and adapters may also be added to a
+    preset. Raises GPT2ModernError for settings that contradict each other and for data that does not fit the model.
     """
     if config.lora_rank and config.model_name_or_path is None and load_weights:
-        raise GPT2ModernError(f"--lora_rank {config.lora_rank} needs --model_name_or_path: a model worth freezing")
+        raise GPT2ModernError(f"--lora_rank {config.lora_rank} needs --model_name_or_path: a trained model to adapt")
     if config.model_name_or_path is None:
         model = _preset_model(config, data)
     else:
@@ -68,7 +68,8 @@ def build_model(
 
 
 def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2ModernForCausalLM:
-    """Make the preset fitted to the data (vocabulary, context, special tokens), with --config_overrides on top."""
+    """Build the preset, adjusted to the data (vocabulary, context length, special tokens) and then by
+    --config_overrides, with random weights. Raises GPT2ModernError if the settings or the data do not fit."""
     overrides = parse_config_overrides(config.config_overrides)
     try:
         preset = GPT2ModernConfig.from_preset(config.model_preset)
@@ -84,24 +85,25 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
                 fitted["unpadded_vocab_size"] = data.vocab_size
         model_config = GPT2ModernConfig.from_preset(config.model_preset, **(fitted | overrides))
     except (ValueError, TypeError) as error:
-        raise GPT2ModernError(f"--model_preset {config.model_preset} / --config_overrides: {error}") from None
+        raise GPT2ModernError(f"--model_preset {config.model_preset} with --config_overrides: {error}") from None
     if isinstance(data, PackedBlocks):
         refuse_larger_vocabulary("the model", model_config.vocab_size, data)
     _refuse_longer_blocks("--config_overrides", model_config, data)
     try:
         return GPT2ModernForCausalLM._from_config(model_config, attn_implementation=config.attn_implementation)
     except (ValueError, ImportError, RuntimeError, AttributeError) as error:
-        flags = f"--attn_implementation {config.attn_implementation} / --config_overrides"
-        raise GPT2ModernError(f"{flags}: the model cannot be built: {first_line(error)}") from None
+        flags = f"--attn_implementation {config.attn_implementation} and --config_overrides"
+        raise GPT2ModernError(f"the model cannot be built with {flags}: {first_line(error)}") from None
 
 
 def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_weights: bool) -> GPT2ModernForCausalLM:
-    """Load the model of --model_name_or_path in fp32; raises GPT2ModernError if the data does not fit it."""
+    """Return the model of --model_name_or_path in fp32, without its weights if load_weights is False; raises
+    GPT2ModernError if the data does not fit the model."""
     name, flag = config.model_name_or_path, "--model_name_or_path"
     model_config = pretrained_config(name)
     overrides = parse_config_overrides(config.config_overrides)
     if fixed := sorted(overrides.keys() - set(DROPOUTS)):
-        raise GPT2ModernError(f"--config_overrides {fixed[0]} is fixed by {flag}; only dropouts can be set")
+        raise GPT2ModernError(f"--config_overrides {fixed[0]} is fixed by {flag}; set only {', '.join(DROPOUTS)}")
     model_config.update(overrides)
     if isinstance(data, PackedBlocks):
         refuse_larger_vocabulary(name, model_config.unpadded_vocab_size or model_config.vocab_size, data)
@@ -114,18 +116,19 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
 
 
 def pretrained_config(name: str) -> GPT2ModernConfig:
-    """Load the configuration of --model_name_or_path; raises GPT2ModernError for anything but a GPT2-Modern model."""
+    """Return the configuration of the model `name`; raises GPT2ModernError if it is not a GPT2-Modern model."""
     config = load_config(name, flag="--model_name_or_path")
     if not isinstance(config, GPT2ModernConfig):
         raise GPT2ModernError(
-            f"--model_name_or_path {name} is a {config.model_type} model; convert it first: python -m "
+            f"--model_name_or_path {name} is a {config.model_type} model; convert it first with python -m "
             f"gpt2modern.conversion --model {name} --output_dir CONVERTED"
         )
     return config
 
 
 def parse_config_overrides(text: str | None) -> dict[str, Any]:
-    """Read 'hidden_size=64,layer_types=[full_attention,sliding_attention]' into typed values, each by YAML's rules."""
+    """Return the model settings of 'hidden_size=64,layer_types=[full_attention,sliding_attention]' by name, typed by
+    YAML's rules; {} for None. Raises GPT2ModernError for a part that is not key=value, unknown or given twice."""
     overrides = {}
     for pair in re.split(r",(?=\s*\w+=)", text) if text else []:
         key, separator, value = pair.partition("=")
@@ -148,12 +151,13 @@ def _refuse_longer_blocks(model: str, config: GPT2ModernConfig, data: PackedBloc
     if data.block_size > config.max_position_embeddings:
         raise GPT2ModernError(
             f"--block_size {data.block_size} is longer than max_position_embeddings={config.max_position_embeddings} "
-            f"of {model}; use a smaller one"
+            f"of {model}; use a smaller --block_size"
         )
 
 
 def _add_adapters(model: GPT2ModernForCausalLM, config: TrainConfig) -> None:
-    """Freeze the model and put adapters beside its linear layers; alpha / rank scales what they add."""
+    """Freeze the weights and add trainable LoRA adapters to the linear layers, scaled by lora_alpha / lora_rank. Raises
+    GPT2ModernError if peft is not installed or the model has no such layer."""
     if inject_adapter_in_model is None:
         raise GPT2ModernError("--lora_rank needs peft, which is not installed: pip install peft")
     linear = (name for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear))
@@ -177,9 +181,9 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def save_adapters(model: GPT2ModernForCausalLM, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors to `folder`/adapter.
+    """Write adapter_config.json and adapter_model.safetensors to the subfolder `adapter` of `folder`.
 
-    Beside the merged model's files, stock code would put the adapters on top of it a second time.
+    Next to the merged model's files, transformers would apply the adapters to that model a second time.
     """
     target = folder / ADAPTER_FOLDER
     target.mkdir(parents=True)
@@ -189,31 +193,37 @@ def save_adapters(model: GPT2ModernForCausalLM, folder: Path) -> None:
 
 
 def load_adapters(model: GPT2ModernForCausalLM, checkpoint: Path) -> None:
-    """Put a checkpoint's adapters into `model`.
+    """Load a checkpoint's LoRA adapters into `model`.
 
-    Raises GPT2ModernError, naming a tensor, if they belong to another model or the frozen weights are not those that
-    they were trained on.
+    Raises GPT2ModernError if the checkpoint has none, or, naming a tensor, if they do not fit the model or were trained
+    with other frozen weights.
     """
     path = checkpoint / ADAPTER_FOLDER / "adapter_model.safetensors"
     if not path.is_file():
         raise GPT2ModernError(
-            f"{checkpoint} has no adapters; leave out --lora_rank, or start over in another --output_dir"
+            f"{checkpoint} has no LoRA adapters; omit --lora_rank, or start a new run in another --output_dir"
         )
     saved, parameters = load_file(path), _adapter_tensors(model)
     for name in sorted(saved.keys() | parameters.keys()):
         if name not in saved or name not in parameters or saved[name].shape != parameters[name].shape:
-            raise GPT2ModernError(f"{path} belongs to another model: tensor {name} does not match")
+            raise GPT2ModernError(
+                f"{path} belongs to another model: tensor {name} is missing or has another shape; use the --lora_rank "
+                "and --lora_target_modules of the checkpoint, or another --output_dir"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
     expected = merged(model).state_dict()
     for name, weight in load_file(checkpoint / "model.safetensors").items():
         if not torch.allclose(weight, expected[name].cpu(), rtol=1e-4, atol=1e-5):  # another device adds differently
-            raise GPT2ModernError(f"{checkpoint} was trained on another --model_name_or_path: {name} differs")
+            raise GPT2ModernError(
+                f"{checkpoint} was trained on another --model_name_or_path: tensor {name} differs; give the model that "
+                "it was trained on, or another --output_dir"
+            )
 
 
 def merged(model: GPT2ModernForCausalLM) -> PreTrainedModel:
-    """Copy the model with its adapters added to the weights, with the names and shapes of a model without any."""
+    """Return a copy of the model with its adapters added to the weights and removed, as an ordinary model."""
     model = copy.deepcopy(model)
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in adapted.items():
@@ -224,7 +234,7 @@ def merged(model: GPT2ModernForCausalLM) -> PreTrainedModel:
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """List what is trained of a model with adapters, by the names that PEFT's files have."""
+    """Return the trained parameters of a model with adapters, by the names that PEFT uses in its files."""
     return {
         f"base_model.model.{name.replace(f'.{ADAPTER_NAME}.', '.')}": parameter
         for name, parameter in model.named_parameters()

@@ -101,10 +101,8 @@ FLAGS = [
     train("--total_batch_size 128000", "blocks but one step takes 4000"),
     train("--per_device_train_batch_size some", "--per_device_train_batch_size 'some' must be a whole number or auto"),
     train("--per_device_train_batch_size 0", "--per_device_train_batch_size 0 must be at least 1"),
-    train(
-        "--batch_size_warmup_steps 3", "a batch-size warm-up from 32 tokens (--initial_total_batch_size) must go from"
-    ),
-    train("--initial_total_batch_size 128", "--initial_total_batch_size needs --batch_size_warmup_steps"),
+    train("--batch_size_warmup_steps 3", "warm-up cannot start from 32 tokens (--initial_total_batch_size)"),
+    train("--initial_total_batch_size 128", "--initial_total_batch_size needs --batch_size_warmup_steps above 0"),
     train(
         "--block_size 1000000",
         "x --block_size 1000000 x 1 processes",
@@ -114,16 +112,16 @@ FLAGS = [
     train("--model_preset gpt5", "unknown preset 'gpt5'; the presets are gpt2,"),
     train("--attn_implementation fast", "--attn_implementation fast"),
     train("--mixed_precision int4", "--mixed_precision: invalid choice: 'int4'"),
-    train("--max_train_time soon", "--max_train_time soon: expected seconds, or hours:minutes:seconds"),
+    train("--max_train_time soon", "--max_train_time soon is invalid; give seconds, or hours:minutes:seconds"),
     train("--report_to printer", "--report_to printer is unknown; choose from none, trackio, tensorboard, wandb"),
     train("--optimizer sgd", "--optimizer sgd is unknown; choose from adamw, muon"),
     train("--project ''", "--project '' is empty; give it a value or omit the flag"),
     train("--run_name caf\udce9", "contains bytes that are not valid UTF-8 text; type it in UTF-8"),
     train("--hub_model_id a/b/c", "--hub_model_id 'a/b/c' is not a repository name; give owner/name"),
     train("--lora_rank 2", "--lora_rank 2 needs --model_name_or_path"),
-    train("--lora_target_modules q_proj", "--lora_alpha and --lora_target_modules need --lora_rank"),
+    train("--lora_target_modules q_proj", "--lora_alpha and --lora_target_modules need --lora_rank above 0"),
     train("--lora_rank -1", "--lora_rank -1 must be at least 0"),
-    BadInput(TRAIN, "--max_steps 3", "--data_dir and --output_dir are needed", bare=True),
+    BadInput(TRAIN, "--max_steps 3", "--data_dir and --output_dir are required", bare=True),
 ]
 
 SETTINGS_OF_THE_MODEL = [
@@ -180,8 +178,8 @@ PLACES = [
     train("--data_dir loop", "loop/manifest.json: no such file"),
     train("--data_dir a/b", "a/b: no such folder, and it cannot be downloaded from the Hub"),
     train("--output_dir ''", "--output_dir '' is empty"),
-    train("--output_dir data", "--output_dir data is the --data_dir or inside of it; name another folder"),
-    train("--output_dir data/train", "--output_dir data/train is the --data_dir or inside of it"),
+    train("--output_dir data", "--output_dir data is the --data_dir or inside it; use another folder"),
+    train("--output_dir data/train", "--output_dir data/train is the --data_dir or inside it"),
     train("--output_dir text.txt/run", "text.txt is a file, not a folder; choose another path"),
     train("--output_dir loop", "--output_dir loop cannot be used (Too many levels of symbolic links)"),
     train(f"--output_dir {'long' * 80}", "(File name too long); choose another path"),
@@ -190,14 +188,14 @@ PLACES = [
     train("--resume_from_checkpoint model", "model/checksums.json is missing", "name a folder of RUN/checkpoints"),
     train(
         "--resume_from_checkpoint escaping",
-        "'../model/model.safetensors' is outside of the checkpoint",
+        "'../model/model.safetensors' is outside the checkpoint",
         "take another checkpoint: this one was tampered with",
     ),
     train("--resume_from_checkpoint altered", "altered/model.safetensors was altered", "take another checkpoint"),
 ]
 
 ENVIRONMENT = [
-    environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset it"),
+    environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset this variable"),
     environment("WORLD_SIZE", "2", "cannot set up 2 process(es)"),
     environment("LOCAL_RANK", "first", "cannot set up 1 process(es)", "unset what an earlier launch left behind"),
     environment("ACCELERATE_TORCH_DEVICE", "toaster", "cannot set up 1 process(es)", "unset ACCELERATE_TORCH_DEVICE"),
@@ -207,7 +205,7 @@ ENVIRONMENT = [
     environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "sets gradient_accumulation_steps=4; remove it"),
     environment("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not supported"),
     environment("ACCELERATE_DYNAMO_BACKEND", "inductor", "sets dynamo_backend inductor; remove it"),
-    train("--mixed_precision fp16", "--mixed_precision fp16 is for GPUs", environment={"ACCELERATE_USE_CPU": "true"}),
+    train("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU", environment={"ACCELERATE_USE_CPU": "true"}),
     train(
         "--report_to wandb",
         "--report_to wandb: wandb is not installed; run: python -m pip install wandb",
