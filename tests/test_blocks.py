@@ -164,9 +164,7 @@ def test_best_fit_rows_are_padded_wherever_they_end(best_fit):
 
 
 def test_best_fit_has_one_block_size(best_fit):
-    with pytest.raises(
-        GPT2ModernError, match=rf"--block_size 7: .*packed best_fit for {BLOCK_SIZE}; leave the flag out"
-    ):
+    with pytest.raises(GPT2ModernError, match=rf"--block_size 7: .*packed best_fit for {BLOCK_SIZE}; omit the flag"):
         PackedBlocks(best_fit, "train", 7)
     assert len(PackedBlocks(best_fit, "train", BLOCK_SIZE)) == 47
 

@@ -117,7 +117,7 @@ def test_an_engine_that_differs_stops_the_run_with_the_document_named(tmp_path, 
     assert f"a document of {corpus} differently (it starts with 'a zebra'); use --tokenizer_engine tokenizers" in line
     write_jsonl(corpus, ["a cat", "a dog"])
     line = refusal(capsys, *flags, held_out, "--output_dir", tmp_path / "data")
-    assert "a document of the validation split differently (it begins 'a zebra finch')" in line
+    assert "a document of the validation split differently (it starts with 'a zebra finch')" in line
     run(tmp_path / "data", *flags, held_out, "--tokenizer_engine", "tokenizers")
 
 
