@@ -75,12 +75,12 @@ def verify(folders: list[str]) -> None:
 
 
 def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | None:
-    """Write the folder `config.output_dir` and return its manifest, or None if --shard_index leaves shards to write.
+    """Write the folder `config.output_dir` and return its manifest, or None if only shard --shard_index is written.
 
     dataset: documents from Python instead of --dataset_name or --train_file. Of a DatasetDict, the split
     `dataset_split` is used, and the split `validation` if it exists. Finished shards of a run with the same settings
-    are verified and kept. Raises GPT2ModernError if the user can fix the cause; a folder that this call started is
-    then removed.
+    are verified and kept. Raises GPT2ModernError if the user can fix the cause; a folder started by this call
+    is then emptied, unless writing failed.
     """
     if (config.dataset_name is not None) + (config.train_file is not None) + (dataset is not None) != 1:
         raise GPT2ModernError(
@@ -98,7 +98,7 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | 
 
 
 def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | None) -> dict | None:
-    """Read, encode and pack the documents. Returns the manifest, or None if --shard_index leaves shards to write."""
+    """Read, encode and pack the documents. Returns the manifest, or None if --shard_index is given."""
     started = time.perf_counter()
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
     tokenizer = named_tokenizer(config)  # None: it is trained below, on the documents

@@ -107,7 +107,7 @@ def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
 
 
 def has_peer(preset: str, config: StepConfig) -> bool:
-    """Return whether it is a gpt2 preset and, with --config_overrides, as large as transformers' GPT-2 of its shape."""
+    """Return whether `preset` is a gpt2 preset with, after --config_overrides, as many weights as the stock GPT-2."""
     rows = (Row(preset), Row(preset, is_peer=True))
     return preset.startswith("gpt2") and len({weightless_model(row, config).num_parameters() for row in rows}) == 1
 

@@ -25,7 +25,7 @@ Arguments = TypeVar("Arguments")
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Print one line and exit if the `with` block raises: with code 2 for a GPT2ModernError, with 130 for Ctrl-C."""
+    """Turn a GPT2ModernError (exit code 2) or Ctrl-C (130) of the `with` block into one printed line and an exit."""
     try:
         yield
     except GPT2ModernError as error:
@@ -179,7 +179,8 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
         is_list = parser.takes_a_list(f"--{key}")
         each = value if is_list and isinstance(value, list) else [value]
         if not each or any(one is None or isinstance(one, dict | list) for one in each):
-            raise GPT2ModernError(f"--config {path}: the key {key!r} needs a value, but it has {value!r}")
+            wanted = "a value or a list of values" if is_list else "one value"
+            raise GPT2ModernError(f"--config {path}: the key {key!r} is {value!r}; give {wanted}, or remove it")
         # `flag=value` keeps a negative number or a leading dash from being read as a flag.
         flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
         try:

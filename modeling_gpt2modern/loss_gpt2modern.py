@@ -211,7 +211,7 @@ def linear_cross_entropy_and_z_loss(
     if not 1 <= vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size must be between 1 and the {weight.shape[0]} rows of weight, got {vocab_size}")
     if chunk_size < 1 or (softcap is not None and softcap <= 0):
-        raise ValueError(f"chunk_size and softcap must be positive, got {chunk_size} and {softcap}")
+        raise ValueError(f"chunk_size and softcap (or None) must be positive, got {chunk_size} and {softcap}")
     device_type = hidden_states.device.type
     compute_dtype = hidden_states.dtype
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt2modern.training.models import document_positions, summed_loss
+from gpt2modern.evaluation.loss import batch_loss, document_positions
 from tests.support.models import random_ids, tiny_model
 
 SEPARATOR = 95
@@ -34,8 +34,8 @@ def test_the_loss_is_that_of_the_documents_alone(flag_set):
     model = tiny_model(flag_set, unpadded_vocab_size=None)
     batch = packed_rows()
     with torch.no_grad():
-        alone = sum(summed_loss(model, document) for row in batch for document in documents_of(row))
-        masked = summed_loss(model, batch, separator=SEPARATOR)
-        plain = summed_loss(model, batch)
+        alone = sum(batch_loss(model, document)[0] for row in batch for document in documents_of(row))
+        masked, _ = batch_loss(model, batch, separator=SEPARATOR)
+        plain, _ = batch_loss(model, batch)
     assert masked.item() == pytest.approx(alone.item(), rel=1e-6)
     assert abs(plain.item() - alone.item()) > 1e-3 * alone.item()

@@ -493,8 +493,8 @@ def test_ddp_averages_the_gradients_of_a_tied_weight(tmp_path):
         ({"hidden_states": torch.zeros(1, NUM_TOKENS, HIDDEN_SIZE)}, "shapes must be"),
         ({"vocab_size": ROWS + 1}, "vocab_size must be"),
         ({"vocab_size": 0}, "vocab_size must be"),
-        ({"softcap": 0.0}, "softcap must be positive"),
-        ({"chunk_size": 0}, "chunk_size and softcap must be positive"),
+        ({"softcap": 0.0}, r"softcap \(or None\) must be positive"),
+        ({"chunk_size": 0}, r"chunk_size and softcap \(or None\) must be positive"),
     ],
     ids=["labels", "hidden-size", "three-dimensions", "vocab-too-large", "vocab-empty", "softcap", "chunk"],
 )

@@ -550,7 +550,7 @@ def wrong_files(tmp_path_factory) -> Path:
         ("*.xyz", "*.xyz: no file matches"),
         ("short.txt --validation_file latin.txt", "latin.txt: byte 13 is not UTF-8"),
         ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv has no column 'body'"),
-        ("short.txt --shard_index 0", "--shard_index 0 must be at least 0 and below --num_shards, which is not given"),
+        ("short.txt --shard_index 0", "--shard_index 0 must be at least 0 and below --num_shards; give it, too"),
         ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2 must be at least 0 and below --num_shards, 2"),
         ("short.txt --max_tokens 5", "--max_tokens 5 works only with --streaming; use --max_documents instead"),
         ("short.txt --streaming --max_documents 5", "--streaming works only with a dataset of the Hub"),

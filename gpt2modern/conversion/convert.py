@@ -110,7 +110,7 @@ def from_native(model: PreTrainedModel | str | os.PathLike) -> GPT2ModernForCaus
         model = load_model(str(model), dtype="auto")
     name = type(model).__name__
     if name not in ARCHITECTURES:
-        raise ValueError(f"a {name} cannot be imported; supported are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"a {name} cannot be converted to GPT2-Modern; supported are {', '.join(ARCHITECTURES)}")
     settings: dict[str, Any] = {}
     try:
         for trait in ARCHITECTURES[name]:

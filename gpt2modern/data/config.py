@@ -110,8 +110,8 @@ class PrepareConfig:
             raise ValueError("--max_tokens needs --tokenizer_name, to count tokens; it excludes --train_tokenizer")
         if self.shard_index is not None:
             if self.num_shards is None or not 0 <= self.shard_index < self.num_shards:
-                limit = "which is not given" if self.num_shards is None else self.num_shards
-                raise ValueError(f"--shard_index {self.shard_index} must be at least 0 and below --num_shards, {limit}")
+                limit = "; give it, too" if self.num_shards is None else f" {self.num_shards}"
+                raise ValueError(f"--shard_index {self.shard_index} must be at least 0 and below --num_shards{limit}")
             if self.tokenizer_name is None:
                 raise ValueError("--shard_index needs --tokenizer_name, or each machine would train its own tokenizer")
         if self.chat_template is not None and self.chat_column is None:

@@ -54,7 +54,7 @@ class Job:
         return self.output_dir / "train" / f"shard-{index:05d}-of-{self.num_shards:05d}"
 
     def receipt_dir(self, index: int) -> Path:
-        """Return the folder with a training shard's receipt and held-out documents, kept until the run is finished."""
+        """Return the folder of a shard's receipt (counts, sha256) and held-out documents, kept until the run ends."""
         return self.workspace / f"shard-{index:05d}"
 
 

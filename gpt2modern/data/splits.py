@@ -20,7 +20,7 @@ MIN_HELD_OUT_DOCUMENTS = 10
 
 @dataclass(frozen=True)
 class ValidationRule:
-    """Describe what is held out: by `hash`, documents; by `tail`, their ends; by `file`, nothing (files are given)."""
+    """Describe what is held out: by `hash`, documents; by `tail`, the end of each; by `file`, nothing (it is given)."""
 
     by: Literal["file", "hash", "tail"]
     fraction: float = 0.0

@@ -83,7 +83,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 @dataclass
 class Encoder:
-    """Encode text with the tokenizer in a file tokenizer.json; a pickled encoder holds only the path of the file."""
+    """Encode text with a file tokenizer.json; a pickled encoder holds its path and sha256, not the tokenizer."""
 
     tokenizer_json: Path
     engine: Literal["auto", "gigatoken", "tokenizers"]

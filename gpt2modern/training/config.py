@@ -255,8 +255,8 @@ class TrainConfig:
         return seconds
 
     def chosen(self, *, card: bool = False) -> dict[str, Any]:
-        """Return the settings that are not None, by the names that a recipe uses. card: only those of the model card,
-        without those that have no effect with this optimizer."""
+        """Return the settings of the run that are not None, by flag name. card: only those that the model card lists
+        and that have an effect with this optimizer."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -269,7 +269,7 @@ class TrainConfig:
         return field.metadata.get("optimizer", self.optimizer) == self.optimizer
 
     def fixed_on_resume(self) -> dict[str, Any]:
-        """Return the settings that must not change when a run is resumed, by name."""
+        """Return the settings that decide the updates, metadata resume="same", by name."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

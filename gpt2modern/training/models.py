@@ -103,7 +103,7 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     model_config = pretrained_config(name)
     overrides = parse_config_overrides(config.config_overrides)
     if fixed := sorted(overrides.keys() - set(DROPOUTS)):
-        raise GPT2ModernError(f"--config_overrides {fixed[0]} is fixed by {flag}; set only {', '.join(DROPOUTS)}")
+        raise GPT2ModernError(f"--config_overrides cannot set {fixed[0]} with {flag}; set only {', '.join(DROPOUTS)}")
     model_config.update(overrides)
     if isinstance(data, PackedBlocks):
         refuse_larger_vocabulary(name, model_config.unpadded_vocab_size or model_config.vocab_size, data)
