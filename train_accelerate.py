@@ -88,6 +88,8 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
     gradients are clipped, and in-place changes take effect), "logged" (row), "evaluating", "saving" (main process only;
     folder: where the checkpoint is being written). Raises GPT2ModernError for every error that the user can fix.
     """
+    if config.dry_run:
+        raise GPT2ModernError("a dry run does not train; call gpt2modern.training.memory.dry_run instead")
     stop = StopRequest(time.monotonic() + config.max_train_seconds())
     with stop, joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes):
         config = replace(config, mixed_precision=accelerator.mixed_precision)  # the launcher's, if no flag is given
@@ -298,7 +300,8 @@ def evaluate(
         if loss is not None:
             refuse_nonfinite("validation loss", loss, state.step, checkpoints_dir(config))
             state.evaluated_step = state.step
-            state.evaluation = {name: metric.of(loss, blocks) for name, metric in METRICS.items()}
+            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()}
+            state.evaluation = {name: value if math.isfinite(value) else None for name, value in results.items()}
             if config.sample_prompts and (accelerator.is_main_process or accelerator.is_fsdp2):
                 samples = generate_samples(
                     model,

@@ -133,7 +133,7 @@ def find_recipe(name: str) -> Path:
     Raises GPT2ModernError, which lists the recipes, if a name without suffix and folder is neither.
     """
     path = Path(name)
-    if os.path.lexists(path) or path.suffix or len(path.parts) != 1:
+    if (os.path.lexists(path) and not path.is_dir()) or path.suffix or len(path.parts) != 1:
         return path
     installed = Path(__file__).parent / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"

@@ -5,6 +5,7 @@ This module does not import torch, so that a configuration can be created and ch
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,16 +33,35 @@ def setting(
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ValueError for the first field of the dataclass `config` whose value is not one of the choices of its
-    Literal type or is outside the range given to `setting`. The message names the flag."""
+    """Raise ValueError that names the flag of the first field whose value has another type than the field, is none of
+    its Literal type's choices, or is outside the range of its `setting`."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        kinds = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if get_origin(kind) is Literal]
-        if kinds and value is not None and value not in get_args(kinds[0]):
-            raise ValueError(f"--{field.name} {value} is unknown; choose from {', '.join(get_args(kinds[0]))}")
-        if field.metadata.get("least") is not None and not isinstance(value, str):  # "auto"
-            check_range(f"--{field.name}", value, field.metadata["least"], field.metadata["most"])
+        value, hint, name = getattr(config, field.name), hints[field.name], f"--{field.name}"
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (_has_type(value, hint) or (is_number and field.metadata.get("or_number"))):
+            kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+            choices = f"unknown; choose from {', '.join(get_args(kinds[0]))}" if kinds else None
+            raise ValueError(f"{name} {value} is {choices or f'{type(value).__name__}, expected {_type_name(hint)}'}")
+        if field.metadata.get("least") is not None and is_number:
+            check_range(name, value, field.metadata["least"], field.metadata["most"])
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether `value` fits a type hint of a setting: int fits float, a path fits str, bool only fits bool."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list | tuple) and all(_has_type(each, get_args(hint)[0]) for each in value)
+    if get_args(hint):
+        return any(_has_type(value, kind) for kind in get_args(hint))
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, {float: int | float, str: str | os.PathLike}.get(hint, hint))
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint).replace("<class '", "").replace("'>", "").replace(" | None", "")
 
 
 def check_range(name: str, value: float | None, least: float, most: float | None = None) -> None:
@@ -64,7 +84,7 @@ def number_or_auto(name: str, value: str | int) -> int | Literal["auto"]:
     if value == "auto":
         return "auto"
     try:
-        number = int(value)
+        number = int(str(value))  # 2.5 is not a number of things
     except ValueError:
         raise ValueError(f"{name} {value!r} must be a whole number or auto") from None
     check_range(name, number, 1)

@@ -367,3 +367,18 @@ def test_processes_drop_out_different_units(data_dir, tmp_path, monkeypatch):
 def test_a_choice_that_does_not_exist_is_refused_from_python_too(flag, value):
     with pytest.raises(ValueError, match=f"--{flag} {value} is unknown; choose from "):
         TrainConfig(data_dir="data", output_dir="out", **{flag: value})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("max_steps", "3", "str, expected int"),
+        ("seed", 2.5, "float, expected int"),
+        ("learning_rate", "6e-4", "str, expected float"),
+        ("torch_compile", 1, "int, expected bool"),
+        ("sample_prompts", "ab", "str, expected list"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_from_python(flag, value, expected):
+    with pytest.raises(ValueError, match=f"--{flag} {value} is {expected}"):
+        TrainConfig(data_dir="data", output_dir="out", **{flag: value})

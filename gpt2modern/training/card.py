@@ -97,7 +97,7 @@ def summarize(
         "steps": state.step,
         "tokens_seen": tokens_seen,
         "train_loss": losses[-1] if losses else None,
-        **(dict.fromkeys(METRICS) | results),
+        **(dict.fromkeys(METRICS) | results | state.evaluation),
         "tokens_per_second": tokens_seen / state.wall_time_s,
         "wall_time_s": state.wall_time_s,
         "mixed_precision": config.mixed_precision,

@@ -60,7 +60,7 @@ class TrainConfig:
     data_dir: str | None = batch(None, "folder from prepare_data.py, or its name on the Hub (required)", card=False)
     block_size: int | None = batch(None, "tokens per sequence; default: that of the prepared data", least=1)
     per_device_train_batch_size: str = batch(
-        "8", "sequences per forward pass and process; auto: the largest number that fits in memory"
+        "8", "sequences per forward pass and process; auto: the largest number that fits in memory", or_number=True
     )
     total_batch_size: int | None = batch(
         None, "tokens per optimizer step over all processes; default: those of one pass on each process", least=1
@@ -164,7 +164,9 @@ class TrainConfig:
     force_resume: bool = checkpoint(
         False, "resume although settings have changed, at the checkpoint's step in the new data order"
     )
-    max_train_time: str | None = checkpoint(None, "save and stop after this time: seconds, or hours:minutes:seconds")
+    max_train_time: str | None = checkpoint(
+        None, "save and stop after this time: seconds, or hours:minutes:seconds", or_number=True
+    )
     on_nonfinite: Literal["stop", "skip"] = checkpoint(
         "stop", "if the loss or gradient is NaN or infinite: stop the run before the update, or skip the update"
     )
@@ -240,9 +242,9 @@ class TrainConfig:
 
         Raises ValueError for any other format, and for zero.
         """
-        text = self.max_train_time
-        if text is None:
+        if self.max_train_time is None:
             return math.inf
+        text = str(self.max_train_time)
         if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", text):
             raise ValueError(
                 f"--max_train_time {text} is invalid; give seconds, or hours:minutes:seconds such as 11:50:00"

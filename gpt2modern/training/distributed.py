@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,6 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 from gpt2modern.errors import GPT2ModernError, first_line, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
+_RUNNING = threading.Lock()  # runs of one process would share torch's random numbers and Accelerate's state
+
 
 @contextlib.contextmanager
 def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator[tuple[Accelerator, Processes]]":
@@ -29,6 +32,11 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
     raises GPT2ModernError that names them. The Python process may enter another block later; after an error, only if
     the launch has a single process.
     """
+    if not _RUNNING.acquire(blocking=False):
+        raise GPT2ModernError(
+            "another run is training in this Python process; wait until it ends, or use a new process"
+        )
+    is_own = not AcceleratorState._shared_state  # an Accelerator that the caller has made stays as it is
     try:
         accelerator = build_accelerator(mixed_precision, ddp_timeout)
         processes = Processes(accelerator, ddp_timeout)
@@ -38,7 +46,8 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
         accelerator.free_memory()
         accelerator.end_training()
     finally:
-        if not torch.distributed.is_initialized():
+        _RUNNING.release()
+        if is_own and not torch.distributed.is_initialized():
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -205,9 +214,9 @@ class Processes:
             yield
         except GPT2ModernError as error:
             problem = str(error)
-        (problem,) = broadcast_object_list([problem])
-        if problem is not None:
-            raise GPT2ModernError(problem)
+        (of_main,) = broadcast_object_list([problem])
+        if of_main or problem:
+            raise GPT2ModernError(of_main or problem)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Call `action` on the main process only, and return its result, or raise its GPT2ModernError, on all."""
