@@ -634,7 +634,7 @@ def test_train_in_a_thread_raises_an_error_of_ours(data_dir, tmp_path):
         in_a_thread(config_for(tmp_path / "nothing", tmp_path / "run"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "README.md").write_text("precious")
-    with pytest.raises(GPT2ModernError, match=r"has a README\.md that no run"):
+    with pytest.raises(GPT2ModernError, match=r"contains a README\.md that was not written by a training run"):
         in_a_thread(config_for(data_dir, tmp_path / "thesis"))
     assert in_a_thread(config_for(data_dir, tmp_path / "run", save_steps=0))["steps"] == 2
 
