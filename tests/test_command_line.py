@@ -101,6 +101,12 @@ def test_a_file_wins_over_a_shipped_recipe_and_a_path_is_never_one(tmp_path, mon
 
 
 @pytest.mark.fault("F15 a wrong flag, recipe or batch size")
+def test_a_folder_of_the_same_name_does_not_hide_a_recipe(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("demo").name == "demo.yaml"
+
+
 def test_an_unknown_recipe_is_refused_with_the_shipped_ones():
     with pytest.raises(GPT2ModernError, match=r"--config dmeo: no such file or recipe; .*\bdemo\b"):
         parse_arguments(Example, ["--config", "dmeo"])

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -559,6 +561,8 @@ def test_every_preset_is_fitted_to_the_data(data_dir, tmp_path, preset):
 LOAD_ELSEWHERE = """
 import json, sys
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -637,6 +641,28 @@ def test_train_in_a_thread_raises_an_error_of_ours(data_dir, tmp_path):
     with pytest.raises(GPT2ModernError, match=r"contains a README\.md that was not written by a training run"):
         in_a_thread(config_for(data_dir, tmp_path / "thesis"))
     assert in_a_thread(config_for(data_dir, tmp_path / "run", save_steps=0))["steps"] == 2
+
+
+def test_a_second_run_in_the_same_process_is_refused(data_dir, tmp_path):
+    """Two runs would share random numbers: the second is refused while the first is at its first update."""
+    refused = []
+
+    def start_another(event, **details):
+        if event == "before_update" and not refused:
+            with pytest.raises(GPT2ModernError, match="another run is training in this Python process") as caught:
+                in_a_thread(config_for(data_dir, tmp_path / "second"))
+            refused.append(caught)
+
+    train_accelerate.train(config_for(data_dir, tmp_path / "first"), start_another)
+    assert len(refused) == 1 and not (tmp_path / "second").exists()
+
+
+def test_an_accelerator_of_the_caller_stays_as_it_is(data_dir, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    train_accelerate.train(config_for(data_dir, tmp_path / "run", save_steps=0))
+    assert accelerator.mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_two_precisions_in_one_process(data_dir, tmp_path):
