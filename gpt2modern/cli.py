@@ -138,6 +138,8 @@ def find_recipe(name: str) -> Path:
     installed = Path(__file__).parent / "recipes"
     folder = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
     recipes = {recipe.stem: recipe for recipe in sorted(folder.glob("*.yaml"))}
+    if name not in recipes and path.exists():
+        return path
     if name not in recipes:
         raise GPT2ModernError(f"--config {name}: no such file or recipe; the recipes are {', '.join(recipes)}")
     return recipes[name]

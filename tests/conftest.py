@@ -5,6 +5,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 import prepare_data
 from tests.support.folders import make_texts, run, write_jsonl
@@ -44,6 +46,14 @@ def text_dir() -> Path:
     if not folder:
         pytest.skip("GPT2_MODERN_TEXT_DIR names no folder with real texts")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left():
+    """Forget the Accelerator of a test: the next one may want another precision in the same process."""
+    yield
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -408,7 +408,10 @@ NOT_IMPORTED = {
     "unscaled attention": (lambda: gpt2(scale_attn_weights=False), "scale_attn_weights=False"),
     "tanh": (lambda: gpt2(activation_function="tanh"), "activation_function='tanh'"),
     "gated gelu": (lambda: llama(hidden_act="gelu"), "hidden_act='gelu'"),
-    "another class": (lambda: transformers.OPTForCausalLM(tiny_opt()), "OPTForCausalLM cannot be converted to GPT2-Modern"),
+    "another class": (
+        lambda: transformers.OPTForCausalLM(tiny_opt()),
+        "OPTForCausalLM cannot be converted to GPT2-Modern",
+    ),
     "another head": (lambda: transformers.LlamaModel(llama().config), "LlamaModel cannot be converted to GPT2-Modern"),
     "ours": (ours, "GPT2ModernForCausalLM cannot be converted to GPT2-Modern"),
 }

@@ -248,7 +248,7 @@ def test_torchrun_passes_sigterm_on(data_dir, start, undisturbed, tmp_path, faul
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=200)
-    stopped = re.search(r"stopped after step (\d+) as SIGTERM was received; saved in", output)
+    stopped = re.search(r"stopped after step (\d+) because SIGTERM was received; saved in", output)
     assert stopped and process.returncode != 0, output[-3000:]
     assert saved_steps(run)[-1] == int(stopped[1])
     assert start(run, "", "").wait() == [0, 0]
@@ -256,7 +256,7 @@ def test_torchrun_passes_sigterm_on(data_dir, start, undisturbed, tmp_path, faul
     fault_log("F6 SIGTERM, SIGINT, SIGUSR1, with data-loader workers")
 
 
-STOPPED = "stopped after step {} as {} was received; saved in"
+STOPPED = "stopped after step {} because {} was received; saved in"
 
 
 @pytest.mark.parametrize(
@@ -551,7 +551,7 @@ def test_a_skipped_step_leaves_its_update_out(start, undisturbed, tmp_path, faul
     fault = "nonfinite@7 nonfinite@8 nonfinite@24"
     trainer = start(run, *[""] * (num_processes - 1), fault, on_nonfinite="skip", max_nonfinite_steps=2)
     assert trainer.wait() == [0] * num_processes, trainer.output
-    assert trainer.output.count(": update skipped") == 3
+    assert trainer.output.count("; this update is skipped") == 3
     assert_same_weights(run, undisturbed(num_processes, "left_out@7 left_out@8 left_out@24"))
     assert [row["step"] for row in metrics(run) if row["loss"] is None] == [7, 8, 24]
     assert len((run / "nonfinite_steps.jsonl").read_text().splitlines()) == 3

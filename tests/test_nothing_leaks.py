@@ -110,7 +110,7 @@ def test_checksums_name_nothing_outside_of_the_checkpoint(tmp_path, name):
     checkpoint = save(tmp_path / "checkpoints", 1)
     checksums = json.loads((checkpoint / "checksums.json").read_text())
     (checkpoint / "checksums.json").write_text(json.dumps({name: "0" * 64} | checksums))
-    assert "is outside of the checkpoint" in find_problem(checkpoint)
+    assert "is outside the checkpoint" in find_problem(checkpoint)
 
 
 def test_code_of_a_model_folder_is_not_run(data_dir, tmp_path):

@@ -551,7 +551,7 @@ def wrong_files(tmp_path_factory) -> Path:
         ("short.txt --validation_file latin.txt", "latin.txt: byte 13 is not UTF-8"),
         ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv has no column 'body'"),
         ("short.txt --shard_index 0", "--shard_index 0 must be at least 0 and below --num_shards; give it, too"),
-        ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2 must be at least 0 and below --num_shards, 2"),
+        ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2 must be at least 0 and below --num_shards 2"),
         ("short.txt --max_tokens 5", "--max_tokens 5 works only with --streaming; use --max_documents instead"),
         ("short.txt --streaming --max_documents 5", "--streaming works only with a dataset of the Hub"),
         ("short.txt --sample_by line --separator x", "--separator and --sample_by line exclude each other"),

@@ -717,8 +717,8 @@ def own_calls(data_dir, output_dir):
     def is_own(code):
         if code not in product:
             path = Path(code.co_filename)
-            inside = path.is_relative_to(REPOSITORY) and not path.is_relative_to(REPOSITORY / "tests")
-            product[code] = path.relative_to(REPOSITORY).as_posix() if inside else None
+            place = path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else "elsewhere"
+            product[code] = None if place.startswith(("elsewhere", "tests/", ".venv/")) else place
         return product[code]
 
     def trace(frame, event, argument):

@@ -167,7 +167,10 @@ RECIPES = [
     train("--config deep.yaml", "--config deep.yaml is nested too deeply"),
     train("--config list.yaml", "--config list.yaml must have 'flag: value' lines, but"),
     train("--config no_value.yaml", "--config no_value.yaml: the key 'seed' is None; give one value"),
-    train("--config list_in_list.yaml", "--config list_in_list.yaml: the key 'sample_prompts' needs a value"),
+    train(
+        "--config list_in_list.yaml",
+        "--config list_in_list.yaml: the key 'sample_prompts' is [['a'], 'b']; give a value or a list of values",
+    ),
     train("--config latin.yaml", "--config latin.yaml is not valid YAML: 'utf-8' codec", "save it as UTF-8"),
     train("--config nan.yaml", "--learning_rate nan must be a finite number"),
 ]
