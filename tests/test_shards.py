@@ -243,7 +243,7 @@ def test_ctrl_c_is_one_line_and_the_run_can_go_on(tmp_path, flags, undisturbed, 
     os.killpg(process, signal.SIGINT)  # as a terminal does
     assert launcher.wait() == 130
     said = printed.read_bytes()[begin:].decode()
-    assert said.endswith("\nerror: interrupted\n") and "Traceback" not in said
+    assert said.endswith("\nerror: interrupted by the user (Ctrl-C)\n") and "Traceback" not in said
     run(tmp_path / "data", *flags, "--num_proc", 1)
     assert contents(tmp_path / "data") == undisturbed
 
