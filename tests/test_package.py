@@ -57,6 +57,11 @@ def test_the_wheel_has_no_generic_name_and_all_package_data(wheel):
     assert modules <= set(names)
 
 
+def plain_environment():
+    """Return the environment without the checkout in PYTHONPATH, where pip would find the project installed."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """A virtual environment with the wheel, whose dependencies are those that run this test."""
@@ -64,7 +69,7 @@ def installed(wheel, tmp_path_factory):
     venv.create(folder / "venv", with_pip=False)
     site = next((folder / "venv").glob("lib/python*/site-packages"))
     command = [sys.executable, "-m", "pip", "--python", str(folder / "venv"), "install", "--no-deps", "-q", str(wheel)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=folder, env=plain_environment())
     dependencies = Path(sys.executable).parents[1] / site.relative_to(folder / "venv")
     (site / "dependencies.pth").write_text(f"{dependencies}\n")
     for package in ("training", "eval"):  # the user's own, in the folder where he works
@@ -74,8 +79,7 @@ def installed(wheel, tmp_path_factory):
 
 
 def run_installed(folder, *command):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = plain_environment() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     program = str(folder / "venv" / "bin" / command[0])
     return subprocess.run(
         [program, *command[1:]], cwd=folder / "work", env=environment, capture_output=True, text=True, timeout=300
