@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	@echo "The model, its card and its records: $(DEMO)   (training_curves.png shows how it learned)"
 	@echo "More text from it:    $(BIN)/python -m eval.generate --model $(DEMO) --prompt 'for i in range('"
 	@echo "Train on your files:  $(BIN)/python prepare_data.py --train_file YOUR.txt --train_tokenizer 8192 --block_size 256 --output_dir data/mine"
-	@echo "A real run:           README.md, section 'A real run'"
+	@echo "A real run:           README.md, section 'Train'"
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not (fault and slow)"
