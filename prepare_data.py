@@ -15,16 +15,17 @@ The folder holds (training reads it with `gpt2modern.data.blocks.PackedBlocks`):
     manifest.json                          settings, counts, sha256 of shards and tokenizer; written last
     report.html                            the counts, and a histogram of document lengths
     tokenizer/                             a transformers tokenizer
-    train/shard-00000-of-00001/            `datasets` folder: input_ids, block_size + 1 tokens a row, and num_tokens
-    validation/shard-00000-of-00001/
+    train/data-00000-of-00001.arrow        rows of block_size tokens: input_ids, and labels, which are equal
+    validation/data-00000-of-00001.arrow
+    README.md, *.json                      by which `datasets` opens the folder (load_dataset, load_from_disk)
 
 Order. The source is divided into pieces, ranges of bytes or rows. `--shuffle_seed` shuffles them before they are
 distributed over the shards; in a shard, documents are shuffled again, 32 MB at a time. The output does not depend on
 the number of processes, or of machines with `--shard_index`. A killed run resumes where it stopped.
 
-Tokens. Each document ends with EOS, and each shard starts with one more EOS. `concat` cuts one stream of tokens into
-rows of block_size + 1 tokens; the last token of a row is also the first of the next row, so that every token is a
-target exactly once. `best_fit` does not cut a document that fits into a block.
+Tokens. Each document ends with EOS. `concat` cuts one stream of tokens into rows of block_size tokens; the trainer
+reads the stream, so that every token is a target exactly once. `best_fit` does not cut a document that fits into a
+block.
 """
 
 import sys
@@ -36,10 +37,11 @@ import transformers
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, settings_of
+from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, settings_of, write_dataset_files
 from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
-from gpt2modern.data.publishing import print_summary, push_to_hub, report_page
+from gpt2modern.data.publishing import dataset_card, print_summary, push_to_hub, report_page
+from gpt2modern.data.rows import schema_of
 from gpt2modern.data.shards import Job, read_receipt, write_validation
 from gpt2modern.data.sources import AnyDataset, open_source, open_validation
 from gpt2modern.data.splits import choose_rule
@@ -124,8 +126,10 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
         held_out = write_validation(job, None)
     sizes = {"dtype": encoder.dtype, "vocab_size": vocabulary_size(tokenizer), "eos_token_id": encoder.eos_token_id}
     shards = [read_receipt(job, index) for index in range(num_shards)]
+    schema = schema_of(encoder.dtype, config.packing)
+    write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
-    finish(output_dir, manifest, report_page(manifest))
+    finish(output_dir, manifest, report_page(manifest), dataset_card(manifest, output_dir.name))
     print_summary(output_dir, manifest, time.perf_counter() - started)
     return manifest
 

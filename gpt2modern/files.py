@@ -31,6 +31,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def described(path: Path) -> dict[str, Any]:
+    """Return the size in bytes and the SHA-256 of a file: {"size": ..., "sha256": ...}."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on disk (fsync). Raises OSError if that fails."""
     descriptor = os.open(path, os.O_RDONLY)

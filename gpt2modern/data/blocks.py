@@ -1,15 +1,14 @@
-"""Read a folder written by prepare_data.py: memory-mapped blocks of tokens, each read in O(1)."""
+"""Read a folder written by prepare_data.py: blocks of tokens, each read from its place in a file."""
 
 import bisect
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from gpt2modern.data.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
+from gpt2modern.data.rows import Segment, open_rows, schema_of
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import sha256_of
 
@@ -19,11 +18,11 @@ IGNORE_INDEX = -100  # transformers' label for "no target"
 class PackedBlocks(torch.utils.data.Dataset):
     """Read the blocks of one split of a prepared folder: block_size + 1 tokens each, so each position has a target.
 
-    A row on disk holds the manifest's block size + 1 tokens and the number of its real targets (tokens 1, 2, ...); the
-    rest is padding, which is returned as IGNORE_INDEX. Data packed "concat" is one stream per shard and can be read
-    with any `block_size` (the last block of a shard is padded). Data packed "best_fit" has one block size.
-    data_dir: a folder, or the name of a dataset on the Hub. Pickling keeps only the arguments: a worker process maps
-    the files again.
+    Every token on disk is a target once. The token before the first target is the previous one of the text, or EOS at
+    the start of a document or shard. Data packed "concat" is one stream per shard and can be read with any `block_size`
+    (the last block of a shard is padded); "best_fit" has one block size, and a block is one row. Padding is returned as
+    IGNORE_INDEX. data_dir: a folder, or the name of a dataset on the Hub. Pickling keeps only the arguments: a worker
+    process opens the files again.
 
     manifest: content of manifest.json. tokens: number of real targets in the split. bytes_per_token: mean UTF-8 bytes
     of text per token, which converts nats per token to bits per byte.
@@ -39,6 +38,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         counts = splits[split]
         self.row_size: int = self.manifest["block_size"]
         self.block_size: int = self.row_size if block_size is None else block_size
+        self.eos_token_id: int = self.manifest["eos_token_id"]
         self.packing: str = self.manifest["packing"]
         _require(self.block_size >= 1, f"--block_size {block_size} must be at least 1")
         _require(
@@ -48,23 +48,22 @@ class PackedBlocks(torch.utils.data.Dataset):
         )
         _require(counts["tokens"] > 0, f"{self.data_dir}: the split {split!r} has no tokens; prepare it from more text")
         self.vocab_size: int = self.manifest["vocab_size"]
-        self.eos_token_id: int = self.manifest["eos_token_id"]
         self.tokens: int = counts["tokens"]
         self.bytes_per_token: float = counts["bytes"] / counts["tokens"]
 
         self._check_files(checksum=False)
         self.tokenizer_files = read_tokenizer_files(self.data_dir)
-        shards = [self._map_shard(shard) for shard in counts["shards"]]
-        self._chunks = [chunk for chunks, _ in shards for chunk in chunks]
-        # (rows,) real targets of each row; concat needs no array, as only the last row of a shard is not full.
-        self._row_tokens = np.concatenate([tokens for _, tokens in shards]) if self.packing == "best_fit" else None
-        # Entry i: number of rows before chunk i; of rows, and of blocks, before shard i. The last entry is the total.
-        self._chunk_starts = [0, *itertools.accumulate(map(len, self._chunks))]
-        shard_rows = np.array([shard["rows"] for shard in counts["shards"]])
-        self._shard_tokens = np.array([shard["tokens"] for shard in counts["shards"]])
-        shard_blocks = shard_rows if self.packing == "best_fit" else -(-self._shard_tokens // self.block_size)
-        self._row_starts = np.concatenate([[0], np.cumsum(shard_rows)])
-        self._block_starts = np.concatenate([[0], np.cumsum(shard_blocks)])
+        self._segments: list[Segment] = []
+        # Entry i: number of tokens before segment i, before shard i, before block i of best_fit. The last is the total.
+        self._segment_starts = [0]
+        opened = [self._open_shard(shard) for shard in counts["shards"]]
+        self._shard_starts = _starts([shard["tokens"] for shard in counts["shards"]])
+        if self.packing == "best_fit":
+            self._row_starts = _starts(np.concatenate([lengths for lengths, _ in opened]))
+            self._previous_tokens = np.concatenate([previous for _, previous in opened])
+            self._block_starts = _starts([shard["rows"] for shard in counts["shards"]])
+        else:
+            self._block_starts = _starts(-(-np.diff(self._shard_starts) // self.block_size))
 
     def __len__(self) -> int:
         return int(self._block_starts[-1])
@@ -77,25 +76,27 @@ class PackedBlocks(torch.utils.data.Dataset):
         """Return blocks in the order of `indices`: (len(indices), block_size + 1) int64, IGNORE_INDEX where there is
         padding. A DataLoader calls this once per batch; give the DataLoader an identity `collate_fn`."""
         blocks = self._checked(indices)
-        shard, start = self._shard_and_start(blocks)
-        tokens = self._read(shard, start)
-        num_targets = self._num_targets(blocks, shard, start)
-        for padded in (num_targets < self.block_size).nonzero()[0]:
-            tokens[padded, 1 + num_targets[padded] :] = IGNORE_INDEX
-        if (largest := tokens.max(initial=0)) >= self.vocab_size:  # an embedding would read beyond its table
+        starts, sizes, previous = self._places(blocks)
+        out = np.empty((len(blocks), self.block_size + 1), dtype=np.int64)
+        for block, start, size, token in zip(out, starts.tolist(), sizes.tolist(), previous.tolist(), strict=True):
+            is_read = token < 0  # with the targets, as it is the token before them in the file
+            block[0] = token
+            self._read(block[1 - is_read : 1 + size], start - is_read)
+            block[1 + size :] = IGNORE_INDEX
+        if (largest := out.max(initial=0)) >= self.vocab_size:  # an embedding would read beyond its table
             raise GPT2ModernError(
                 f"{self.data_dir / self.split} has token id {largest}, but the manifest says vocab_size "
                 f"{self.vocab_size}; prepare the data again"
             )
-        return torch.from_numpy(tokens)
+        return torch.from_numpy(out)
 
     def __reduce__(self):
         return type(self), (self.data_dir, self.split, self.block_size)
 
     def num_targets(self, indices: Sequence[int]) -> int:
         """Return the total number of real targets in the given blocks, by which to divide their summed loss."""
-        blocks = self._checked(indices)
-        return int(self._num_targets(blocks, *self._shard_and_start(blocks)).sum())
+        _, sizes, _ = self._places(self._checked(indices))
+        return int(sizes.sum())
 
     @property
     def tokenizer_path(self) -> Path:
@@ -120,62 +121,66 @@ class PackedBlocks(torch.utils.data.Dataset):
             raise IndexError(f"block index out of range: the split {self.split} has {len(self)} blocks")
         return blocks
 
-    def _num_targets(self, blocks: np.ndarray, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """Return (n,) real targets per block, given the blocks' numbers, shards and starts (see `_shard_and_start`)."""
-        if self._row_tokens is not None:
-            return self._row_tokens[blocks]
-        return np.minimum(self._shard_tokens[shard] - start, self.block_size)
-
-    def _shard_and_start(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return for (n,) block numbers their (n,) shards and (n,) offsets, in targets, from the start of the shard."""
+    def _places(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return for (n,) block numbers the place of their first target in the split, their number of targets, and the
+        token before the first target, or -1 if that is the previous one of the split; all int64."""
+        if self.packing == "best_fit":
+            starts = self._row_starts[blocks]
+            return starts, self._row_starts[blocks + 1] - starts, self._previous_tokens[blocks].astype(np.int64)
         shard = np.searchsorted(self._block_starts, blocks, side="right") - 1
-        return shard, (blocks - self._block_starts[shard]) * self.block_size
+        starts = self._shard_starts[shard] + (blocks - self._block_starts[shard]) * self.block_size
+        sizes = np.minimum(self._shard_starts[shard + 1] - starts, self.block_size)
+        return starts, sizes, np.where(starts == self._shard_starts[shard], self.eos_token_id, -1)
 
-    def _read(self, shard: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """Return (n, block_size + 1) int64 tokens of blocks; positions past the end of a shard stay uninitialized."""
-        rows, offsets = np.divmod(start, self.row_size)
-        rows, ends = rows + self._row_starts[shard], self._row_starts[shard + 1]
-        out = np.empty((len(rows), self.block_size + 1), dtype=np.int64)
-        # One copy a row: gathering whole rows by index arrays is 2 to 10 times slower where another size is cut.
-        for block, row, offset, end in zip(out, rows.tolist(), offsets.tolist(), ends.tolist(), strict=True):
-            filled = 0
-            while filled <= self.block_size and row < end:
-                chunk = bisect.bisect_right(self._chunk_starts, row) - 1
-                piece = self._chunks[chunk][row - self._chunk_starts[chunk], offset : offset + len(block) - filled]
-                block[filled : filled + len(piece)] = piece
-                filled += len(piece)
-                row, offset = row + 1, 1  # the first token of the next row is the last one of this
-        return out
+    def _read(self, out: np.ndarray, start: int) -> None:
+        """Copy the tokens of the split from number `start` on to `out`, (n,) int64."""
+        while len(out):
+            index = bisect.bisect_right(self._segment_starts, start) - 1
+            tokens = self._segments[index].read(start - self._segment_starts[index], len(out))
+            out[: len(tokens)] = tokens
+            out, start = out[len(tokens) :], start + len(tokens)
 
-    def _map_shard(self, shard: dict) -> tuple[list[np.ndarray], np.ndarray]:
-        """Memory-map a shard. Returns its record batches, each (rows, row_size + 1), and (rows,) real targets per row.
+    def _open_shard(self, shard: dict) -> tuple[np.ndarray, np.ndarray | None]:
+        """Open a shard and add its segments. Returns (rows,) tokens per row and, for best_fit, (rows,) previous tokens.
 
         Raises GPT2ModernError if the columns or counts differ from those in the manifest.
         """
         path = self.data_dir / shard["path"]
-        files = [path / name for name in sorted(shard["files"]) if name.endswith(".arrow")]
-        tokens = pa.list_(pa.type_for_alias(self.manifest["dtype"]), self.row_size + 1)
-        expected = pa.schema({"input_ids": tokens, "num_tokens": pa.int32()})
         try:
-            table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
-            found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (table.schema, expected))
-            problem = f"mixed formats: the shard has the columns {found}, but the manifest says {wanted}"
-            _require(table.schema.equals(expected), f"{path}: {problem}; prepare the data again")
-            chunks = table["input_ids"].chunks
-            rows = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1) for chunk in chunks]
+            schema, segments, lengths, previous = open_rows(path)
         except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
-            raise GPT2ModernError(f"{[*files, path][0]}: cannot be read ({error}); prepare the data again") from error
-        num_tokens = table["num_tokens"].to_numpy()
-        for name, count in {"rows": len(table), "tokens": num_tokens.sum(dtype=np.int64)}.items():
+            raise GPT2ModernError(f"{path}: cannot be read ({error}); prepare the data again") from error
+        expected = schema_of(self.manifest["dtype"], self.packing)
+        found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (schema, expected))
+        problem = f"mixed formats: the shard has the columns {found}, but the manifest says {wanted}"
+        _require(schema.equals(expected), f"{path}: {problem}; prepare the data again")
+        is_concat = self.packing == "concat"
+        if (lengths[: -1 if is_concat else 0] != self.row_size).any() or (
+            (lengths < 1) | (lengths > self.row_size)
+        ).any():
+            raise GPT2ModernError(
+                f"{path}: mixed formats: the rows have {lengths.min()} to {lengths.max()} tokens, which is invalid for "
+                f"packing {self.packing} with block size {self.row_size}; prepare the data again"
+            )
+        last = int(lengths[-1]) if is_concat and len(lengths) else 1
+        repeated = int(lengths.sum()) - shard["tokens"]  # by the last row of concat
+        tokens = shard["tokens"] if 0 <= repeated < last else lengths.sum()
+        for name, count in {"rows": len(lengths), "tokens": tokens}.items():
             problem = f"{path} has {count} {name}, but the manifest says {shard[name]}; prepare the data again"
             _require(count == shard[name], problem)
-        full = num_tokens[:-1] if self.packing == "concat" else num_tokens[:0]
-        _require(
-            (full == self.row_size).all() and ((num_tokens >= 1) & (num_tokens <= self.row_size)).all(),
-            f"{path}: mixed formats: the rows have {num_tokens.min()} to {num_tokens.max()} tokens, which is invalid "
-            f"for packing {self.packing} with block size {self.row_size}; prepare the data again",
-        )
-        return rows, num_tokens
+        if repeated:
+            before, row = segments[-1].split(segments[-1].size - last)
+            segments[-1:] = [before, row.split(repeated)[1]]
+        for segment in segments:
+            if segment.size:
+                self._segments.append(segment)
+                self._segment_starts.append(self._segment_starts[-1] + segment.size)
+        return lengths, previous
+
+
+def _starts(sizes: Sequence[int]) -> np.ndarray:
+    """Return (len(sizes) + 1,) int64: how many items are before each part of the given sizes, and in total."""
+    return np.append(0, np.cumsum(sizes, dtype=np.int64))
 
 
 def _require(condition: bool, problem: str | None) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
-from xxhash import xxh3_128
+import pyarrow as pa
+from xxhash import xxh3_64, xxh3_128
 
 from gpt2modern.data.config import ALWAYS, FILES, HUB, PrepareConfig
 from gpt2modern.data.manifest import TOKENIZER_FILES, find_problems, read_manifest
@@ -97,9 +98,30 @@ def folder_in_preparation(output_dir: Path, settings: dict, *, shared: bool) -> 
         ) from error
 
 
-def finish(output_dir: Path, manifest: dict, report: str) -> None:
-    """Write the report and then the manifest, which marks the folder as finished; then remove the workspace."""
+def write_dataset_files(output_dir: Path, schema: pa.Schema, splits: dict[str, list[dict]]) -> None:
+    """Write the JSON files with which `datasets.load_from_disk` opens the folder or one of its splits.
+
+    schema: of the Arrow files. splits: for each split, the receipts of its shards.
+    """
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
+    for split, receipts in splits.items():
+        info.write_to_directory(output_dir / split)
+        state = dict.fromkeys(("_format_columns", "_format_type")) | {
+            "_format_kwargs": {},
+            "_output_all_columns": False,
+        }
+        state["_data_files"] = [{"filename": Path(receipt["shard"]["path"]).name} for receipt in receipts]
+        checksums = "".join(receipt["file"]["sha256"] for receipt in receipts)
+        state["_fingerprint"] = xxh3_64(checksums.encode()).hexdigest()
+        write_json(output_dir / split / "state.json", state | {"_split": split})
+    write_json(output_dir / "dataset_dict.json", {"splits": list(splits)})
+
+
+def finish(output_dir: Path, manifest: dict, report: str, card: str) -> None:
+    """Write the report, the dataset card and then the manifest, which marks the folder as finished; then remove the
+    workspace."""
     write_file(output_dir / "report.html", report)
+    write_file(output_dir / "README.md", card)
     # Written in the workspace and then moved, so that a killed process leaves no temporary file in the folder.
     write_json(output_dir / WORKSPACE / "manifest.json", manifest)
     (output_dir / WORKSPACE / "manifest.json").rename(output_dir / "manifest.json")

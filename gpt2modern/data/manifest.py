@@ -13,9 +13,9 @@ import huggingface_hub
 
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.files import is_hub_name, sha256_of
+from gpt2modern.files import described, is_hub_name, sha256_of
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHOICES = {"dtype": ("uint16", "uint32"), "packing": ("concat", "best_fit")}
 # Files of `tokenizer/` that are copied into a model's folder; any other could be mistaken for weights or code.
 TOKENIZER_FILES = (
@@ -37,7 +37,7 @@ def local_folder(data_dir: str | Path) -> Path:
         folder = Path(fetch(revision=None, allow_patterns=["manifest.json"]))
         names = [path.relative_to(folder).as_posix() for path, _ in recorded_files(folder, read_manifest(folder))]
         # The folder of a snapshot is named after its commit: both calls have to take the same one.
-        return Path(fetch(revision=folder.name, allow_patterns=["manifest.json", "tokenizer/*", *names]))
+        return Path(fetch(revision=folder.name, allow_patterns=["manifest.json", *names]))
     except GPT2ModernError:
         raise
     except Exception as error:  # the network, the Hub or the disk failed
@@ -51,7 +51,7 @@ def build_manifest(
     config: PrepareConfig, settings: dict, vocabulary: dict, rule: str, shards: list[dict], validation: dict
 ) -> dict:
     """Build the content of manifest.json. vocabulary: dtype, vocab_size and eos_token_id. rule: describes which
-    documents are held out. shards, validation: the receipts (counts and files) of the written shards."""
+    documents are held out. shards, validation: the receipts (counts and file) of the written shards."""
     splits = {}
     for split, written in {"train": shards, "validation": [validation]}.items():
         summed = ("documents", "bytes", "tokens", "rows", "cut_documents")
@@ -60,8 +60,10 @@ def build_manifest(
         lengths = [sum(each) for each in zip(*(each["document_lengths"] for each in written), strict=True)]
         counts["document_lengths"] = {str(2**i): count for i, count in enumerate(lengths) if count}
         splits[split] = counts | {"shards": [each["shard"] for each in written]}
-    folder = Path(config.output_dir) / "tokenizer"
-    files = {p.name: {"size": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir())}
+    folder = Path(config.output_dir)
+    files = {each["shard"]["path"]: each["file"] for each in [*shards, validation]}
+    others = [*folder.glob("tokenizer/*"), *folder.glob("*/*.json"), folder / "dataset_dict.json"]
+    files |= {path.relative_to(folder).as_posix(): described(path) for path in others}
     manifest = {
         "format_version": FORMAT_VERSION,
         "block_size": config.block_size,
@@ -71,8 +73,7 @@ def build_manifest(
         "validation_rule": rule,
         "tokenizer": {
             "name": config.tokenizer_name and Path(config.tokenizer_name).name,
-            "sha256": files["tokenizer.json"]["sha256"],
-            "files": files,
+            "sha256": files["tokenizer/tokenizer.json"]["sha256"],
         },
         "source": {
             "name": config.dataset_name or [Path(name).name for name in config.train_file or []] or "dataset",
@@ -82,6 +83,7 @@ def build_manifest(
         },
         "settings": settings,
         "splits": splits,
+        "files": dict(sorted(files.items())),
     }
     return manifest | {"checksum": checksum_of(manifest)}
 
@@ -109,17 +111,11 @@ def read_manifest(data_dir: str | Path) -> dict:
 
 
 def recorded_files(data_dir: Path, manifest: dict, splits: Iterable[str] | None = None) -> Iterator[tuple[Path, dict]]:
-    """Yield the path and record ({size, sha256}) of each file of the tokenizer and of `splits` (None: all splits).
-
-    If the manifest does not list the tokenizer's files, only its tokenizer.json is yielded.
-    """
-    named = {"tokenizer.json": {"sha256": manifest["tokenizer"]["sha256"]}}
-    for name, recorded in manifest["tokenizer"].get("files", named).items():
-        yield data_dir / "tokenizer" / name, recorded
-    for split in manifest["splits"] if splits is None else splits:
-        for shard in manifest["splits"][split]["shards"]:
-            for name, recorded in shard["files"].items():
-                yield data_dir / shard["path"] / name, recorded
+    """Yield the path and record ({size, sha256}) of each file of a prepared folder; with `splits`, only of the
+    tokenizer and these splits."""
+    for name, recorded in manifest["files"].items():
+        if splits is None or Path(name).parts[0] in ("tokenizer", *splits):
+            yield data_dir / name, recorded
 
 
 def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
@@ -182,12 +178,14 @@ def _contradiction(manifest: dict) -> str | None:
     if block_size < 1 or not 0 <= eos_token_id < vocab_size:
         return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} contradict each other"
     _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
+    for name, recorded in manifest["files"].items():
+        _ = recorded["sha256"]
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"the file {name!r} is outside of the folder"
     for split, counts in manifest["splits"].items():
         _integers(counts, "documents", "bytes", "cut_documents", "rows", "tokens", "padding")
-        for path, recorded in recorded_files(Path(), manifest, [split]):
-            _ = recorded["sha256"]
-            if path.is_absolute() or ".." in path.parts:
-                return f"the file {str(path)!r} of the split {split} is outside of the folder"
+        if unknown := {shard["path"] for shard in counts["shards"]} - set(manifest["files"]):
+            return f"the file {min(unknown)!r} of the split {split} is not listed with its sha256"
         shards = [_integers(shard, "rows", "tokens") for shard in counts["shards"]]
         rows, tokens = (sum(shard[i] for shard in shards) for i in range(2))
         if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):

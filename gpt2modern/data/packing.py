@@ -1,7 +1,7 @@
-"""Pack encoded documents into rows of block_size + 1 tokens.
+"""Pack encoded documents into rows of at most block_size tokens.
 
-A row's first token is context only; its next `num_tokens` tokens are targets; the rest, if any, is padding with EOS.
-Each token of each document, and of the EOS that follows it, is a target exactly once.
+Each token of each document, and of the EOS that follows it, is in exactly one row. Only the last row of "concat"
+repeats tokens, so that it is as long as the others.
 """
 
 from typing import NamedTuple
@@ -10,22 +10,26 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Hold rows. input_ids: (rows, block_size + 1), uint16 or uint32; num_tokens: (rows,) int32 targets per row."""
+    """Hold rows. input_ids: tokens of all rows in sequence, uint16 or uint32; lengths: (rows,) int64 tokens per row;
+    previous_tokens: (rows,) the token before each row in its document, EOS if the row starts with a document."""
 
     input_ids: np.ndarray
-    num_tokens: np.ndarray
+    lengths: np.ndarray
+    previous_tokens: np.ndarray
 
 
 class ConcatPacker:
-    """Join documents to one stream and cut it every block_size tokens; only the last row has padding.
+    """Join documents to one stream and cut it every block_size tokens.
 
-    A row starts with the last token of the previous row (the first row with EOS), so that the stream can be cut again
-    to another block size. cut_documents: number of documents that are spread over more than one row.
+    The last row ends with the stream and starts block_size tokens before, so that all rows have the same length unless
+    the stream is shorter than one row. cut_documents: number of documents that are spread over more than one row.
     """
 
     def __init__(self, block_size: int, eos_token_id: int, dtype: str):
-        self.block_size, self.eos_token_id, self.cut_documents = block_size, eos_token_id, 0
-        self._rest = np.array([eos_token_id], dtype=dtype)  # context, and the targets that do not fill a row yet
+        self.block_size, self.cut_documents = block_size, 0
+        self._written = np.empty(0, dtype=dtype)  # the last row
+        self._rest = np.empty(0, dtype=dtype)  # tokens that do not fill a row yet
+        self._previous = np.array([eos_token_id], dtype=dtype)
         self._tokens = 0
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> Rows:
@@ -34,26 +38,28 @@ class ConcatPacker:
         self.cut_documents += int(((ends - lengths) // self.block_size != (ends - 1) // self.block_size).sum())
         self._tokens += len(ids)
         tokens = np.concatenate([self._rest, ids])
-        count = (len(tokens) - 1) // self.block_size
-        self._rest = tokens[count * self.block_size :].copy()
-        rows = np.lib.stride_tricks.as_strided(
-            tokens, (count, self.block_size + 1), (self.block_size * tokens.itemsize, tokens.itemsize), writeable=False
-        )
-        return Rows(rows, np.full(count, self.block_size, dtype=np.int32))
+        count = len(tokens) // self.block_size
+        full, self._rest = np.split(tokens, [count * self.block_size])
+        return self._rows(full, count)
 
     def finish(self) -> Rows:
-        """Return the last row, padded with EOS, or no row if no tokens are left."""
-        left = len(self._rest) - 1
-        row = np.full((1, self.block_size + 1), self.eos_token_id, dtype=self._rest.dtype)
-        row[0, : left + 1] = self._rest
-        return Rows(row[: min(left, 1)], np.array([left], dtype=np.int32)[: min(left, 1)])
+        """Return the last row, or no row if no tokens are left."""
+        repeated = self._written[len(self._rest) :] if len(self._rest) else self._rest
+        return self._rows(np.concatenate([repeated, self._rest]), min(len(self._rest), 1))
+
+    def _rows(self, tokens: np.ndarray, count: int) -> Rows:
+        rows = tokens.reshape(count, -1) if count else tokens.reshape(0, self.block_size)
+        previous = np.concatenate([self._previous, rows[:, -1]])
+        self._previous = previous[-1:]
+        self._written = rows[-1].copy() if count else self._written
+        return Rows(tokens, np.full(count, rows.shape[1]), previous[:-1])
 
 
 class BestFitPacker:
     """Pack by best-fit-decreasing (arXiv:2404.10830): a document that fits, with its EOS, into a block is not cut.
 
-    Longer documents are cut every block_size tokens. A row starts with EOS, or, if it continues a document, with that
-    document's previous token. At least WINDOW_TOKENS tokens are collected and packed together; then memory is freed.
+    Longer documents are cut every block_size tokens. At least WINDOW_TOKENS tokens are collected and packed together;
+    then memory is freed.
     """
 
     WINDOW_TOKENS = 1 << 24
@@ -66,7 +72,7 @@ class BestFitPacker:
         """Add documents as `ConcatPacker.add` does. Returns no rows until WINDOW_TOKENS are collected, then all."""
         self._waiting.append((ids, lengths))
         full = sum(len(ids) for ids, _ in self._waiting) >= self.WINDOW_TOKENS
-        return self.finish() if full else Rows(np.empty((0, self.block_size + 1), self.dtype), np.empty(0, np.int32))
+        return self.finish() if full else Rows(*(np.empty(0, dtype) for dtype in (self.dtype, np.int64, self.dtype)))
 
     def finish(self) -> Rows:
         """Pack the collected documents and return their rows."""
@@ -76,14 +82,16 @@ class BestFitPacker:
         self.cut_documents += int((lengths > self.block_size).sum())
         starts, lengths, continued = self._parts(lengths)
         bins, offsets, count = best_fit(lengths, self.block_size)
-        # Token k of part p goes from starts[p] + k of the ids to 1 + offsets[p] + k of its row.
+        row_lengths = np.bincount(bins, weights=lengths, minlength=count).astype(np.int64)
+        # Token k of part p goes from ids[starts[p] + k] to place row_starts[bins[p]] + offsets[p] + k.
+        places = (np.cumsum(row_lengths) - row_lengths)[bins] + offsets
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows = np.full((count, self.block_size + 1), self.eos_token_id, dtype=self.dtype)
-        places = np.repeat(bins * (self.block_size + 1) + 1 + offsets, lengths) + within
-        rows.ravel()[places] = ids[np.repeat(starts, lengths) + within]
+        packed = np.empty_like(ids)
+        packed[np.repeat(places, lengths) + within] = ids[np.repeat(starts, lengths) + within]
+        previous = np.full(count, self.eos_token_id, dtype=self.dtype)
         first = continued & (offsets == 0)
-        rows[bins[first], 0] = ids[starts[first] - 1]
-        return Rows(rows, np.bincount(bins, weights=lengths, minlength=count).astype(np.int32))
+        previous[bins[first]] = ids[starts[first] - 1]
+        return Rows(packed, row_lengths, previous)
 
     def _parts(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Cut documents into parts of at most block_size tokens. Returns each part's start in the ids, its number of

@@ -47,7 +47,7 @@ def report_page(manifest: dict) -> str:
 def dataset_card(manifest: dict, repo_id: str) -> str:
     """Return the text of the dataset's README.md, whose metadata tells `load_dataset` the files of each split."""
     source, name = manifest["source"]["name"], repo_id.split("/")[-1]
-    files = [{"split": split, "path": f"{split}/*/*.arrow"} for split in manifest["splits"]]
+    files = [{"split": split, "path": f"{split}/*.arrow"} for split in manifest["splits"]]
     data = DatasetCardData(
         pretty_name=name,
         tags=["gpt2-modern", "packed"],
@@ -66,10 +66,9 @@ Packed token blocks for training a language model: {_summary(manifest)}.
 
 {table}
 
-Each row holds `input_ids`, block_size + 1 = {manifest["block_size"] + 1} tokens of which the first is context only, and
-`num_tokens`, the number of targets after it. The rest of a row is padding with EOS (id {manifest["eos_token_id"]}).
-Documents end with EOS. The tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of shards and
-tokenizer.
+Each row holds `input_ids`, {"" if manifest["packing"] == "concat" else "at most "}{manifest["block_size"]} tokens, and
+`labels`, the same tokens (Trainer and TRL shift them). Documents end with EOS (id {manifest["eos_token_id"]}). The
+tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of every file.
 
 ```python
 from datasets import load_dataset
@@ -77,7 +76,7 @@ from datasets import load_dataset
 blocks = load_dataset("{repo_id}")
 ```
 
-GPT2-Modern trains on it by name: `--data_dir {repo_id}`.
+GPT2-Modern trains on it: `--data_dir {repo_id}`.
 """
 
 

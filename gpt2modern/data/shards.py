@@ -1,10 +1,10 @@
-"""Write shards, the folders of a split: one process reads, encodes, packs and writes a shard, completely or not at all.
+"""Write shards, the files of a split: one process reads, encodes, packs and writes a shard, completely or not at all.
 
 The documents of a shard pass through `datasets.map`, which marks those held out for validation; then they are
-collected to windows of about 32 MB, and each window is shuffled, encoded, packed and written in the format of
-`datasets`. A shard is built under a temporary name and renamed; then its receipt (a file with its counts and checksums)
-is written, with which a resumed run finds and verifies finished shards. The content of a shard depends only on the
-settings, not on the number of processes or machines.
+collected to windows of about 32 MB, and each window is shuffled, encoded, packed and written as an Arrow file. A shard
+is built under a temporary name and renamed; then its receipt (a file with its counts and checksums) is written, with
+which a resumed run finds and verifies finished shards. The content of a shard depends only on the settings, not on the
+number of processes or machines.
 """
 
 import json
@@ -21,17 +21,16 @@ import pyarrow.compute as pc
 
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.documents import COLUMN, array_of
-from gpt2modern.data.packing import PACKERS, Rows
+from gpt2modern.data.packing import PACKERS
+from gpt2modern.data.rows import RowWriter, schema_of
 from gpt2modern.data.sources import Source
 from gpt2modern.data.splits import ValidationRule, hash_documents, is_not_empty
 from gpt2modern.data.tokenizing import Encoder, check_engine
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import atomic_folder, locked, sha256_of, write_json
+from gpt2modern.files import atomic_folder, described, flush_to_disk, locked, sha256_of, write_json
 
 WINDOW_BYTES = 32 << 20  # of text, shuffled together and so held in memory by a process
 BATCH_BYTES = 8 << 20  # of text, encoded and packed together
-ROWS_PER_BATCH = 1000  # in an Arrow record batch, as `datasets` writes
-DATA_FILE = "data-00000-of-00001.arrow"
 RECEIPT_FILE = "receipt.json"
 HELD_OUT_FILE = "held_out_tokens.arrow"
 HELD_OUT_IDS = pa.large_list(pa.uint32())
@@ -51,7 +50,7 @@ class Job:
     workspace: Path  # for unfinished files; in output_dir, so that a rename can move them
 
     def shard_path(self, index: int) -> Path:
-        return self.output_dir / "train" / f"shard-{index:05d}-of-{self.num_shards:05d}"
+        return self.output_dir / "train" / f"data-{index:05d}-of-{self.num_shards:05d}.arrow"
 
     def receipt_dir(self, index: int) -> Path:
         """Return the folder of a shard's receipt (counts, sha256) and held-out documents, kept until the run ends."""
@@ -94,31 +93,28 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         if is_finished(job, index):
             return
         receipt_dir, path = job.receipt_dir(index), job.shard_path(index)
-        for stale in (receipt_dir, path):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(receipt_dir, ignore_errors=True)
         counts = Counts()
-        with atomic_folder(receipt_dir) as receipt_build, atomic_folder(path, job.workspace) as build:
-            with pa.ipc.new_stream(str(receipt_build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
+        with atomic_folder(receipt_dir) as build:
+            with pa.ipc.new_stream(str(build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
                 documents = encode_documents(job, job.source, job.rule, counts, index, held_out, is_stopped)
                 nothing = f"--num_shards {job.num_shards}: shard {index} has no training documents; use fewer shards"
                 receipt = write_rows(documents, build, path, job, counts, nothing)
-            receipt["held_out_tokens_sha256"] = sha256_of(receipt_build / HELD_OUT_FILE)
-            write_json(receipt_build / RECEIPT_FILE, receipt)
+            receipt["held_out_tokens_sha256"] = sha256_of(build / HELD_OUT_FILE)
+            write_json(build / RECEIPT_FILE, receipt)
 
 
 def write_validation(job: Job, source: Source | None) -> dict:
     """Write the validation shard and return its receipt. source: its documents; None: those held out for validation."""
-    path, counts = job.output_dir / "validation" / "shard-00000-of-00001", Counts()
-    shutil.rmtree(path, ignore_errors=True)
+    path, counts = job.output_dir / "validation" / "data-00000-of-00001.arrow", Counts()
     rule = ValidationRule("file")
     documents = held_out_documents(job) if source is None else encode_documents(job, source, rule, counts)
     nothing = "the validation split has no documents; give another --validation_file or --validation_split_percentage"
-    with atomic_folder(path, job.workspace) as build:
-        return write_rows(documents, build, path, job, counts, nothing)
+    return write_rows(documents, job.workspace, path, job, counts, nothing)
 
 
 def read_receipt(job: Job, index: int) -> dict:
-    """Return the receipt of a finished shard: its counts, and its files with size and sha256."""
+    """Return the receipt of a finished shard: its counts, and its file with size and sha256."""
     return json.loads((job.receipt_dir(index) / RECEIPT_FILE).read_text(encoding="utf-8"))
 
 
@@ -126,8 +122,10 @@ def is_finished(job: Job, index: int) -> bool:
     """Return whether a shard, its held-out documents and its receipt exist and all files have the recorded sha256."""
     try:
         receipt = read_receipt(job, index)
-        checksums = {job.shard_path(index) / name: file["sha256"] for name, file in receipt["shard"]["files"].items()}
-        checksums[job.receipt_dir(index) / HELD_OUT_FILE] = receipt["held_out_tokens_sha256"]
+        checksums = {
+            job.shard_path(index): receipt["file"]["sha256"],
+            job.receipt_dir(index) / HELD_OUT_FILE: receipt["held_out_tokens_sha256"],
+        }
         return all(sha256_of(path) == checksum for path, checksum in checksums.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -245,38 +243,26 @@ def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encode
             yield Encoded(*encoder.encode(texts), num_bytes)
 
 
-def write_rows(documents: Iterator[Encoded], folder: Path, path: Path, job: Job, counts: Counts, nothing: str) -> dict:
-    """Pack documents and write them to `folder`, which is later renamed to `path`. Returns the receipt of the shard:
-    `counts`, updated here, and the files with size and sha256. nothing: error message if there are no documents."""
-    dtype, row_size = job.encoder.dtype, job.config.block_size + 1
-    kinds = {"input_ids": datasets.List(datasets.Value(dtype), length=row_size), "num_tokens": datasets.Value("int32")}
-    features = datasets.Features(kinds)
-    packer = PACKERS[job.config.packing](job.config.block_size, job.encoder.eos_token_id, dtype)
-    unnamed = folder / ".data.tmp"
-    with pa.ipc.new_stream(str(unnamed), features.arrow_schema) as writer:
-
-        def write(rows: Rows) -> None:
-            counts.rows += len(rows.input_ids)
-            columns = [pa.FixedSizeListArray.from_arrays(pa.array(rows.input_ids.ravel()), row_size), rows.num_tokens]
-            writer.write_table(pa.table(columns, features.arrow_schema), max_chunksize=ROWS_PER_BATCH)
-
+def write_rows(
+    documents: Iterator[Encoded], build_in: Path, path: Path, job: Job, counts: Counts, nothing: str
+) -> dict:
+    """Pack documents and write them to the file `path`, which is built in the folder `build_in` and then moved. Returns
+    the receipt of the shard: `counts`, updated here, and the file's size and sha256. nothing: error message if there
+    are no documents."""
+    config, built = job.config, build_in / path.name
+    packer = PACKERS[config.packing](config.block_size, job.encoder.eos_token_id, job.encoder.dtype)
+    with RowWriter(built, schema_of(job.encoder.dtype, config.packing)) as writer:
         for encoded in documents:
             counts.add(encoded)
-            write(packer.add(encoded.ids, encoded.lengths))
-        write(packer.finish())
+            writer.write(packer.add(encoded.ids, encoded.lengths))
+        writer.write(packer.finish())
     if not counts.documents:
         raise GPT2ModernError(nothing)
-    counts.cut_documents += packer.cut_documents
-    digest = sha256_of(unnamed)
-    # The files next to the data file are written by `datasets`, for an empty table of the same features.
-    empty = datasets.Dataset(pa.table(features.arrow_schema.empty_table()), fingerprint=digest[:16])
-    shown = not datasets.utils.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    empty.save_to_disk(folder, num_shards=1)
-    if shown:
-        datasets.enable_progress_bars()
-    unnamed.replace(folder / DATA_FILE)
-    digests = {file: digest if file.name == DATA_FILE else sha256_of(file) for file in sorted(folder.iterdir())}
-    files = {file.name: {"size": file.stat().st_size, "sha256": sha256} for file, sha256 in digests.items()}
+    counts.rows, counts.cut_documents = writer.num_rows, packer.cut_documents
+    file = described(built)
+    flush_to_disk(built)
+    path.parent.mkdir(exist_ok=True)
+    built.replace(path)
+    flush_to_disk(path.parent)
     shard = {"path": path.relative_to(job.output_dir).as_posix(), "rows": counts.rows, "tokens": counts.tokens}
-    return asdict(counts) | {"shard": shard | {"files": files}}
+    return asdict(counts) | {"shard": shard, "file": file}
