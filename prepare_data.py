@@ -129,7 +129,7 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     schema = schema_of(encoder.dtype, config.packing)
     write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
-    finish(output_dir, manifest, report_page(manifest), dataset_card(manifest, output_dir.name))
+    finish(output_dir, manifest, report_page(manifest), dataset_card(manifest))
     print_summary(output_dir, manifest, time.perf_counter() - started)
     return manifest
 

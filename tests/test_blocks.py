@@ -1,21 +1,23 @@
 """gpt2modern.data.blocks: the blocks that were written, at any block size, and nothing from files that were altered."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 
 import prepare_data
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.data.manifest import find_problems
 from gpt2modern.errors import GPT2ModernError
-from tests.support.folders import random_rows, write_prepared
+from tests.support.folders import random_rows, rows_of, streams_of, write_prepared
 
 BLOCK_SIZE = 15  # odd: a block of another size can then begin at any place in a row
 
@@ -40,13 +42,8 @@ def altered(prepared, tmp_path) -> Path:
 
 
 def shard_streams(data_dir: Path, split: str) -> list[list[int]]:
-    """The token stream of each shard, read with `datasets` alone: the first token of all, then every real target."""
-    streams = []
-    for shard in sorted((data_dir / split).iterdir()):
-        table = load_from_disk(str(shard))
-        rows = np.array(table["input_ids"])
-        streams.append([rows[0, 0], *rows[:, 1:].ravel()[: sum(table["num_tokens"])]])
-    return streams
+    """EOS and the tokens of each shard, read with `datasets` alone."""
+    return [[0, *stream] for stream in streams_of(data_dir, split)]
 
 
 def padded(block: list[int], block_size: int) -> list[int]:
@@ -61,15 +58,26 @@ def change_manifest(data_dir: Path, change) -> None:
 
 
 def test_blocks_are_the_rows_in_order(prepared):
-    rows = [row for shard in sorted((prepared / "train").iterdir()) for row in load_from_disk(str(shard))]
-    expected = [padded(row["input_ids"][: row["num_tokens"] + 1], BLOCK_SIZE) for row in rows]
-    train = PackedBlocks(prepared, "train")
-    assert [block.tolist() for block in train] == expected and len(train) == len(rows)
-    assert any(row["num_tokens"] < BLOCK_SIZE for row in rows)
+    rows, blocks = rows_of(prepared, "train"), PackedBlocks(prepared, "train")
+    assert len(blocks) == len(rows)
+    assert [block[1:].tolist() for block in blocks if block[-1] != -100] == [
+        row for row, block in zip(rows, blocks, strict=True) if block[-1] != -100
+    ]
+    assert any(block[-1] == -100 for block in blocks)
 
 
 def test_fixture_has_several_record_batches_in_a_shard(prepared):
-    assert len(PackedBlocks(prepared, "train")._chunks) > 3
+    tables = [pa.ipc.open_stream(path).read_all() for path in (prepared / "train").glob("*.arrow")]
+    assert max(table.column("labels").num_chunks for table in tables) > 1
+
+
+def test_labels_and_input_ids_are_the_same_bytes(prepared):
+    for path in (prepared / "train").glob("*.arrow"):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+        assert table.column_names == ["input_ids", "labels"] and table["labels"].equals(table["input_ids"])
+        ids, labels = (table[name].chunk(0).values.buffers()[1].address for name in table.column_names)
+        assert ids == labels and path.stat().st_size < 2.5 * len(table["labels"].combine_chunks().values)
 
 
 def test_a_block_is_int64_with_one_token_more_than_the_block_size(prepared):
@@ -148,9 +156,7 @@ BEST_FIT = {"train": [random_rows(40, BLOCK_SIZE, seed=1), random_rows(7, BLOCK_
 @pytest.fixture
 def best_fit(prepared, tmp_path) -> Path:
     """Two shards of rows that are padded anywhere."""
-    return write_prepared(
-        tmp_path / "best_fit", BEST_FIT, tokenizer_dir=prepared / "tokenizer", block_size=BLOCK_SIZE, packing="best_fit"
-    )
+    return write_prepared(tmp_path / "best_fit", BEST_FIT, tokenizer_dir=prepared / "tokenizer", block_size=BLOCK_SIZE)
 
 
 def test_best_fit_rows_are_padded_wherever_they_end(best_fit):
@@ -177,7 +183,7 @@ def test_an_intact_folder_verifies(prepared):
 
 
 def arrow_file(data_dir: Path) -> Path:
-    return data_dir / "train" / "shard-00001-of-00003" / "data-00000-of-00001.arrow"
+    return data_dir / "train" / "data-00001-of-00003.arrow"
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path):
@@ -191,11 +197,11 @@ def test_a_manifest_that_is_not_json_is_refused(altered):
         PackedBlocks(altered, "train")
 
 
-@pytest.mark.parametrize("version", [0, 1, None, "2"])
+@pytest.mark.parametrize("version", [0, 2, None, "3"])
 def test_another_format_version_is_refused(altered, version):
     change_manifest(altered, lambda manifest: manifest.update(format_version=version))
     with pytest.raises(
-        GPT2ModernError, match=r"manifest\.json: the file has format_version .*, but this code reads only 2"
+        GPT2ModernError, match=r"manifest\.json: the file has format_version .*, but this code reads only 3"
     ):
         PackedBlocks(altered, "train")
 
@@ -228,15 +234,15 @@ def test_a_split_that_is_not_there_is_refused(prepared):
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_missing_shard_is_refused(altered):
     shutil.rmtree(arrow_file(altered).parent)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/.*: the file is missing"):
+    with pytest.raises(GPT2ModernError, match=r"train/data-0000\d-of-00003.arrow: the file is missing"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
-@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00001-of-00003.arrow"])
 def test_a_missing_file_is_refused(altered, name):
     (arrow_file(altered).parent / name).unlink()
-    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003/{name}: the file is missing"):
+    with pytest.raises(GPT2ModernError, match=f"train/{name}: the file is missing"):
         PackedBlocks(altered, "train")
 
 
@@ -246,7 +252,7 @@ def test_a_file_of_another_size_is_refused(altered, size_change):
     content = arrow_file(altered).read_bytes()
     arrow_file(altered).write_bytes(content[:size_change] if size_change < 0 else content + b"\0" * size_change)
     with pytest.raises(
-        GPT2ModernError, match=r"shard-00001-of-00003/data.*the file has \d+ bytes, but the manifest says \d+"
+        GPT2ModernError, match=r"data-00001-of-00003.*the file has \d+ bytes, but the manifest says \d+"
     ):
         PackedBlocks(altered, "train")
 
@@ -259,14 +265,14 @@ def test_another_number_of_rows_is_refused(altered):
         manifest["splits"]["train"]["padding"] += BLOCK_SIZE
 
     change_manifest(altered, change)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003 has \d+ rows, but the manifest says \d+"):
+    with pytest.raises(GPT2ModernError, match=r"data-00001-of-00003.arrow has \d+ rows, but the manifest says \d+"):
         PackedBlocks(altered, "train")
 
 
 def test_another_dtype_is_refused(altered):
     change_manifest(altered, lambda manifest: manifest.update(dtype="uint32"))
     with pytest.raises(
-        GPT2ModernError, match=r"shard-00000-of-00003: mixed formats: .*uint16.*, but the manifest says .*uint32"
+        GPT2ModernError, match=r"data-00000-of-00003.arrow: mixed formats: .*uint16.*, but the manifest says .*uint32"
     ):
         PackedBlocks(altered, "train")
 
@@ -276,18 +282,16 @@ def test_an_overwritten_header_is_refused(altered):
     content = bytearray(arrow_file(altered).read_bytes())
     content[:256] = bytes(256)
     arrow_file(altered).write_bytes(content)
-    with pytest.raises(GPT2ModernError, match=r"shard-00001-of-00003/data.*: cannot be read"):
+    with pytest.raises(GPT2ModernError, match=r"data-00001-of-00003.arrow: cannot be read"):
         PackedBlocks(altered, "train")
 
 
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
 def test_a_flipped_bit_is_found_by_the_checksums(altered):
     content = bytearray(arrow_file(altered).read_bytes())
-    content[len(content) // 4] ^= 1  # of a token; those of num_tokens are found at once
+    content[len(content) // 4] ^= 1  # of a token; a change of the row lengths is found at once
     arrow_file(altered).write_bytes(content)
-    with pytest.raises(
-        GPT2ModernError, match=r"shard-00001-of-00003/data.*: the file was altered since it was written"
-    ):
+    with pytest.raises(GPT2ModernError, match=r"data-00001-of-00003.arrow: the file was altered since it was written"):
         PackedBlocks(altered, "train").verify_checksums()
 
 
@@ -308,11 +312,13 @@ def test_counts_that_the_shards_do_not_add_up_to_are_refused(altered, key):
 
 
 @pytest.mark.parametrize("path", ["/etc", "../elsewhere", "train/../../elsewhere"])
-def test_a_shard_outside_of_the_folder_is_refused(altered, path):
+def test_a_file_outside_of_the_folder_is_refused(altered, path):
+    change_manifest(altered, lambda manifest: manifest["files"].update({path: {"size": 1, "sha256": "0"}}))
+    with pytest.raises(GPT2ModernError, match=rf"manifest\.json: the file '{path}' is outside of the folder"):
+        PackedBlocks(altered, "train")
+    change_manifest(altered, lambda manifest: manifest["files"].pop(path))
     change_manifest(altered, lambda manifest: manifest["splits"]["train"]["shards"][0].update(path=path))
-    with pytest.raises(
-        GPT2ModernError, match=rf"manifest\.json: the file '{path}/?.*' of the split train is outside of the folder"
-    ):
+    with pytest.raises(GPT2ModernError, match=rf"the file '{path}' of the split train is not listed with its sha256"):
         PackedBlocks(altered, "train")
 
 
@@ -336,48 +342,63 @@ def test_a_manifest_that_makes_no_sense_is_refused(altered, key, value, message)
 
 
 def rewrite_shard(data_dir: Path, change) -> None:
-    """Replace the second shard's table and vouch for the new files, as a mix of two preparations would."""
-    folder = arrow_file(data_dir).parent
-    table = change(load_from_disk(str(folder), keep_in_memory=True))
-    shutil.rmtree(folder)
-    table.save_to_disk(folder)
-    files = {path.name: {"size": path.stat().st_size, "sha256": "0"} for path in folder.iterdir()}
-    change_manifest(data_dir, lambda manifest: manifest["splits"]["train"]["shards"][1].update(files=files))
-
-
-def shorter_blocks(table: Dataset) -> Dataset:
-    narrow = Dataset.from_dict(
-        {"input_ids": [row[:-1] for row in table["input_ids"]], "num_tokens": table["num_tokens"]}
+    """Replace the second shard's table and vouch for the new file, as a mix of two preparations would."""
+    path = arrow_file(data_dir)
+    change(Dataset.from_file(str(path), in_memory=True)).save_to_disk(data_dir / "saved")
+    (data_dir / "saved" / "data-00000-of-00001.arrow").replace(path)
+    recorded = {"size": path.stat().st_size, "sha256": "0"}
+    change_manifest(
+        data_dir, lambda manifest: manifest["files"].update({path.relative_to(data_dir).as_posix(): recorded})
     )
-    features = table.features.copy()
-    features["input_ids"].length = BLOCK_SIZE
-    return narrow.cast(features)
+
+
+def of_fixed_length(table: Dataset) -> Dataset:
+    fixed = Features(dict.fromkeys(("input_ids", "labels"), List(Value("uint16"), length=BLOCK_SIZE)))
+    return table.cast(fixed)
 
 
 @pytest.mark.fault("F13 data missing, cut, altered, of another size")
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (shorter_blocks, rf"input_ids fixed_size_list<.*>\[{BLOCK_SIZE}\]"),
-        (
-            lambda table: table.remove_columns("num_tokens"),
-            r"the columns input_ids fixed_size_list<[^,]*, but the manifest",
-        ),
+        (of_fixed_length, rf"input_ids fixed_size_list<.*>\[{BLOCK_SIZE}\]"),
+        (lambda table: table.remove_columns("labels"), r"the columns input_ids list<[^,]*, but the manifest"),
         (lambda table: table.add_column("label", [0] * len(table)), "label int64"),
+        (
+            lambda table: table.cast(Features(dict.fromkeys(("input_ids", "labels"), List(Value("int64"))))),
+            "input_ids list<item: int64>",
+        ),
     ],
 )
 def test_a_shard_of_another_preparation_is_refused(altered, change, found):
     rewrite_shard(altered, change)
-    with pytest.raises(GPT2ModernError, match=f"shard-00001-of-00003: mixed formats: .*{found}"):
+    with pytest.raises(GPT2ModernError, match=f"data-00001-of-00003.arrow: mixed formats: .*{found}"):
         PackedBlocks(altered, "train")
 
 
-def test_best_fit_rows_in_a_concat_folder_are_refused(best_fit):
-    change_manifest(best_fit, lambda manifest: manifest.update(packing="concat"))
-    with pytest.raises(
-        GPT2ModernError, match=r"shard-00000-of-00002: mixed formats: the rows have 1 to 15 tokens, .*concat"
-    ):
-        PackedBlocks(best_fit, "train")
+def test_a_shard_written_by_datasets_alone_is_read(altered):
+    expected = PackedBlocks(altered, "train")
+    expected = expected.__getitems__(range(len(expected)))
+    rewrite_shard(altered, lambda table: table)
+    again = PackedBlocks(altered, "train")
+    assert torch.equal(again.__getitems__(range(len(again))), expected)
+
+
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
+def test_rows_of_unequal_length_in_a_concat_folder_are_refused(altered):
+    rewrite_shard(
+        altered, lambda table: table.map(lambda row, i: {k: v[: 15 - i % 2] for k, v in row.items()}, with_indices=True)
+    )
+    with pytest.raises(GPT2ModernError, match=r"data-00001-of-00003.arrow: mixed formats: the rows have 14 to 15 tok"):
+        PackedBlocks(altered, "train")
+
+
+@pytest.mark.fault("F13 data missing, cut, altered, of another size")
+def test_a_file_that_is_truncated_while_it_is_read_is_one_line(altered):
+    train = PackedBlocks(altered, "train")
+    os.truncate(arrow_file(altered), arrow_file(altered).stat().st_size // 2)
+    with pytest.raises(GPT2ModernError, match=r"data-00001-of-00003.arrow: it was truncated while it was read; prep"):
+        train.__getitems__(range(len(train)))
 
 
 def test_a_split_without_tokens_is_refused(prepared, tmp_path):
@@ -406,18 +427,18 @@ def test_another_tokenizer_and_a_larger_vocabulary_than_the_models_are_refused(p
 
 def test_find_problems_names_every_wrong_file(altered):
     assert find_problems(altered) == []
-    shards = [altered / "train" / f"shard-0000{index}-of-00003" for index in range(3)]
-    content = bytearray((shards[0] / "data-00000-of-00001.arrow").read_bytes())
+    shards = sorted((altered / "train").glob("*.arrow"))
+    content = bytearray(shards[0].read_bytes())
     content[len(content) // 4] ^= 1
-    (shards[0] / "data-00000-of-00001.arrow").write_bytes(content)
-    (shards[1] / "state.json").write_bytes(b"")
-    shutil.rmtree(shards[2])
+    shards[0].write_bytes(content)
+    shards[1].write_bytes(b"")
+    shards[2].unlink()
     (altered / "tokenizer" / "tokenizer.json").write_text("{}")
     names = {path: problem for problem in find_problems(altered) for path in [problem.split(": ")[0]]}
     assert "has 2 bytes" in names.pop(str(altered / "tokenizer" / "tokenizer.json"))
-    assert "sha256 differs" in names.pop(str(shards[0] / "data-00000-of-00001.arrow"))
-    assert "the file has 0 bytes, but the manifest says" in names.pop(str(shards[1] / "state.json"))
-    assert len(names) == 3 and all(str(shards[2]) in name and "missing" in names[name] for name in names)
+    assert "sha256 differs" in names.pop(str(shards[0]))
+    assert "the file has 0 bytes, but the manifest says" in names.pop(str(shards[1]))
+    assert list(names) == [str(shards[2])] and "missing" in names[str(shards[2])]
 
 
 def test_find_problems_of_a_folder_that_is_not_prepared(tmp_path):
@@ -442,7 +463,7 @@ def test_a_name_of_the_hub_is_fetched_at_one_commit_and_only_what_the_manifest_n
     (first, second) = calls
     assert first == ("someone/some-data", "dataset", None, ["manifest.json"])
     assert second[:3] == ("someone/some-data", "dataset", "data")
-    assert {"tokenizer/*", "train/shard-00002-of-00003/state.json"} < set(second[3])
+    assert {"tokenizer/tokenizer.json", "train/data-00002-of-00003.arrow", "train/state.json"} < set(second[3])
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def synthetic_dir(data_dir, tmp_path_factory):
     """44 training rows and 4 for validation that are the same on every machine; the tokenizer does not matter."""
     folder = tmp_path_factory.mktemp("synthetic") / "data"
     splits = {"train": [rows(44, 1)], "validation": [rows(4, 2)]}
-    return write_prepared(folder, splits, tokenizer_dir=data_dir / "tokenizer", block_size=32, packing="concat")
+    return write_prepared(folder, splits, tokenizer_dir=data_dir / "tokenizer", block_size=32)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -72,9 +72,7 @@ def test_twenty_steps_give_the_losses_that_were_recorded(recipe, synthetic_dir, 
 def test_one_batch_is_learned_by_heart(recipe, data_dir, tmp_path):
     """Every epoch is the same four rows."""
     splits = {"train": [rows(4, 1)], "validation": [rows(1, 2)]}
-    data = write_prepared(
-        tmp_path / "data", splits, tokenizer_dir=data_dir / "tokenizer", block_size=32, packing="concat"
-    )
+    data = write_prepared(tmp_path / "data", splits, tokenizer_dir=data_dir / "tokenizer", block_size=32)
     settings = {"max_steps": 120, "total_batch_size": 128, "eval_steps": 0, "save_steps": 0, "config_overrides": SIZE}
     run = train(data, tmp_path / "run", **(RECIPES[recipe] | settings))
     assert losses(run)[0] > 5 and losses(run)[-1] < 0.05

@@ -34,7 +34,7 @@ def pack(name: str, lengths: list[int], block_size: int, batches: int = 1) -> tu
 
 
 def targets(rows: Rows) -> list[list[int]]:
-    return [row[1 : count + 1].tolist() for row, count in zip(rows.input_ids, rows.num_tokens, strict=True)]
+    return [row.tolist() for row in np.split(rows.input_ids, np.cumsum(rows.lengths)[:-1])]
 
 
 @few_examples
@@ -42,9 +42,10 @@ def targets(rows: Rows) -> list[list[int]]:
 def test_concat_is_the_stream_in_order(lengths, block_size, batches):
     rows, _ = pack("concat", lengths, block_size, batches)
     stream = np.concatenate(documents_of_lengths(lengths)).tolist()
-    assert [token for row in targets(rows) for token in row] == stream
-    assert (rows.num_tokens[:-1] == block_size).all() and (rows.input_ids[-1, rows.num_tokens[-1] + 1 :] == EOS).all()
-    assert rows.input_ids[:, 0].tolist() == [EOS, *rows.input_ids[:-1, -1].tolist()]
+    *full, last = targets(rows)
+    assert [token for row in full for token in row] + last == stream[: block_size * len(full)] + stream[-block_size:]
+    assert len(full) == (len(stream) - 1) // block_size and all(len(row) == block_size for row in full)
+    assert rows.previous_tokens.tolist() == [EOS, *(row[-1] for row in full)]
 
 
 @few_examples
@@ -73,20 +74,18 @@ def test_best_fit_keeps_every_document_whole_that_fits(lengths, block_size, batc
 
 @few_examples
 @given(lengths=lengths_of_documents, block_size=st.integers(1, 16))
-def test_a_best_fit_row_begins_with_eos_or_with_the_token_before_its_first(lengths, block_size):
+def test_the_token_before_a_best_fit_row_is_eos_or_that_of_its_document(lengths, block_size):
     rows, _ = pack("best_fit", lengths, block_size)
     before = {}
     for document in documents_of_lengths(lengths):
         for i in range(block_size, len(document), block_size):
             before[tuple(document[i : i + block_size].tolist())] = int(document[i - 1])
-    for row, count in zip(rows.input_ids, rows.num_tokens, strict=True):
-        real = row[1 : count + 1].tolist()
+    for real, previous in zip(targets(rows), rows.previous_tokens, strict=True):
         continued = [part for part in before if part != (EOS,) and real[: len(part)] == list(part)]
         if continued:
-            assert row[0] == before[continued[0]]
+            assert previous == before[continued[0]]
         elif real[0] != EOS:
-            assert row[0] == EOS
-        assert (row[count + 1 :] == EOS).all()
+            assert previous == EOS
 
 
 @few_examples
@@ -114,7 +113,7 @@ def test_best_fit_packs_a_window_at_a_time(monkeypatch):
     whole, _ = pack("best_fit", lengths, 16, batches=20)
     monkeypatch.setattr(BestFitPacker, "WINDOW_TOKENS", 100)
     windows, _ = pack("best_fit", lengths, 16, batches=20)
-    assert len(windows.num_tokens) > len(whole.num_tokens)
+    assert len(windows.lengths) > len(whole.lengths)
     assert sorted(np.concatenate(targets(windows))) == sorted(np.concatenate(targets(whole)))
 
 
@@ -133,7 +132,7 @@ def best_fit_data(tmp_path_factory, tokenizer_dir):
 def test_best_fit_documents_are_whole_in_the_blocks_of_a_folder(best_fit_data):
     texts, _, manifest, data_dir = best_fit_data
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
-    rows = [tokenizer.decode(row[1:]) for row in rows_of(data_dir, "train")]
+    rows = [tokenizer.decode(row) for row in rows_of(data_dir, "train")]
     whole = [text for text in texts if len(tokenizer(text)["input_ids"]) < 64]
     assert 50 < len(whole) < 200 and manifest["splits"]["train"]["cut_documents"] == 200 - len(whole)
     for text in whole:
@@ -143,7 +142,7 @@ def test_best_fit_documents_are_whole_in_the_blocks_of_a_folder(best_fit_data):
 def test_best_fit_counts_its_padding(best_fit_data):
     _, _, manifest, data_dir = best_fit_data
     for split, counts in manifest["splits"].items():
-        assert counts["padding"] == rows_of(data_dir, split)[:, 1:].size - len(targets_of(data_dir, split)) > 0
+        assert counts["padding"] == 64 * len(rows_of(data_dir, split)) - len(targets_of(data_dir, split)) > 0
         assert counts["tokens"] == len(targets_of(data_dir, split))
 
 

@@ -51,7 +51,7 @@ def test_every_token_is_a_target_exactly_once(tmp_path, corpus, tokenizer_dir):
     assert targets_of(tmp_path / "data", "validation") == stream
     rows = -(-len(stream) // 16)
     assert (manifest["tokens"], manifest["rows"], manifest["padding"]) == (len(stream), rows, rows * 16 - len(stream))
-    assert (rows_of(tmp_path / "data", "validation")[-1, 1 + 16 - manifest["padding"] :] == 0).all()
+    assert [row for row in rows_of(tmp_path / "data", "validation")][-1] == stream[-16:]
 
 
 def test_cut_documents_lie_in_more_than_one_row(tmp_path, corpus, tokenizer_dir):
@@ -65,17 +65,12 @@ def test_cut_documents_lie_in_more_than_one_row(tmp_path, corpus, tokenizer_dir)
     assert 0 < manifest["cut_documents"] < 40
 
 
-def test_a_split_shorter_than_a_block_is_one_padded_row(tmp_path, corpus, tokenizer_dir):
+def test_a_split_shorter_than_a_block_is_one_short_row(tmp_path, corpus, tokenizer_dir):
     held_out = write_jsonl(tmp_path / "held_out.jsonl", ["a cat"])
     flags = ("--train_file", corpus, "--validation_file", held_out, "--tokenizer_name", tokenizer_dir)
     manifest = run(tmp_path / "data", *flags, "--block_size", 64)["splits"]["validation"]
     assert (manifest["rows"], manifest["cut_documents"]) == (1, 0) and manifest["padding"] == 64 - manifest["tokens"]
     assert targets_of(tmp_path / "data", "validation") == reference_ids(tmp_path / "data", ["a cat"])
-
-
-def test_a_row_begins_with_the_last_token_of_the_one_before_and_the_first_with_eos(tokenizer_dir):
-    rows = rows_of(tokenizer_dir.parent, "train")
-    assert rows[0, 0] == 0 and (rows[1:, 0] == rows[:-1, -1]).all()
 
 
 def test_training_documents_are_all_there_shuffled(tmp_path, corpus, tokenizer_dir):
@@ -104,19 +99,17 @@ def test_shards_partition_the_documents(tmp_path, corpus, tokenizer_dir):
     assert one == three
     assert targets_of(tmp_path / "one", "validation") == targets_of(tmp_path / "three", "validation")
     paths = [shard["path"] for shard in manifest["splits"]["train"]["shards"]]
-    assert paths == [f"train/shard-0000{index}-of-00003" for index in range(3)]
+    assert paths == [f"train/data-0000{index}-of-00003.arrow" for index in range(3)]
 
 
 def test_manifest_describes_the_files(tokenizer_dir):
     data_dir = tokenizer_dir.parent
     manifest = json.loads((data_dir / "manifest.json").read_text())
-    for split in ("train", "validation"):
-        for shard in manifest["splits"][split]["shards"]:
-            files = {path.name: path for path in (data_dir / shard["path"]).iterdir()}
-            assert set(files) == set(shard["files"])
-            for name, recorded in shard["files"].items():
-                content = files[name].read_bytes()
-                assert recorded == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = {name: path for name in contents(data_dir) for path in [data_dir / name]}
+    assert set(files) - set(manifest["files"]) == {"manifest.json", "README.md", "report.html"}
+    for name, recorded in manifest["files"].items():
+        content = files[name].read_bytes()
+        assert recorded == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     digest = hashlib.sha256((tokenizer_dir / "tokenizer.json").read_bytes()).hexdigest()
     assert manifest["tokenizer"]["sha256"] == digest
 
@@ -215,7 +208,7 @@ def test_a_finished_folder_of_another_format_is_refused(tmp_path, corpus, tokeni
     (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
     assert (
-        f"the file has format_version 1, but this code reads only 2; prepare the data again: remove {tmp_path}" in line
+        f"the file has format_version 1, but this code reads only 3; prepare the data again: remove {tmp_path}" in line
     )
 
 

@@ -33,19 +33,18 @@ def test_verify_is_content_with_what_was_written(prepared, capsys):
 def test_verify_names_every_wrong_file(prepared, tmp_path, capsys):
     folder = tmp_path / "data"
     shutil.copytree(prepared[0], folder)
-    first, second = sorted((folder / "train").iterdir())
-    altered = first / "data-00000-of-00001.arrow"
+    altered, cut = sorted((folder / "train").glob("*.arrow"))
     content = bytearray(altered.read_bytes())
     content[len(content) // 2] ^= 1
     altered.write_bytes(content)
-    with (second / "data-00000-of-00001.arrow").open("r+b") as file:
+    with cut.open("r+b") as file:
         file.truncate(1000)
-    (folder / "validation" / "shard-00000-of-00001" / "state.json").unlink()
+    (folder / "validation" / "state.json").unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     line = refusal(capsys, "verify", folder)
     assert f"{altered}: the file was altered since it was written (its sha256 differs)" in line
-    assert f"{second / 'data-00000-of-00001.arrow'}: the file has 1000 bytes, but the manifest says " in line
-    assert f"{folder / 'validation' / 'shard-00000-of-00001' / 'state.json'}: the file is missing" in line
+    assert f"{cut}: the file has 1000 bytes, but the manifest says " in line
+    assert f"{folder / 'validation' / 'state.json'}: the file is missing" in line
     assert f"{folder / 'tokenizer' / 'tokenizer.json'}: the file has 2 bytes, but the manifest says" in line
     assert line.count("prepare the data again") == 4
 
@@ -112,10 +111,10 @@ def test_the_card_tells_load_dataset_which_files_are_which_split(prepared, tmp_p
     _, front_matter, text = (folder / "README.md").read_text().split("---\n", 2)
     (config,) = yaml.safe_load(front_matter)["configs"]
     assert [files["split"] for files in config["data_files"]] == ["train", "validation"]
-    assert 'load_dataset("someone/blocks")' in text and "block_size + 1 = 17" in text
+    assert 'load_dataset("someone/blocks")' in text and "`input_ids`, 16 tokens" in text
     loaded = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     for split in ("train", "validation"):
-        assert (loaded[split].with_format("numpy")["input_ids"][:] == rows_of(folder, split)).all()
+        assert loaded[split]["input_ids"][:] == loaded[split]["labels"][:] == rows_of(folder, split)
         assert loaded[split].num_rows == manifest["splits"][split]["rows"]
 
 

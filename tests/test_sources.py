@@ -275,8 +275,7 @@ def test_validation_blocks_of_a_token_file_are_those_of_the_published_layout(
     manifest = run(tmp_path / "data", *flags, "--block_size", block_size)
     rows = rows_of(tmp_path / "data", "validation")
     for i in range(len(tokens) // block_size):
-        window = tokens[i * block_size : (i + 1) * block_size + 1]
-        assert rows[i, : len(window)].tolist() == window.tolist()
+        assert rows[i] == tokens[1 + i * block_size : 1 + (i + 1) * block_size].tolist()
     assert manifest["splits"]["validation"]["documents"] == 20
     decoder = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     sizes = {i: len(token) for token, i in decoder.get_vocab().items() if i}

@@ -62,7 +62,8 @@ def build_manifest(
         splits[split] = counts | {"shards": [each["shard"] for each in written]}
     folder = Path(config.output_dir)
     files = {each["shard"]["path"]: each["file"] for each in [*shards, validation]}
-    others = [*folder.glob("tokenizer/*"), *folder.glob("*/*.json"), folder / "dataset_dict.json"]
+    others = [folder / "dataset_dict.json", *folder.glob("tokenizer/*")]
+    others += [path for split in splits for path in folder.glob(f"{split}/*.json")]
     files |= {path.relative_to(folder).as_posix(): described(path) for path in others}
     manifest = {
         "format_version": FORMAT_VERSION,

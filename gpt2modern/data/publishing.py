@@ -44,9 +44,11 @@ def report_page(manifest: dict) -> str:
     return "\n".join([head, *parts, "</html>\n"])
 
 
-def dataset_card(manifest: dict, repo_id: str) -> str:
-    """Return the text of the dataset's README.md, whose metadata tells `load_dataset` the files of each split."""
-    source, name = manifest["source"]["name"], repo_id.split("/")[-1]
+def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
+    """Return the text of the dataset's README.md, whose metadata tells `load_dataset` the files of each split.
+
+    repo_id: of the dataset on the Hub; None for a local folder."""
+    source, name = manifest["source"]["name"], repo_id.split("/")[-1] if repo_id else "Packed token blocks"
     files = [{"split": split, "path": f"{split}/*.arrow"} for split in manifest["splits"]]
     data = DatasetCardData(
         pretty_name=name,
@@ -73,10 +75,10 @@ tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of
 ```python
 from datasets import load_dataset
 
-blocks = load_dataset("{repo_id}")
+blocks = load_dataset("{repo_id or "path/of/this/folder"}")
 ```
 
-GPT2-Modern trains on it: `--data_dir {repo_id}`.
+GPT2-Modern trains on it: `--data_dir {repo_id or "path/of/this/folder"}`.
 """
 
 

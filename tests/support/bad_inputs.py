@@ -358,7 +358,7 @@ PREPARATION = [
     prepare("--output_dir data", "--output_dir data was prepared with other settings or files"),
     BadInput(VERIFY, "", "usage: python prepare_data.py verify FOLDER"),
     BadInput(VERIFY, "model", "model/manifest.json: no such file"),
-    BadInput(VERIFY, "escaping_data", ".arrow' of the split validation is outside of the folder"),
+    BadInput(VERIFY, "escaping_data", "the file '../data/x.arrow' is outside of the folder"),
     BadInput(VERIFY, "cut_data", "the manifest says"),
 ]
 

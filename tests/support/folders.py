@@ -28,43 +28,42 @@ def write_prepared(
     *,
     tokenizer_dir: Path,
     block_size: int,
-    packing: str = "best_fit",
     vocab_size: int = 300,
 ) -> Path:
-    """A folder of format 2. splits: name -> shards -> rows -> the row's first token and its real targets."""
-    features = Features({"input_ids": List(Value("uint16"), length=block_size + 1), "num_tokens": Value("int32")})
+    """A folder of format 3, packed best_fit and written by `datasets` alone.
+
+    splits: name -> shards -> rows -> the token before the row, and the tokens of the row."""
+    ids = Value("uint16")
+    features = Features({"input_ids": List(ids), "previous_token": ids, "labels": List(ids)})
     shutil.copytree(tokenizer_dir, folder / "tokenizer")
-    counts = {}
+    counts, files = {}, {}
     for split, shards in splits.items():
         entries = []
         for index, rows in enumerate(shards):
-            path = folder / split / f"shard-{index:05d}-of-{len(shards):05d}"
-            columns = {
-                "input_ids": [row + [EOS] * (block_size + 1 - len(row)) for row in rows],
-                "num_tokens": [len(row) - 1 for row in rows],
-            }
-            Dataset.from_dict(columns, features=features).save_to_disk(path)
-            entries.append(
-                {
-                    "path": path.relative_to(folder).as_posix(),
-                    "rows": len(rows),
-                    "tokens": sum(columns["num_tokens"]),
-                    "files": {file.name: described(file) for file in sorted(path.iterdir())},
-                }
-            )
+            path = folder / split / f"data-{index:05d}-of-{len(shards):05d}.arrow"
+            tokens = [row[1:] for row in rows]
+            columns = {"input_ids": tokens, "previous_token": [row[0] for row in rows], "labels": tokens}
+            Dataset.from_dict(columns, features=features).save_to_disk(folder / "saved")
+            path.parent.mkdir(exist_ok=True)
+            (folder / "saved" / "data-00000-of-00001.arrow").rename(path)
+            shutil.rmtree(folder / "saved")
+            name = path.relative_to(folder).as_posix()
+            entries.append({"path": name, "rows": len(rows), "tokens": sum(map(len, tokens))})
+            files[name] = described(path)
         rows, tokens = (sum(entry[name] for entry in entries) for name in ("rows", "tokens"))
         counts[split] = {"documents": rows, "bytes": 4 * tokens, "tokens": tokens, "rows": rows, "cut_documents": 0}
         counts[split] |= {"padding": rows * block_size - tokens, "shards": entries}
     manifest = {
-        "format_version": 2,
+        "format_version": 3,
         "block_size": block_size,
         "dtype": "uint16",
         "vocab_size": vocab_size,
         "eos_token_id": EOS,
-        "packing": packing,
+        "packing": "best_fit",
         "tokenizer": {"name": None, "sha256": described(folder / "tokenizer" / "tokenizer.json")["sha256"]},
         "source": {"name": "rows"},
         "splits": counts,
+        "files": files | {f"tokenizer/{path.name}": described(path) for path in (folder / "tokenizer").iterdir()},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
@@ -105,16 +104,24 @@ def refusal(capsys, *flags: object) -> str:
     return error.rstrip("\n").splitlines()[-1].removeprefix("error: ")
 
 
-def rows_of(data_dir: Path, split: str) -> np.ndarray:
-    """(rows, block_size + 1), read with `datasets` alone."""
-    shards = sorted((data_dir / split).iterdir())
-    return np.concatenate([np.array(load_from_disk(str(shard))["input_ids"]) for shard in shards])
+def rows_of(data_dir: Path, split: str) -> list[list[int]]:
+    """The rows of a split, read with `datasets` alone."""
+    return load_from_disk(str(data_dir / split))["input_ids"][:]
+
+
+def streams_of(data_dir: Path, split: str) -> list[list[int]]:
+    """The tokens of each shard in order, read with `datasets` alone; what the last row repeats is there once."""
+    manifest, streams = json.loads((data_dir / "manifest.json").read_text()), []
+    for shard in manifest["splits"][split]["shards"]:
+        *full, last = Dataset.from_file(str(data_dir / shard["path"]))["input_ids"]
+        tokens = [token for row in full for token in row]
+        streams.append(tokens + last[len(tokens) + len(last) - shard["tokens"] :])
+    return streams
 
 
 def targets_of(data_dir: Path, split: str) -> list[int]:
-    """The real targets of all rows, in order."""
-    shards = [load_from_disk(str(shard)) for shard in sorted((data_dir / split).iterdir())]
-    return [token for shard in shards for row in shard for token in row["input_ids"][1 : row["num_tokens"] + 1]]
+    """The real targets of all shards, in order."""
+    return [token for stream in streams_of(data_dir, split) for token in stream]
 
 
 def documents_of(data_dir: Path, split: str) -> list[str]:
