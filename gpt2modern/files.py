@@ -45,26 +45,31 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes, build_in: Path | None = None) -> None:
     """Write `content` to `path` so that readers see the complete old or the complete new file, even after a crash.
 
-    A string is encoded as UTF-8. Raises OSError if the file cannot be written; `path` is then unchanged.
+    A string is encoded as UTF-8. build_in: see `atomic_file`. Raises OSError if the file cannot be written; `path` is
+    then unchanged.
     """
-    with atomic_file(path) as temporary:
+    with atomic_file(path, build_in) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any, build_in: Path | None = None) -> None:
     """Write `values` to `path` as indented JSON, complete or not at all. Raises OSError if it cannot be written."""
-    write_file(path, json.dumps(values, indent=2) + "\n")
+    write_file(path, json.dumps(values, indent=2) + "\n", build_in)
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, build_in: Path | None = None) -> Iterator[Path]:
     """Yield the path of a temporary file that replaces `path` when the `with` block ends without an exception. After
-    an exception the temporary file is deleted and `path` is unchanged."""
+    an exception the temporary file is deleted and `path` is unchanged.
+
+    build_in: folder of the temporary file, on the same file system; default: the folder of `path`. A killed process
+    leaves the temporary file there.
+    """
     # A random name, since machines that share the folder may have processes with the same id.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = (build_in or path.parent) / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
         yield temporary
         flush_to_disk(temporary)

@@ -1,14 +1,18 @@
 """Read a folder written by prepare_data.py: blocks of tokens, each read from its place in a file."""
 
 import bisect
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from gpt2modern.data.manifest import file_problem, local_folder, read_manifest, read_tokenizer_files, recorded_files
-from gpt2modern.data.rows import Segment, open_rows, schema_of
+from gpt2modern.data.rows import schema_of
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import sha256_of
 
@@ -140,24 +144,32 @@ class PackedBlocks(torch.utils.data.Dataset):
             out[: len(tokens)] = tokens
             out, start = out[len(tokens) :], start + len(tokens)
 
-    def _open_shard(self, shard: dict) -> tuple[np.ndarray, np.ndarray | None]:
+    def _open_shard(self, shard: dict) -> tuple[np.ndarray, np.ndarray]:
         """Open a shard and add its segments. Returns (rows,) tokens per row and, for best_fit, (rows,) previous tokens.
 
-        Raises GPT2ModernError if the columns or counts differ from those in the manifest.
+        The file is mapped only during this call. Raises GPT2ModernError if the columns or counts differ from those in
+        the manifest.
         """
         path = self.data_dir / shard["path"]
+        is_concat, expected = self.packing == "concat", schema_of(self.manifest["dtype"], self.packing)
+        segments, lengths = [], [np.empty(0, np.int64)]
         try:
-            schema, segments, lengths, previous = open_rows(path)
+            file, mapped = path.open("rb", buffering=0), pa.memory_map(str(path)).read_buffer()
+            table = pa.ipc.open_stream(mapped).read_all()
+            found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (table.schema, expected))
+            problem = f"mixed formats: the shard has the columns {found}, but the manifest says {wanted}"
+            _require(table.schema.equals(expected), f"{path}: {problem}; prepare the data again")
+            for chunk in table["input_ids"].chunks:
+                chunk.validate(full=True)  # the offsets
+                offsets, tokens = chunk.offsets.to_numpy(), chunk.values.to_numpy()
+                place = tokens.ctypes.data - mapped.address + int(offsets[0]) * tokens.itemsize
+                segments.append(Segment(file, place, int(offsets[-1] - offsets[0]), tokens.dtype))
+                lengths.append(np.diff(offsets))
         except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
             raise GPT2ModernError(f"{path}: cannot be read ({error}); prepare the data again") from error
-        expected = schema_of(self.manifest["dtype"], self.packing)
-        found, wanted = (", ".join(f"{f.name} {f.type}" for f in each) for each in (schema, expected))
-        problem = f"mixed formats: the shard has the columns {found}, but the manifest says {wanted}"
-        _require(schema.equals(expected), f"{path}: {problem}; prepare the data again")
-        is_concat = self.packing == "concat"
-        if (lengths[: -1 if is_concat else 0] != self.row_size).any() or (
-            (lengths < 1) | (lengths > self.row_size)
-        ).any():
+        lengths = np.concatenate(lengths)
+        full = lengths[:-1] if is_concat else lengths[:0]
+        if (full != self.row_size).any() or (lengths < 1).any() or (lengths > self.row_size).any():
             raise GPT2ModernError(
                 f"{path}: mixed formats: the rows have {lengths.min()} to {lengths.max()} tokens, which is invalid for "
                 f"packing {self.packing} with block size {self.row_size}; prepare the data again"
@@ -175,7 +187,35 @@ class PackedBlocks(torch.utils.data.Dataset):
             if segment.size:
                 self._segments.append(segment)
                 self._segment_starts.append(self._segment_starts[-1] + segment.size)
-        return lengths, previous
+        return lengths, lengths if is_concat else table["previous_token"].to_numpy().copy()
+
+
+class Segment(NamedTuple):
+    """Locate consecutive tokens in an open file. place: byte of the first token; size: number of tokens."""
+
+    file: io.FileIO
+    place: int
+    size: int
+    dtype: np.dtype
+
+    def split(self, size: int) -> tuple["Segment", "Segment"]:
+        """Divide the segment after `size` tokens."""
+        place = self.place + size * self.dtype.itemsize
+        return self._replace(size=size), self._replace(place=place, size=self.size - size)
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """Return at most `count` tokens from number `offset` of the segment on. Raises GPT2ModernError if the file
+        cannot be read or was truncated; with a memory map, that would end the process by SIGBUS."""
+        item = self.dtype.itemsize
+        size = min(count, self.size - offset) * item
+        try:
+            data, problem = os.pread(self.file.fileno(), size, self.place + offset * item), "it was truncated"
+        except OSError as error:
+            data, problem = b"", error.strerror
+        if len(data) != size:
+            problem = f"{self.file.name}: cannot be read ({problem}); prepare the data again, then resume the run"
+            raise GPT2ModernError(problem)
+        return np.frombuffer(data, self.dtype)
 
 
 def _starts(sizes: Sequence[int]) -> np.ndarray:

@@ -20,7 +20,7 @@ from gpt2modern.data.manifest import TOKENIZER_FILES, find_problems, read_manife
 from gpt2modern.data.sources import AnyDataset, expand
 from gpt2modern.data.tokenizing import read_template
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import flush_to_disk, locked, write_file, write_json
+from gpt2modern.files import locked, write_file, write_json
 
 WORKSPACE = ".preparing"  # folder in the output folder, until that is finished
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -113,19 +113,17 @@ def write_dataset_files(output_dir: Path, schema: pa.Schema, splits: dict[str, l
         state["_data_files"] = [{"filename": Path(receipt["shard"]["path"]).name} for receipt in receipts]
         checksums = "".join(receipt["file"]["sha256"] for receipt in receipts)
         state["_fingerprint"] = xxh3_64(checksums.encode()).hexdigest()
-        write_json(output_dir / split / "state.json", state | {"_split": split})
-    write_json(output_dir / "dataset_dict.json", {"splits": list(splits)})
+        write_json(output_dir / split / "state.json", state | {"_split": split}, output_dir / WORKSPACE)
+    write_json(output_dir / "dataset_dict.json", {"splits": list(splits)}, output_dir / WORKSPACE)
 
 
 def finish(output_dir: Path, manifest: dict, report: str, card: str) -> None:
     """Write the report, the dataset card and then the manifest, which marks the folder as finished; then remove the
     workspace."""
-    write_file(output_dir / "report.html", report)
-    write_file(output_dir / "README.md", card)
-    # Written in the workspace and then moved, so that a killed process leaves no temporary file in the folder.
-    write_json(output_dir / WORKSPACE / "manifest.json", manifest)
-    (output_dir / WORKSPACE / "manifest.json").rename(output_dir / "manifest.json")
-    flush_to_disk(output_dir)
+    # Built in the workspace, so that a killed process leaves no temporary file in the folder.
+    write_file(output_dir / "report.html", report, output_dir / WORKSPACE)
+    write_file(output_dir / "README.md", card, output_dir / WORKSPACE)
+    write_json(output_dir / "manifest.json", manifest, output_dir / WORKSPACE)
     shutil.rmtree(output_dir / WORKSPACE)
 
 

@@ -27,7 +27,7 @@ from gpt2modern.data.sources import Source
 from gpt2modern.data.splits import ValidationRule, hash_documents, is_not_empty
 from gpt2modern.data.tokenizing import Encoder, check_engine
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import atomic_folder, described, flush_to_disk, locked, sha256_of, write_json
+from gpt2modern.files import atomic_file, atomic_folder, described, locked, sha256_of, write_json
 
 WINDOW_BYTES = 32 << 20  # of text, shuffled together and so held in memory by a process
 BATCH_BYTES = 8 << 20  # of text, encoded and packed together
@@ -249,20 +249,18 @@ def write_rows(
     """Pack documents and write them to the file `path`, which is built in the folder `build_in` and then moved. Returns
     the receipt of the shard: `counts`, updated here, and the file's size and sha256. nothing: error message if there
     are no documents."""
-    config, built = job.config, build_in / path.name
+    config = job.config
     packer = PACKERS[config.packing](config.block_size, job.encoder.eos_token_id, job.encoder.dtype)
-    with RowWriter(built, schema_of(job.encoder.dtype, config.packing)) as writer:
-        for encoded in documents:
-            counts.add(encoded)
-            writer.write(packer.add(encoded.ids, encoded.lengths))
-        writer.write(packer.finish())
-    if not counts.documents:
-        raise GPT2ModernError(nothing)
-    counts.rows, counts.cut_documents = writer.num_rows, packer.cut_documents
-    file = described(built)
-    flush_to_disk(built)
     path.parent.mkdir(exist_ok=True)
-    built.replace(path)
-    flush_to_disk(path.parent)
+    with atomic_file(path, build_in) as built:
+        with RowWriter(built, schema_of(job.encoder.dtype, config.packing)) as writer:
+            for encoded in documents:
+                counts.add(encoded)
+                writer.write(packer.add(encoded.ids, encoded.lengths))
+            writer.write(packer.finish())
+        if not counts.documents:
+            raise GPT2ModernError(nothing)
+        counts.rows, counts.cut_documents = writer.num_rows, packer.cut_documents
+        file = described(built)
     shard = {"path": path.relative_to(job.output_dir).as_posix(), "rows": counts.rows, "tokens": counts.tokens}
     return asdict(counts) | {"shard": shard, "file": file}
