@@ -7,6 +7,7 @@ encode, pack, and write a folder that train_accelerate.py reads.
     python prepare_data.py --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT \\
         --tokenizer_name openai-community/gpt2 --num_shards 100 --num_proc 16 --output_dir data/fineweb-edu
     python prepare_data.py verify data/mine
+    python prepare_data.py export --data_dir data/mine --format nanogpt --output_dir nanogpt/data/mine
 
 From Python: `prepare(PrepareConfig(output_dir=..., train_file=[...], ...))` or `prepare(config, dataset=...)`.
 
@@ -58,6 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         if argv[:1] == ["verify"]:
             verify(argv[1:])
+            return
+        if argv[:1] == ["export"]:
+            from gpt2modern.data.exporting import ExportConfig, export  # noqa: PLC0415  imports torch, which takes 2 s
+
+            export(parse_arguments(ExportConfig, argv[1:], description="Write token files that other trainers read."))
             return
         config = parse_arguments(PrepareConfig, argv, description="\n\n".join(__doc__.split("\n\n")[:2]))
         # A user's mistake prints one line, without warnings of the libraries before it.

@@ -3,7 +3,7 @@
 import bisect
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,6 +101,18 @@ class PackedBlocks(torch.utils.data.Dataset):
         """Return the total number of real targets in the given blocks, by which to divide their summed loss."""
         _, sizes, _ = self._places(self._checked(indices))
         return int(sizes.sum())
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shard_starts) - 1
+
+    def shard_tokens(self, index: int, size: int = 1 << 24) -> Iterator[np.ndarray]:
+        """Yield the tokens of one shard in order, int64, at most `size` at a time. Repeated tokens are yielded once."""
+        start, stop = self._shard_starts[index : index + 2].tolist()
+        for first in range(start, stop, size):
+            tokens = np.empty(min(size, stop - first), dtype=np.int64)
+            self._read(tokens, first)
+            yield tokens
 
     @property
     def tokenizer_path(self) -> Path:

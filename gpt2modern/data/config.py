@@ -39,8 +39,8 @@ class PrepareConfig:
         None, "Use at most this many documents, the first.", group=SOURCE, identity=ALWAYS, least=1, most=MOST)
     train_file: list[str] | None = setting(
         None, "Files to read instead of a dataset: txt, jsonl, json, csv, parquet, arrow, or bin (GPT-2 tokens as in "
-        "kjj0/fineweb10B-gpt2), the text formats also as .gz or .zst; globs; folders with such files, or saved by "
-        "`save_to_disk`.", group=SOURCE)
+        "kjj0/fineweb10B-gpt2, or nanoGPT's), the text formats also as .gz or .zst; globs; folders with such files, or "
+        "saved by `save_to_disk`.", group=SOURCE)
     validation_file: list[str] | None = setting(
         None, "Files of the validation split; without them, part of the training documents is held out.", group=SOURCE)
     validation_split_percentage: float = setting(
@@ -60,6 +60,9 @@ class PrepareConfig:
         group=READING, identity=FILES)
     separator: str | None = setting(
         None, "String that separates the documents of a txt file, such as '<|endoftext|>'.",
+        group=READING, identity=FILES)
+    token_dtype: Literal["uint16", "uint32"] | None = setting(
+        None, "Type of the ids in a bin file without a header, such as nanoGPT's (uint16).",
         group=READING, identity=FILES)
     encoding_errors: Literal["strict", "replace"] = setting(
         "strict", "For bytes that are not UTF-8: strict raises an error, replace inserts U+FFFD.",

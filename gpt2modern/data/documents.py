@@ -12,7 +12,7 @@ from datasets.builder import Key
 
 from gpt2modern.data.formats import FORMATS, Piece, ReadOptions
 
-COLUMN = "document"  # large_string, or lists of uint16 from files of tokens
+COLUMN = "document"  # large_string, or lists of ids from files of tokens
 
 
 class Documents(datasets.ArrowBasedBuilder):
@@ -24,7 +24,8 @@ class Documents(datasets.ArrowBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         holds_tokens = bool(self.pieces) and FORMATS[self.pieces[0].format].holds_tokens
-        kind = datasets.LargeList(datasets.Value("uint16")) if holds_tokens else datasets.Value("large_string")
+        ids = datasets.LargeList(datasets.Value(self.options.token_dtype or "uint16"))
+        kind = ids if holds_tokens else datasets.Value("large_string")
         return datasets.DatasetInfo(features=datasets.Features({COLUMN: kind}))
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:

@@ -28,13 +28,22 @@ class ReadOptions:
     separator: str | None = None
     encoding_errors: Literal["strict", "replace"] = "strict"
     file_format: str = "auto"
+    token_dtype: Literal["uint16", "uint32"] | None = None  # of a file of tokens without a header
     eos_token_id: int | None = None  # ends a document in a file of tokens
     chat_template: str | None = None  # Jinja, for the conversations of `chat_column`
 
     @classmethod
     def of(cls, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast | None) -> "ReadOptions":
         """Return the options of a run. tokenizer: of the run, or None if it is trained on the files that are read."""
-        flags = ("text_column", "chat_column", "sample_by", "separator", "encoding_errors", "file_format")
+        flags = (
+            "text_column",
+            "chat_column",
+            "sample_by",
+            "separator",
+            "encoding_errors",
+            "file_format",
+            "token_dtype",
+        )
         options = cls(**{name: getattr(config, name) for name in flags})
         if tokenizer is None:
             return options
@@ -68,7 +77,7 @@ class Format:
 
     extensions: in lower case, such as ".csv". pieces: (origin, options, most bytes of a piece) -> [(start, stop), ...];
     it raises GPT2ModernError if the file cannot be read. read: (piece, options) -> Arrow arrays of documents, of type
-    `large_string`, or lists of uint16 ids if `holds_tokens`. open: (path, options) -> origin; default: the path.
+    `large_string`, or lists of ids if `holds_tokens`. open: (path, options) -> origin; default: the path.
     """
 
     extensions: tuple[str, ...]

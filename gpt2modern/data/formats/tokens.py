@@ -1,9 +1,10 @@
-"""Read token files like those of kjj0/fineweb10B-gpt2: a header, then uint16 ids with EOS before each document.
+"""Read and write files of token ids: those of kjj0/fineweb10B-gpt2, and nanoGPT's, which have no header.
 
-The header is 256 int32, of which three are used: magic number, version, number of tokens.
+The first have a header of 256 int32 (magic number, version, number of tokens, zeros), then uint16 ids with EOS before
+each document. nanoGPT's are ids only, with EOS after each document.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
     """Divide a file into ranges of tokens [start, stop). GPT2ModernError if it is damaged or no tokenizer is named."""
     if options.eos_token_id is None:
         raise GPT2ModernError(f"{path} holds token ids; name their tokenizer with --tokenizer_name")
-    tokens, per_piece = len(_map_tokens(path)), max(1, piece_bytes // 2)
+    tokens, per_piece = len(_map_tokens(path, options)), max(1, piece_bytes // 2)
     return [(start, min(start + per_piece, tokens)) for start in range(0, tokens, per_piece)]
 
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Yield one array of the documents that start in a range of tokens, without their EOS."""
-    tokens, eos_token_id = _map_tokens(piece.origin), options.eos_token_id
+    tokens, eos_token_id = _map_tokens(piece.origin, options), options.eos_token_id
 
     def start_after(position: int) -> int:
         if position == 0 and tokens[0] != eos_token_id:
@@ -51,22 +52,34 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     yield pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(block[kept]))
 
 
-def _map_tokens(path: Path) -> np.ndarray:
+def _map_tokens(path: Path, options: ReadOptions) -> np.ndarray:
     """Return the memory-mapped tokens of a file. Raises GPT2ModernError if its header or its size is wrong."""
     with reading.errors_named(path, "tokens"):
         header, size = np.fromfile(path, dtype="<i4", count=3).tolist(), path.stat().st_size
-    if len(header) < 3 or header[:2] != [MAGIC, VERSION]:
+    if header[:2] == [MAGIC, VERSION] and len(header) == 3:
+        dtype, start, expected = "uint16", HEADER_BYTES, HEADER_BYTES + 2 * header[2]
+        promised = f"its header promises {header[2]} tokens"
+    elif options.token_dtype:
+        dtype, start = options.token_dtype, 0
+        expected, promised = size - size % np.dtype(dtype).itemsize, f"--token_dtype is {dtype}"
+    else:
         raise GPT2ModernError(
             f"{path} is not a file of GPT-2 tokens: its header starts with {header}, not with the magic number {MAGIC} "
-            f"and version {VERSION}; give files in the format of kjj0/fineweb10B-gpt2"
+            f"and version {VERSION} as in kjj0/fineweb10B-gpt2; if it is nanoGPT's, give --token_dtype uint16"
         )
-    expected = HEADER_BYTES + 2 * header[2]
-    if size != expected or not header[2]:
-        raise GPT2ModernError(
-            f"{path} has {size} bytes, but its header promises {header[2]} tokens, which take {expected} bytes; copy "
-            "the file again"
-        )
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+    if size != expected or size == start:
+        raise GPT2ModernError(f"{path} has {size} bytes, but {promised}, which take {expected} bytes; copy it again")
+    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=start)
+
+
+def write_tokens(path: Path, parts: Iterable[np.ndarray], *, has_header: bool) -> None:
+    """Write a file of uint16 tokens. parts: arrays of consecutive tokens."""
+    with path.open("wb") as file:
+        file.write(bytes(HEADER_BYTES if has_header else 0))
+        count = sum(file.write(part.astype("<u2").tobytes()) // 2 for part in parts)
+        if has_header:
+            file.seek(0)
+            file.write(np.array([MAGIC, VERSION, count], dtype="<i4").tobytes())
 
 
 FORMATS["tokens"] = Format((".bin",), pieces, read, holds_tokens=True)
