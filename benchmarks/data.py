@@ -1,7 +1,7 @@
 """Time prepare_data.py and two other programs that turn the same text files into packed tokens, one process per run.
 
     python -m benchmarks.data --tokenizer_name DIR_OR_HUB_ID [--text_dir DIR ...]
-    python -m benchmarks.data --tokenizer_name DIR --repeat 7 --peers tiktoken   # a gigabyte
+    python -m benchmarks.data --tokenizer_name DIR --text_dir DIR --megabytes 1000   # if so much text is found
 
 The text is taken from this machine without duplicate documents: source and documentation files of --text_dir, then of
 the installed packages and the standard library. The programs run in turn. The peers, as the two other programs are
@@ -41,7 +41,7 @@ from gpt2modern.settings import check_ranges, setting
 OURS = ("prepare_data jsonl", "prepare_data parquet")
 PEERS = ("tiktoken", "run_clm")
 PACKAGES = ("gigatoken", "tokenizers", "tiktoken", "datasets", "pyarrow")
-SUFFIXES = {".py", ".md", ".rst", ".txt"}
+SUFFIXES = {".py", ".md", ".rst", ".txt", ".html"}
 MEGABYTE = 10**6
 NUM_FILES = 8  # per format
 READINGS, BATCHES_PER_READING, BATCH_SIZE = 5, 1000, 16
@@ -53,8 +53,7 @@ HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB
 class DataBenchmarkConfig:
     tokenizer_name: str = setting(help="GPT-2's tokenizer: a folder with tokenizer.json, or a name on the Hub")
     text_dir: list[str] = setting(default_factory=list, help="folders whose text files are taken first")
-    megabytes: float = setting(150, "10^6 bytes of text, before --repeat; less if too little is found", least=0.1)
-    repeat: int = setting(1, "number of copies of every document; each copy of the text has another order", least=1)
+    megabytes: float = setting(150, "10^6 bytes of text; less if too little is found", least=0.1)
     peers: list[str] = setting(default_factory=lambda: list(PEERS), help="other programs to time", choices=list(PEERS))
     repetitions: int = setting(3, "number of timed runs of each program", least=1)
     num_proc: int = setting(2, "worker processes of each program", least=1)
@@ -88,12 +87,6 @@ def read_documents(folders: Sequence[str], text_bytes: float, left_out: Sequence
             if size >= text_bytes:
                 return list(documents)
     return list(documents)
-
-
-def repeated(documents: list[str], times: int) -> list[str]:
-    """Return one list with `times` copies of the documents, each copy in another order."""
-    generator = random.Random(1)
-    return [text for _ in range(times) for text in generator.sample(documents, len(documents))]
 
 
 def write_text(documents: list[str], folder: Path) -> None:
@@ -192,7 +185,7 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
         seconds = measuring.median_and_spread([run.seconds for run in each], ".2f", low=0, high=1)
         cells = [name, seconds, f"{rates[name]:.2f}", f"{work_rates[name]:.2f}" if name in peers else "-"]
         cells += [f"{median(run.cpu_seconds for run in each):.1f}", f"{max(run.peak_gib for run in each):.2f}"]
-        over = {peer: f"{rates[name] / work_rates[peer]:.1f}" for peer in peers if name in OURS}
+        over = {peer: f"{rates[name] / rates[peer]:.1f}" for peer in peers if name in OURS}
         rows.append(cells + [over.get(peer, "-") for peer in PEERS])
     return rows
 
@@ -200,9 +193,8 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
 def benchmark(config: DataBenchmarkConfig, report: measuring.Report, special_tokens: list[str], folder: Path) -> None:
     """Write the text into `folder`, which holds the tokenizer already; time all programs on it and write the report."""
     documents = read_documents(config.text_dir, config.megabytes * MEGABYTE, special_tokens)
-    texts = repeated(documents, config.repeat)
-    write_text(texts, folder)
-    megabytes = sum(len(text.encode()) for text in texts) / MEGABYTE
+    write_text(documents, folder)
+    megabytes = sum(len(text.encode()) for text in documents) / MEGABYTE
     runs = time_programs([*OURS, *dict.fromkeys(config.peers)], config.repetitions, folder, config.num_proc)
     reading = measuring.median_and_spread(measure_reading(folder / OURS[0]), ".1f", low=0, high=1)
     question = """\
@@ -214,15 +206,14 @@ Seconds: from the start to the end of the process, median (fastest to slowest). 
 of the tokenizer are not counted. Peak GiB: the largest sum of the resident memory of all processes of a program in any
 run, read every {SECONDS_PER_POLL} s; a shared page counts in each process.
 
-Text: {megabytes:.1f} MB (10^6 bytes) in {NUM_FILES} files; {len(documents):,} documents, no two equal, each \
-{config.repeat} times. All programs counted {runs[OURS[0]][0].tokens:,} tokens."""
+Text: {megabytes:.1f} MB (10^6 bytes) in {NUM_FILES} files; {len(documents):,} documents, no two equal. All
+programs counted {runs[OURS[0]][0].tokens:,} tokens."""
     remarks = f"""
-Columns `over ...`: MB/s of prepare_data.py with its start, divided by MB/s of the other program without its start.
+Columns `over ...`: MB/s of prepare_data.py divided by MB/s of the other program, both with their start.
 
 Reading the blocks: {reading} 10^6 tokens/s in one process, random batches of {BATCH_SIZE}, int64, n = {READINGS}.
 
-Limits: the input is read from the page cache. run_clm writes no EOS token; one per document is added to its count.
-Repeated text is easier than new text for an encoder that caches words."""
+Limits: the input is read from the page cache. run_clm writes no EOS token; one per document is added to its count."""
     report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks)
 
 

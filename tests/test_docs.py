@@ -38,7 +38,7 @@ ARGUMENTS = {
 
 def shell_commands(text):
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
-    commands = [line for line in lines if " verify " not in line]  # which takes folders, no flags
+    commands = [line.replace(" export ", " ") for line in lines if " verify " not in line]  # that takes folders, no flags
     return [line for line in commands if ARGUMENTS.keys() & set(shlex.split(line, comments=True))]
 
 

@@ -61,7 +61,9 @@ def test_a_file_without_header_and_dtype_is_refused(tmp_path, tokenizer_dir, cap
     flags = ["--train_file", tmp_path / "a.bin", "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data"]
     assert "if it is nanoGPT's, give --token_dtype uint16" in refusal(capsys, *flags)
     (tmp_path / "a.bin").write_bytes(b"123")
-    assert "a.bin has 3 bytes, but --token_dtype is uint16" in refusal(capsys, *flags, "--token_dtype", "uint16")
+    assert "a.bin has 3 bytes, but whole uint16 ids take 2 bytes; copy the file again" in refusal(
+        capsys, *flags, "--token_dtype", "uint16"
+    )
     assert not (tmp_path / "data").exists()
 
 

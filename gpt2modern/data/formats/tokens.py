@@ -58,17 +58,17 @@ def _map_tokens(path: Path, options: ReadOptions) -> np.ndarray:
         header, size = np.fromfile(path, dtype="<i4", count=3).tolist(), path.stat().st_size
     if header[:2] == [MAGIC, VERSION] and len(header) == 3:
         dtype, start, expected = "uint16", HEADER_BYTES, HEADER_BYTES + 2 * header[2]
-        promised = f"its header promises {header[2]} tokens"
+        promised = f"its header promises {header[2]} tokens, which take"
     elif options.token_dtype:
         dtype, start = options.token_dtype, 0
-        expected, promised = size - size % np.dtype(dtype).itemsize, f"--token_dtype is {dtype}"
+        expected, promised = size - size % np.dtype(dtype).itemsize, f"whole {dtype} ids take"
     else:
         raise GPT2ModernError(
             f"{path} is not a file of GPT-2 tokens: its header starts with {header}, not with the magic number {MAGIC} "
             f"and version {VERSION} as in kjj0/fineweb10B-gpt2; if it is nanoGPT's, give --token_dtype uint16"
         )
     if size != expected or size == start:
-        raise GPT2ModernError(f"{path} has {size} bytes, but {promised}, which take {expected} bytes; copy it again")
+        raise GPT2ModernError(f"{path} has {size} bytes, but {promised} {expected} bytes; copy the file again")
     return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=start)
 
 
