@@ -131,8 +131,8 @@ class Encoder:
         return replace(reference, engine="gigatoken")
 
     def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray, int]:
-        """Encode a `large_string` array. Returns all ids in sequence, uint32, the number of ids per text, int64, and how
-        often the texts spell a special token."""
+        """Encode a `large_string` array. Returns all ids in sequence, uint32, the number of ids per text, int64, and
+        how often the texts spell a special token."""
         ids, lengths = self._encode(texts, self.engine, parse=True)
         marks = _marks_of_ids(self.tokenizer_json, self.sha256)[ids]
         marked = np.flatnonzero(marks)
