@@ -115,7 +115,7 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     validation = open_validation(config, dataset, options, workspace)
     rule = choose_rule(source.arrays(), config.validation_split_percentage, validation is not None)
     tokenizer = get_tokenizer(config, tokenizer, source.arrays(), rule, output_dir / "tokenizer", workspace)
-    encoder = Encoder.of(tokenizer, output_dir / "tokenizer", config.tokenizer_engine)
+    encoder = Encoder.of(tokenizer, output_dir / "tokenizer", config)
     num_shards = config.num_shards or source.default_num_shards
     job = Job(source, rule, encoder, config, num_shards, output_dir, workspace)
     if config.shard_index is not None:

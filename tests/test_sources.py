@@ -24,7 +24,7 @@ from tests.support.folders import (
     contents,
     documents_of,
     make_texts,
-    pieces,
+    reference_ids,
     refusal,
     rows_of,
     run,
@@ -172,7 +172,7 @@ def test_json_lines_are_read_wherever_pieces_end(tmp_path_factory, texts, piece_
 
 
 def test_few_pieces_are_dealt_to_many_shards(tmp_path, tokenizer_dir):
-    texts = [text.replace("<|endoftext|>", "") for text in make_texts(30)]
+    texts = make_texts(30)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
     held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2, 900))
     flags = ("--train_file", path, "--validation_file", held_out, "--tokenizer_name", tokenizer_dir, "--block_size", 1)
@@ -323,8 +323,7 @@ def test_a_hub_dataset_is_asked_for_by_configuration_split_and_revision(tmp_path
 @pytest.mark.parametrize("batch", [1, 256])
 def test_streaming_ends_with_the_document_that_reaches_max_tokens(tmp_path, hub, tokenizer_dir, monkeypatch, batch):
     monkeypatch.setattr(sources, "STREAM_ROWS", batch)
-    encode = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode
-    totals = np.cumsum([len(encode(text).ids) + 1 for text in make_texts(300)])
+    totals = np.cumsum([len(reference_ids(tokenizer_dir.parent, [text])) for text in make_texts(300)])
     for bound in (totals[220], totals[220] + 1):
         flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_tokens", bound)
         manifest = run(tmp_path / f"{bound}", *flags)
@@ -399,7 +398,7 @@ def stream_of(texts: list[str], num_shards: int = 1) -> datasets.IterableDataset
 
 @pytest.mark.parametrize("num_shards", [1, 5], ids=["fewer shards than asked for", "more"])
 def test_a_dataset_and_a_stream_from_python_are_prepared(tmp_path, tokenizer_dir, num_shards):
-    texts = [text.replace("<|endoftext|>", "") for text in make_texts(60)]
+    texts = make_texts(60)
     streamed = prepared_from(tmp_path / "stream", tokenizer_dir, stream_of(texts, num_shards))
     table = prepared_from(tmp_path / "table", tokenizer_dir, datasets.Dataset.from_dict({"text": texts}))
     assert streamed["splits"]["validation"]["documents"] == table["splits"]["validation"]["documents"] > 0
@@ -424,7 +423,7 @@ def test_a_stream_from_python_may_have_bounds(tmp_path, tokenizer_dir):
 
 
 def test_a_dataset_dict_from_python_may_bring_its_validation(tmp_path, tokenizer_dir):
-    texts = [text.replace("<|endoftext|>", "") for text in make_texts(30)]
+    texts = make_texts(30)
     splits = {"train": texts[:20], "validation": texts[20:]}
     splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": each}) for name, each in splits.items()})
     prepared_from(tmp_path / "data", tokenizer_dir, splits)
@@ -588,7 +587,7 @@ def test_encoding_errors_replace_goes_on(wrong_files, name):
 
 
 def test_files_of_several_kinds_are_read_together(tmp_path, tokenizer_dir):
-    texts = [text.replace("<|endoftext|>", "") for text in make_texts(6)]
+    texts = make_texts(6)
     (tmp_path / "a.txt").write_text(texts[0])
     write_jsonl(tmp_path / "b.jsonl", texts[1:3], column="body")
     (tmp_path / "c.json").write_text(json.dumps([{"body": texts[3]}]))
@@ -614,7 +613,7 @@ def test_max_documents_takes_the_first(tmp_path, corpus, tokenizer_dir):
     held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2))
     flags = ("--train_file", corpus, "--validation_file", held_out, "--max_documents", 7, "--block_size", 1)
     run(tmp_path / "data", *flags, "--tokenizer_name", tokenizer_dir)
-    assert sorted(documents_of(tmp_path / "data", "train")) == sorted(pieces(make_texts(7)))
+    assert sorted(documents_of(tmp_path / "data", "train")) == sorted(make_texts(7))
 
 
 def test_standard_library_is_prepared_without_installed_packages(tmp_path):

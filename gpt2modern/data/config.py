@@ -73,6 +73,9 @@ class PrepareConfig:
     tokenizer_name: str | None = setting(None, "Existing tokenizer to use: folder or Hub name.", group=TOKENS)
     tokenizer_engine: Literal["auto", "gigatoken", "tokenizers"] = setting(
         "auto", "Library that encodes; auto: gigatoken if it supports the tokenizer. The ids are equal.", group=TOKENS)
+    parse_special_tokens: bool = setting(
+        False, "Encode text that spells a special token, such as '<|endoftext|>', as that token instead of as text; "
+        "with --chat_column this is always so.", group=TOKENS, identity=ALWAYS)
     block_size: int = setting(
         1024, "Tokens per block (training sequence length).", group=TOKENS, identity=ALWAYS, least=1, most=1 << 24)
     packing: Literal["concat", "best_fit"] = setting(

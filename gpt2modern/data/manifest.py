@@ -80,7 +80,10 @@ def build_manifest(
             "name": config.dataset_name or [Path(name).name for name in config.train_file or []] or "dataset",
             "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
             "documents": sum(each["read_documents"] for each in shards),
-            "empty_documents": sum(each["empty_documents"] for each in [*shards, validation]),
+            **{
+                name: sum(each[name] for each in [*shards, validation])
+                for name in ("empty_documents", "special_tokens")
+            },
         },
         "settings": settings,
         "splits": splits,

@@ -105,7 +105,8 @@ def _summary(manifest: dict) -> str:
     return (
         f"blocks of {manifest['block_size']:,} tokens, packing {manifest['packing']}, {manifest['vocab_size']:,} "
         f"vocabulary entries; validation: {manifest['validation_rule']}; empty documents skipped: "
-        f"{manifest['source']['empty_documents']:,}"
+        f"{manifest['source']['empty_documents']:,}; special tokens spelled in the text: "
+        f"{manifest['source']['special_tokens']:,}"
     )
 
 

@@ -68,6 +68,7 @@ class Counts:
     read_documents: int = 0  # read from the source, including empty and held-out ones
     documents: int = 0
     empty_documents: int = 0
+    special_tokens: int = 0  # that the text of documents spells, also of held-out ones
     bytes: int = 0
     tokens: int = 0
     rows: int = 0
@@ -162,7 +163,7 @@ def encode_documents(
             check_engine(job.encoder, texts, source.name)
         if pc.any(is_held_out).as_py():
             hashes = array_of(window, "hash").filter(is_held_out)
-            for encoded in _encode(texts.filter(is_held_out), job.encoder, source.name):
+            for encoded in _encode(texts.filter(is_held_out), job.encoder, source.name, counts):
                 lists = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(encoded.lengths)), encoded.ids)
                 columns = [lists.cast(HELD_OUT_IDS), encoded.num_bytes, hashes.slice(0, len(lists))]
                 held_out.write_table(pa.table(columns, HELD_OUT_SCHEMA))
@@ -171,7 +172,7 @@ def encode_documents(
         if index is not None:
             order = np.random.default_rng([job.config.shuffle_seed, index, number]).permutation(len(texts))
             texts = texts.take(pa.array(order))
-        yield from _encode(texts, job.encoder, source.name)
+        yield from _encode(texts, job.encoder, source.name, counts)
 
 
 def held_out_documents(job: Job) -> Iterator[Encoded]:
@@ -234,13 +235,16 @@ def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(pending)
 
 
-def _encode(documents: pa.Array, encoder: Encoder, name: str) -> Iterator[Encoded]:
-    """Encode documents, about BATCH_BYTES of text at a time. name: of the source, for error messages."""
+def _encode(documents: pa.Array, encoder: Encoder, name: str, counts: Counts) -> Iterator[Encoded]:
+    """Encode documents, about BATCH_BYTES of text at a time. name: of the source, for error messages. Adds the special
+    tokens that the text spells to `counts`."""
     for part in np.array_split(np.arange(len(documents)), documents.nbytes // BATCH_BYTES + 1):
         if len(part):
             texts = documents.slice(part[0], len(part))
             num_bytes = encoder.text_bytes(texts, name)
-            yield Encoded(*encoder.encode(texts), num_bytes)
+            ids, lengths, special_tokens = encoder.encode(texts)
+            counts.special_tokens += special_tokens
+            yield Encoded(ids, lengths, num_bytes)
 
 
 def write_rows(

@@ -274,7 +274,7 @@ def spool(
             return datasets.Dataset.from_file(str(finished))
         if max_tokens is not None:
             tokenizer.save_pretrained(workspace / "counting")
-            counter = Encoder.of(tokenizer, workspace / "counting", config.tokenizer_engine)
+            counter = Encoder.of(tokenizer, workspace / "counting", config)
         seen = tokens = 0
         with tqdm(total=max_tokens or max_documents, desc="Streaming", unit_scale=True) as bar:
             try:

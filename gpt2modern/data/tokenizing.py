@@ -1,12 +1,14 @@
 """Train or load the tokenizer of a run, and encode Arrow arrays of documents to token ids.
 
-gigatoken encodes; `tokenizers` trains vocabularies, checks a sample of each shard, and encodes if gigatoken does not
-support the tokenizer. Both return the ids of `tokenizers` with `add_special_tokens=False`: text that spells a special
-token becomes that token.
+gigatoken encodes; `tokenizers` trains vocabularies, checks a sample of each shard, and encodes what gigatoken does not:
+tokenizers that it does not support, and documents with characters that are new in its version of Unicode. So the ids
+are always those of `tokenizers` with `add_special_tokens=False`. Text that spells a special token is encoded as text.
 """
 
 import contextlib
 import functools
+import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +31,21 @@ from gpt2modern.files import move_folder, sha256_of
 END_OF_TEXT = "<|endoftext|>"
 CHECKED_DOCUMENTS = 16  # in each shard
 CHECKED_CHARACTERS = 2_000  # of each document: `tokenizers` encodes about 1.5 MB/s per core
+# Characters that Unicode 17 (gigatoken 0.10) and Unicode 16 (`tokenizers` 0.22 and 0.23; in NFC, Unicode 9) put into
+# different categories or compose differently, found by comparing both for all of Unicode.
+UNEQUAL_CHARACTERS = """
+295 7FD 88F 897-89F 8CA-8D3 9FE C3C C5C CDC D3B-D3C EBA 1715 1ABF-1AEB 1DF6-1DFA A7CE-A7CF A7D2 A7D4 A7F1 A82C 105C9
+105D2 105DA 105E4 10940-10959 10D24-10D27 10D69-10D6D 10EAB-10EAC 10EC5-10EFB 10EFD-10EFF 10F46-10F50 10F82-10F85
+11070 1133B 11383 11385 1138E 11391 113B8 113BB 113C2-113C9 113CE-113D0 1145E 11839-1183A 11930 11938 1193D-1193E
+11943 119E0 11A34 11A47 11A99 11B60-11B67 11D42 11D44-11D45 11D97 11DB0-11DE9 11F41-11F42 1611E-16129 1612F
+16D67-16D6A 16EA0-16ED3 16FF0-16FF6 187F8-187FF 18D09-18DF2 1E08F 1E130-1E136 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF
+1E5EE-1E5EF 1E6C0-1E6FF 2B73A-2B73F 2CEA2-2CEAD 323B0-33479
+"""
+UNEQUAL_SYMBOLS = """
+20C1 2B96 FBC3-FBD2 FD90-FD91 FDC8-FDCE 1CCFA-1CCFC 1CEBA-1CEF0 1F6D8 1F777-1F77A 1F8D0-1F8D8 1FA54-1FA57
+1FA8A-1FA8E 1FAC8-1FACD 1FAEA-1FAEF 1FBFA
+"""  # only for the few tokenizers that treat symbols and unassigned characters differently
+SPECIAL, UNEQUAL = 1, 2  # marks of token ids; see `_marks_of_ids`
 
 
 def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -90,18 +107,21 @@ class Encoder:
     dtype: Literal["uint16", "uint32"]
     eos_token_id: int
     sha256: str = ""  # of the file, which may be overwritten by another one
+    parse_special_tokens: bool = False  # encode text that spells a special token as that token
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast, folder: Path, engine: str) -> "Encoder":
+    def of(cls, tokenizer: PreTrainedTokenizerFast, folder: Path, config: PrepareConfig) -> "Encoder":
         """Return the encoder of a tokenizer saved to `folder`. The engine auto becomes gigatoken, or, with a printed
-        note, `tokenizers`. Raises GPT2ModernError if `engine` is gigatoken, which does not support the tokenizer."""
+        note, `tokenizers`. Raises GPT2ModernError if the engine is gigatoken, which does not support the tokenizer."""
         dtype = "uint16" if vocabulary_size(tokenizer) < 1 << 16 else "uint32"
-        path = folder / "tokenizer.json"
-        reference = cls(path, "tokenizers", dtype, tokenizer.eos_token_id, sha256_of(path))
+        path, engine = folder / "tokenizer.json", config.tokenizer_engine
+        parse = config.parse_special_tokens or config.chat_column is not None  # chat templates write special tokens
+        reference = cls(path, "tokenizers", dtype, tokenizer.eos_token_id, sha256_of(path), parse)
+        _marks_of_ids(path, reference.sha256)  # before processes are forked, which inherit it
         if engine == "tokenizers":
             return reference
         try:
-            _load_gigatoken(path, reference.sha256)
+            _load_gigatoken(path, reference.sha256, True)
         except Exception as error:  # not installed, or an unsupported kind of tokenizer
             problem = f"cannot load this tokenizer ({cause_of(error)})"
             if engine == "gigatoken":
@@ -110,30 +130,53 @@ class Encoder:
             return reference
         return replace(reference, engine="gigatoken")
 
-    def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a `large_string` array. Returns all ids in sequence, uint32, and the number of ids per text, int64."""
-        if self.engine == "gigatoken":
-            ids = _load_gigatoken(self.tokenizer_json, self.sha256)(texts)
+    def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray, int]:
+        """Encode a `large_string` array. Returns all ids in sequence, uint32, the number of ids per text, int64, and
+        how often the texts spell a special token."""
+        ids, lengths = self._encode(texts, self.engine, parse=True)
+        marks = _marks_of_ids(self.tokenizer_json, self.sha256)[ids]
+        marked = np.flatnonzero(marks)
+        marks, text_of_mark = marks[marked], np.searchsorted(np.cumsum(lengths), marked, side="right")
+        unequal = np.unique(text_of_mark[(marks == UNEQUAL) & (self.engine == "gigatoken")])
+        pattern = _unequal_pattern(self.tokenizer_json, self.sha256)
+        unequal = unequal[pc.match_substring_regex(texts.take(pa.array(unequal)), pattern).to_numpy(False)]
+        spelled = np.unique(text_of_mark[(marks == SPECIAL) & (not self.parse_special_tokens)])
+        parts = None
+        for chosen, engine in ((np.setdiff1d(spelled, unequal), self.engine), (unequal, "tokenizers")):
+            if len(chosen):
+                parts = parts or np.split(ids, np.cumsum(lengths)[:-1])
+                again, sizes = self._encode(texts.take(pa.array(chosen)), engine, self.parse_special_tokens)
+                for index, part in zip(chosen, np.split(again, np.cumsum(sizes)[:-1]), strict=True):
+                    parts[index] = part
+        if parts:
+            ids, lengths = np.concatenate(parts), np.array([len(part) for part in parts])
+        return ids, lengths, int((marks == SPECIAL).sum())
+
+    def _encode(self, texts: pa.Array, engine: str, parse: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts with one engine. parse: whether text that spells a special token becomes that token."""
+        if engine == "gigatoken":
+            ids = _load_gigatoken(self.tokenizer_json, self.sha256, parse)(texts)
             return ids.content.data, np.diff(ids.offsets.data)
-        tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256)
+        tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256, parse)
         encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
 
-    def encode(self, documents: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts, or take lists of ids as they are. Returns the ids in `dtype`, with EOS after each document, and
-        the number of ids per document, EOS included."""
+    def encode(self, documents: pa.Array) -> tuple[np.ndarray, np.ndarray, int]:
+        """Encode texts, or take lists of ids as they are. Returns the ids in `dtype`, with EOS after each document, the
+        number of ids per document, EOS included, and how often the texts spell a special token."""
+        spelled = 0
         if pa.types.is_large_list(documents.type):
             ids, lengths = documents.flatten().to_numpy(), np.diff(documents.offsets.to_numpy())
         else:
-            ids, lengths = self.ids_and_lengths(documents)
+            ids, lengths, spelled = self.ids_and_lengths(documents)
         eos_positions = np.cumsum(lengths) + np.arange(len(lengths))
         with_eos = np.empty(len(ids) + len(lengths), dtype=self.dtype)
         is_text = np.ones(len(with_eos), dtype=bool)
         is_text[eos_positions] = False
         with_eos[is_text] = ids
         with_eos[eos_positions] = self.eos_token_id
-        return with_eos, lengths + 1
+        return with_eos, lengths + 1, spelled
 
     def text_bytes(self, documents: pa.Array, name: str) -> np.ndarray:
         """Return the UTF-8 bytes of each document, (documents,) int64. GPT2ModernError if the tokenizer lacks an id."""
@@ -158,7 +201,7 @@ def check_engine(encoder: Encoder, documents: pa.Array, name: str) -> None:
     chosen = np.unique(np.linspace(0, len(documents) - 1, CHECKED_DOCUMENTS, dtype=np.int64))
     texts = pc.utf8_slice_codeunits(documents.take(pa.array(chosen)), 0, CHECKED_CHARACTERS)
     reference = replace(encoder, engine="tokenizers")
-    (ids, lengths), (expected, expected_lengths) = (each.ids_and_lengths(texts) for each in (encoder, reference))
+    (ids, lengths, _), (expected, expected_lengths, _) = (each.ids_and_lengths(texts) for each in (encoder, reference))
     split, expected = np.split(ids, np.cumsum(lengths)[:-1]), np.split(expected, np.cumsum(expected_lengths)[:-1])
     for text, found, correct in zip(texts, split, expected, strict=True):
         if not np.array_equal(found, correct):
@@ -212,27 +255,66 @@ def read_template(path: str) -> str:
 
 
 @functools.cache  # once per process: loading takes longer than checking a shard
-def _load_gigatoken(tokenizer_json: Path, sha256: str):
-    """Return a function from `large_string` arrays to awkward's layout of their ids. Call it before workers fork."""
+def _load_gigatoken(tokenizer_json: Path, sha256: str, parse: bool):
+    """Return a function from `large_string` arrays to awkward's layout of their ids. Call it before workers fork.
+
+    parse: whether text that spells a special token becomes that token, which gigatoken does for those it is told of.
+    """
     import awkward  # noqa: PLC0415  optional: installed with gigatoken
     import gigatoken  # noqa: PLC0415  optional: `tokenizers` encodes without it
 
-    tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json.read_text(encoding="utf-8"))
+    content = tokenizer_json.read_text(encoding="utf-8")
+    if not parse:
+        values = json.loads(content)
+        values["added_tokens"] = [token for token in values["added_tokens"] if not token["special"]]
+        content = json.dumps(values)
+    tokenizer = gigatoken.Tokenizer.from_json(content)
     return lambda texts: tokenizer.encode_batch(awkward.from_arrow(texts)).layout
 
 
 @functools.cache
-def _load_tokenizers(tokenizer_json: Path, sha256: str) -> Tokenizer:
+def _load_tokenizers(tokenizer_json: Path, sha256: str, parse: bool) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = not parse  # as text
     return tokenizer
+
+
+@functools.cache
+def _marks_of_ids(tokenizer_json: Path, sha256: str) -> np.ndarray:
+    """Return (ids,) uint8: SPECIAL for a special token; UNEQUAL for a token that may be part of an unequal character,
+    because its bytes contain the first two of one, or end with the first; otherwise 0."""
+    tokenizer = _load_tokenizers(tokenizer_json, sha256, True)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    codes = [code for first, last in _unequal_ranges(tokenizer_json) for code in range(first, last + 1)]
+    starts = {to_bytes.pre_tokenize_str(chr(code))[0][0][:2] for code in codes}
+    pattern = "|".join([*map(re.escape, sorted(starts)), f"[{''.join({start[0] for start in starts})}]$"])
+    names, ids = pa.array(list(vocabulary)), np.array(list(vocabulary.values()))
+    marks = np.zeros(ids.max() + 1, dtype=np.uint8)
+    marks[ids[pc.match_substring_regex(names, pattern).to_numpy(False)]] = UNEQUAL
+    marks[[index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special]] = SPECIAL
+    return marks
+
+
+def _unequal_ranges(tokenizer_json: Path) -> list[list[int]]:
+    """Return the first and the last code point of each range of characters that the engines may encode differently."""
+    uses_symbols = "\\\\p{S}" in tokenizer_json.read_text(encoding="utf-8")  # in its regular expression, as JSON
+    ranges = UNEQUAL_CHARACTERS + UNEQUAL_SYMBOLS * uses_symbols
+    return [[int(code, 16) for code in (each.split("-") * 2)[:2]] for each in ranges.split()]
+
+
+@functools.cache
+def _unequal_pattern(tokenizer_json: Path, sha256: str) -> str:
+    """Return a regular expression for text that has a character which the engines may encode differently."""
+    return f"[{''.join(f'{chr(first)}-{chr(last)}' for first, last in _unequal_ranges(tokenizer_json))}]"
 
 
 @functools.cache
 def _bytes_of_tokens(tokenizer_json: Path, sha256: str) -> np.ndarray:
     """Return the number of UTF-8 bytes that each id of a byte-level BPE stands for: (ids,) int64."""
-    tokenizer = _load_tokenizers(tokenizer_json, sha256)
+    tokenizer = _load_tokenizers(tokenizer_json, sha256, True)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value, load_from_disk
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from prepare_data import main
 
@@ -125,21 +124,17 @@ def targets_of(data_dir: Path, split: str) -> list[int]:
 
 
 def documents_of(data_dir: Path, split: str) -> list[str]:
-    """The documents of a split.
-
-    The texts here hold "<|endoftext|>", which becomes EOS: each piece of a text counts as a document, on both sides.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
-    return pieces([tokenizer.decode(targets_of(data_dir, split)).removesuffix("<|endoftext|>")])
-
-
-def pieces(texts: list[str]) -> list[str]:
-    return [piece for text in texts for piece in text.split("<|endoftext|>")]
+    """The documents of a split, each without its EOS."""
+    tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
+    targets = np.array(targets_of(data_dir, split))
+    documents = np.split(targets, np.flatnonzero(targets == EOS) + 1)[:-1]
+    return tokenizer.decode_batch([document[:-1].tolist() for document in documents])
 
 
 def reference_ids(data_dir: Path, texts: list[str]) -> list[int]:
-    """What `tokenizers` makes of the texts, each followed by EOS."""
+    """What `tokenizers` makes of the texts, each followed by EOS; what spells a special token is text."""
     tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
     eos = tokenizer.token_to_id("<|endoftext|>")
     return [token for text in texts for token in [*tokenizer.encode(text, add_special_tokens=False).ids, eos]]
 
