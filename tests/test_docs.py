@@ -14,6 +14,7 @@ from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
+from gpt2modern.data.exporting import ExportConfig
 from gpt2modern.training.models import parse_config_overrides
 from modeling_gpt2modern import GPT2ModernConfig
 from prepare_data import PrepareConfig
@@ -26,6 +27,7 @@ PAGES = {
 README = PAGES["README.md"]
 ARGUMENTS = {
     "prepare_data.py": PrepareConfig,
+    "export": ExportConfig,
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
@@ -38,7 +40,8 @@ ARGUMENTS = {
 
 def shell_commands(text):
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
-    commands = [line.replace(" export ", " ") for line in lines if " verify " not in line]  # that takes folders, no flags
+    commands = [line.replace("prepare_data.py export", "export") for line in lines]
+    commands = [line for line in commands if " verify " not in line]  # which takes folders, no flags
     return [line for line in commands if ARGUMENTS.keys() & set(shlex.split(line, comments=True))]
 
 

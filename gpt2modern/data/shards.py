@@ -1,10 +1,10 @@
 """Write shards, the files of a split: one process reads, encodes, packs and writes a shard, completely or not at all.
 
-The documents of a shard pass through `datasets.map`, which marks those held out for validation; then they are
-collected to windows of about 32 MB, and each window is shuffled, encoded, packed and written as an Arrow file. A shard
-is built under a temporary name and renamed; then its receipt (a file with its counts and checksums) is written, with
-which a resumed run finds and verifies finished shards. The content of a shard depends only on the settings, not on the
-number of processes or machines.
+The documents of a shard pass through `datasets.map`, which encodes them and marks those held out for validation; then
+they are collected to windows of about 32 MB of text, and each window is shuffled, packed and written as an Arrow file.
+A shard is built under a temporary name and renamed; then its receipt (a file with its counts and checksums) is written,
+with which a resumed run finds and verifies finished shards. The content of a shard depends only on the settings, not on
+the number of processes or machines.
 """
 
 import json
@@ -30,11 +30,10 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import atomic_file, atomic_folder, described, locked, sha256_of, write_json
 
 WINDOW_BYTES = 32 << 20  # of text, shuffled together and so held in memory by a process
-BATCH_BYTES = 8 << 20  # of text, encoded and packed together
+BATCH_BYTES = 8 << 20  # of text, encoded together
 RECEIPT_FILE = "receipt.json"
 HELD_OUT_FILE = "held_out_tokens.arrow"
-HELD_OUT_IDS = pa.large_list(pa.uint32())
-HELD_OUT_SCHEMA = pa.schema({"input_ids": HELD_OUT_IDS, "bytes": pa.int64(), "hash": pa.uint64()})
+HELD_OUT_SCHEMA = pa.schema({"tokens": pa.large_binary(), "bytes": pa.int64(), "hash": pa.uint64()})
 
 
 @dataclass
@@ -139,6 +138,14 @@ class Encoded(NamedTuple):
     lengths: np.ndarray
     num_bytes: np.ndarray
 
+    @classmethod
+    def of(cls, table: pa.Table, dtype: str) -> "Encoded":
+        """Return the documents of a table with the columns tokens and bytes (see `encode_batch`)."""
+        tokens = array_of(table, "tokens")
+        offsets = np.frombuffer(tokens.buffers()[1], np.int64)[tokens.offset : tokens.offset + len(tokens) + 1]
+        ids = np.frombuffer(tokens.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]].view(dtype)
+        return cls(ids, np.diff(offsets) // ids.itemsize, table["bytes"].to_numpy())
+
 
 def encode_documents(
     job: Job,
@@ -156,23 +163,62 @@ def encode_documents(
         documents = documents.shard(job.num_shards, index)
     elif index is not None:
         step = job.num_shards, index
-    tables = split_documents(documents, source.batch_rows, rule, counts, step, is_stopped)
-    for number, window in enumerate(_windows(tables)):
-        texts, is_held_out = array_of(window, COLUMN), array_of(window, "is_held_out")
-        if not number:
-            check_engine(job.encoder, texts, source.name)
-        if pc.any(is_held_out).as_py():
-            hashes = array_of(window, "hash").filter(is_held_out)
-            for encoded in _encode(texts.filter(is_held_out), job.encoder, source.name, counts):
-                lists = pa.LargeListArray.from_arrays(np.append(0, np.cumsum(encoded.lengths)), encoded.ids)
-                columns = [lists.cast(HELD_OUT_IDS), encoded.num_bytes, hashes.slice(0, len(lists))]
-                held_out.write_table(pa.table(columns, HELD_OUT_SCHEMA))
-                hashes = hashes.slice(len(lists))
-            texts = texts.filter(pc.invert(is_held_out))
+
+    def encode(table: pa.Table, indices: list[int]) -> pa.Table:
+        if is_stopped():
+            raise Stopped
+        batch = array_of(table, COLUMN)
+        if step[0] > 1:  # every step[0]-th document, from number step[1] on
+            batch = batch.take(pa.array(np.arange((step[1] - indices[0]) % step[0], len(batch), step[0])))
+        return encode_batch(batch, job.encoder, source.name, rule, counts)
+
+    mapped = documents.with_format("arrow").map(
+        encode, batched=True, batch_size=source.batch_rows, with_indices=True, remove_columns=COLUMN
+    )
+    for number, window in enumerate(_windows(mapped.iter(source.batch_rows))):
+        if pc.any(window["is_held_out"]).as_py():
+            held_out.write_table(window.filter(window["is_held_out"]).select(HELD_OUT_SCHEMA.names))
+            window = window.filter(pc.invert(window["is_held_out"]))
         if index is not None:
-            order = np.random.default_rng([job.config.shuffle_seed, index, number]).permutation(len(texts))
-            texts = texts.take(pa.array(order))
-        yield from _encode(texts, job.encoder, source.name, counts)
+            order = np.random.default_rng([job.config.shuffle_seed, index, number]).permutation(len(window))
+            window = window.take(pa.array(order))
+        yield Encoded.of(window, job.encoder.dtype)
+
+
+def encode_batch(documents: pa.Array, encoder: Encoder, name: str, rule: ValidationRule, counts: Counts) -> pa.Table:
+    """Encode a batch of documents, and add what was read to `counts`. name: of the source, for error messages.
+
+    Returns a table with a row for each document that has text: tokens (the ids with EOS, as bytes, which Arrow copies
+    faster than lists), bytes (of the text), is_held_out, and hash (0 if not held out).
+    """
+    if not counts.read_documents and len(documents):
+        check_engine(encoder, documents, name)
+    filled = is_not_empty(documents)
+    counts.read_documents += len(documents)
+    counts.empty_documents += int((~filled).sum())
+    documents = documents if filled.all() else documents.filter(pa.array(filled))
+    hashes = hash_documents(documents)
+    counts.fingerprint = (counts.fingerprint + int(hashes.sum(dtype=np.uint64))) % 2**64
+    train, held_out, held_out_hashes = rule.split(documents, hashes)
+    documents = pa.concat_arrays([train, held_out])
+    num_bytes = encoder.text_bytes(documents, name)
+    parts = [(np.empty(0, encoder.dtype), np.empty(0, np.int64))]
+    for part in np.array_split(np.arange(len(documents)), documents.nbytes // BATCH_BYTES + 1):
+        if len(part):
+            *encoded, special_tokens = encoder.encode(documents.slice(part[0], len(part)))
+            counts.special_tokens += special_tokens
+            parts.append(encoded)
+    ids, lengths = (np.concatenate(each) for each in zip(*parts, strict=True))
+    offsets = np.append(0, np.cumsum(lengths * ids.itemsize))
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(ids)]
+    return pa.table(
+        {
+            "tokens": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(lengths), buffers),
+            "bytes": num_bytes,
+            "is_held_out": np.arange(len(documents)) >= len(train),
+            "hash": np.append(np.zeros(len(train), np.uint64), held_out_hashes),
+        }
+    )
 
 
 def held_out_documents(job: Job) -> Iterator[Encoded]:
@@ -183,43 +229,7 @@ def held_out_documents(job: Job) -> Iterator[Encoded]:
     held_out = datasets.concatenate_datasets(parts)
     order = np.argsort(held_out.data.column("hash").to_numpy(), kind="stable")
     for table in held_out.select(order).with_format("arrow").iter(job.source.batch_rows):
-        lists = array_of(table, "input_ids")
-        ids = lists.flatten().to_numpy().astype(job.encoder.dtype)
-        yield Encoded(ids, np.diff(lists.offsets.to_numpy()), table.column("bytes").to_numpy())
-
-
-def split_documents(
-    documents: datasets.IterableDataset,
-    batch_rows: int,
-    rule: ValidationRule,
-    counts: Counts,
-    step: tuple[int, int],
-    is_stopped: Callable[[], bool],
-) -> Iterator[pa.Table]:
-    """Yield tables with the columns document, is_held_out and hash (0 if not held out), without empty documents.
-
-    step: (n, i) takes every n-th document, starting with number i. Adds the documents read to `counts`.
-    """
-
-    def split(table: pa.Table, indices: list[int]) -> pa.Table:
-        if is_stopped():
-            raise Stopped
-        texts = array_of(table, COLUMN)
-        if step[0] > 1:
-            texts = texts.take(pa.array(np.arange((step[1] - indices[0]) % step[0], len(texts), step[0])))
-        filled = is_not_empty(texts)
-        counts.read_documents += len(texts)
-        counts.empty_documents += int((~filled).sum())
-        texts = texts if filled.all() else texts.filter(pa.array(filled))
-        hashes = hash_documents(texts)
-        counts.fingerprint = (counts.fingerprint + int(hashes.sum(dtype=np.uint64))) % 2**64
-        train, held_out, held_out_hashes = rule.split(texts, hashes)
-        hashes = np.append(np.zeros(len(train), np.uint64), held_out_hashes)
-        is_held_out = pa.array(np.arange(len(hashes)) >= len(train))
-        return pa.table({COLUMN: pa.concat_arrays([train, held_out]), "is_held_out": is_held_out, "hash": hashes})
-
-    mapped = documents.with_format("arrow").map(split, batched=True, batch_size=batch_rows, with_indices=True)
-    return mapped.iter(batch_rows)
+        yield Encoded.of(table, job.encoder.dtype)
 
 
 def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
@@ -227,24 +237,12 @@ def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     pending, size = [], 0
     for table in tables:
         pending.append(table)
-        size += table.nbytes
+        size += pc.sum(table["bytes"]).as_py() or 0
         if size >= WINDOW_BYTES:
             yield pa.concat_tables(pending)
             pending, size = [], 0
     if pending:
         yield pa.concat_tables(pending)
-
-
-def _encode(documents: pa.Array, encoder: Encoder, name: str, counts: Counts) -> Iterator[Encoded]:
-    """Encode documents, about BATCH_BYTES of text at a time. name: of the source, for error messages. Adds the special
-    tokens that the text spells to `counts`."""
-    for part in np.array_split(np.arange(len(documents)), documents.nbytes // BATCH_BYTES + 1):
-        if len(part):
-            texts = documents.slice(part[0], len(part))
-            num_bytes = encoder.text_bytes(texts, name)
-            ids, lengths, special_tokens = encoder.encode(texts)
-            counts.special_tokens += special_tokens
-            yield Encoded(ids, lengths, num_bytes)
 
 
 def write_rows(
