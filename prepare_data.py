@@ -34,17 +34,19 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
 import transformers
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, settings_of, write_dataset_files
 from gpt2modern.data.formats import ReadOptions
+from gpt2modern.data.formats.reading import check_unchanged
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import dataset_card, print_summary, push_to_hub, report_page
 from gpt2modern.data.rows import schema_of
-from gpt2modern.data.shards import Job, read_receipt, write_validation
-from gpt2modern.data.sources import AnyDataset, open_source, open_validation
+from gpt2modern.data.shards import Job, number_filled_shards, write_validation
+from gpt2modern.data.sources import AnyDataset, open_source, open_validation, stats_of_files
 from gpt2modern.data.splits import choose_rule
 from gpt2modern.data.tokenizing import Encoder, get_tokenizer, named_tokenizer, vocabulary_size
 from gpt2modern.data.workers import write_shards
@@ -53,8 +55,9 @@ from gpt2modern.errors import GPT2ModernError
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: prepare data, or verify folders. A user's mistake prints one line and exits with code 2."""
+    started = None
     if argv is None:
-        argv = sys.argv[1:]
+        argv, started = sys.argv[1:], psutil.Process().create_time()  # before the imports, which take a second
         datasets.config.TORCH_AVAILABLE = False  # otherwise every IterableDataset imports torch, which takes 2 s
     with one_line_errors():
         if argv[:1] == ["verify"]:
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         # A user's mistake prints one line, without warnings of the libraries before it.
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         transformers.logging.set_verbosity_error()
-        prepare(config)
+        prepare(config, started=started)
 
 
 def verify(folders: list[str]) -> None:
@@ -82,22 +85,23 @@ def verify(folders: list[str]) -> None:
     print(f"{', '.join(folders)}: all files are valid (sha256 as recorded)")
 
 
-def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | None:
+def prepare(config: PrepareConfig, dataset: AnyDataset | None = None, started: float | None = None) -> dict | None:
     """Write the folder `config.output_dir` and return its manifest, or None if only shard --shard_index is written.
 
     dataset: documents from Python instead of --dataset_name or --train_file. Of a DatasetDict, the split
     `dataset_split` is used, and the split `validation` if it exists. Finished shards of a run with the same settings
-    are verified and kept. Raises GPT2ModernError if the user can fix the cause; a folder started by this call
-    is then emptied, unless writing failed.
+    are verified and kept. started: `time.time()` from which the printed time counts (None: now). Raises
+    GPT2ModernError if the user can fix the cause; a folder started by this call is then emptied, unless writing failed.
     """
     if (config.dataset_name is not None) + (config.train_file is not None) + (dataset is not None) != 1:
         raise GPT2ModernError(
             "give exactly one of --dataset_name (such as stdlib) and --train_file, which name the documents to read"
         )
+    stats = stats_of_files(config)
     output_dir, settings = Path(config.output_dir), settings_of(config, dataset)
     with folder_in_preparation(output_dir, settings, shared=config.shard_index is not None) as manifest:
         if manifest is None:
-            manifest = write_folder(config, settings, dataset)
+            manifest = write_folder(config, settings, stats, dataset, started or time.time())
         else:
             print(f"{output_dir} is already prepared with these settings; nothing to do")
     if config.push_to_hub and manifest is not None:
@@ -105,14 +109,19 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | 
     return manifest
 
 
-def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | None) -> dict | None:
-    """Read, encode and pack the documents. Returns the manifest, or None if --shard_index is given."""
-    started = time.perf_counter()
+def write_folder(
+    config: PrepareConfig, settings: dict, stats: dict, dataset: AnyDataset | None, started: float
+) -> dict | None:
+    """Read, encode and pack the documents. Returns the manifest, or None if --shard_index is given.
+
+    stats: of the files before `settings` were computed from their content. started: see `prepare`.
+    """
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
     tokenizer = named_tokenizer(config)  # None: it is trained below, on the documents
     options = ReadOptions.of(config, tokenizer)
     source = open_source(config, dataset, options, tokenizer, workspace)
-    validation = open_validation(config, dataset, options, workspace)
+    validation = open_validation(config, settings, dataset, options, workspace)
+    check_unchanged(stats)
     rule = choose_rule(source.arrays(), config.validation_split_percentage, validation is not None)
     tokenizer = get_tokenizer(config, tokenizer, source.arrays(), rule, output_dir / "tokenizer", workspace)
     encoder = Encoder.of(tokenizer, output_dir / "tokenizer", config)
@@ -131,12 +140,12 @@ def write_folder(config: PrepareConfig, settings: dict, dataset: AnyDataset | No
     if validation is None:
         held_out = write_validation(job, None)
     sizes = {"dtype": encoder.dtype, "vocab_size": vocabulary_size(tokenizer), "eos_token_id": encoder.eos_token_id}
-    shards = [read_receipt(job, index) for index in range(num_shards)]
+    shards = number_filled_shards(job)
     schema = schema_of(encoder.dtype, config.packing)
     write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
     finish(output_dir, manifest, report_page(manifest), dataset_card(manifest))
-    print_summary(output_dir, manifest, time.perf_counter() - started)
+    print_summary(output_dir, manifest, time.time() - started)
     return manifest
 
 

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
-from gpt2modern.data import workers
+from gpt2modern.data import sources, workers
+from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.data.shards import Stopped, write_shard
 from prepare_data import main
 from tests.support.folders import contents, make_texts, refusal, run, write_jsonl
@@ -126,6 +128,45 @@ def test_machines_that_write_one_shard_each_make_what_one_machine_makes(tmp_path
     run(tmp_path / "together", *flags)
     assert contents(tmp_path / "together") == contents(tmp_path / "one")
     assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+@pytest.fixture
+def huge_beside_small(tmp_path, tokenizer_dir) -> tuple:
+    """Flags for a file in which one document takes nearly all bytes."""
+    path = write_jsonl(tmp_path / "huge.jsonl", ["a cat sat on a mat " * 20_000, *make_texts(3)])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(3, 5000))
+    return ("--train_file", path, "--validation_file", held_out, "--tokenizer_name", tokenizer_dir, "--block_size", 16)
+
+
+def test_fewer_shards_are_written_than_would_have_documents(tmp_path, huge_beside_small, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "SHARD_BYTES", 40_000)
+    for name, flags in (("default", ()), ("given", ("--num_shards", 12))):
+        manifest = run(tmp_path / name, *huge_beside_small, *flags)
+        files = sorted(path.name for path in (tmp_path / name / "train").glob("*.arrow"))
+        count = len(files)
+        assert 1 <= count <= 4 and files == [f"data-{index:05d}-of-{count:05d}.arrow" for index in range(count)]
+        assert len(manifest["splits"]["train"]["shards"]) == count
+        assert manifest["splits"]["train"]["documents"] == manifest["source"]["documents"] == 4
+        assert f"note: {count} shards are written, not " in capsys.readouterr().out
+        main(["verify", str(tmp_path / name)])
+        assert len(datasets.load_from_disk(str(tmp_path / name / "train"))) == manifest["splits"]["train"]["rows"]
+        assert PackedBlocks(tmp_path / name, "train").num_shards == count
+
+
+def test_machines_agree_on_the_shards_that_have_no_documents(tmp_path, huge_beside_small):
+    flags = (*huge_beside_small, "--num_shards", 6)
+    run(tmp_path / "one", *flags)
+    for index in range(6):
+        main([*map(str, flags), "--shard_index", str(index), "--output_dir", str(tmp_path / "together")])
+    run(tmp_path / "together", *flags)
+    assert contents(tmp_path / "together") == contents(tmp_path / "one")
+
+
+def test_a_training_split_without_documents_is_refused(tmp_path, tokenizer_dir, capsys):
+    path, held_out = write_jsonl(tmp_path / "a.jsonl", ["\n"]), write_jsonl(tmp_path / "b.jsonl", ["a"])
+    flags = ("--train_file", path, "--tokenizer_name", tokenizer_dir, "--validation_split_percentage", 99.99)
+    assert "split has no documents" in refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", held_out.name]
 
 
 # Killed

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -169,6 +171,66 @@ def test_json_lines_are_read_wherever_pieces_end(tmp_path_factory, texts, piece_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "piece_bytes_of", lambda total, num_shards: piece_bytes)
         assert read_all(path) == texts
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_line_of_many_pieces_is_read_by_one(tmp_path, kind):
+    texts = ["first", "a cat " * 4_000_000, "last"]
+    path = tmp_path / f"a.{kind}"
+    path.write_text("".join((json.dumps({"text": text}) if kind == "jsonl" else text) + "\n" for text in texts))
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    source = open_files([str(path)], ReadOptions(sample_by="line"), None)
+    assert len(source.pieces) > 20
+    before = bytes_read()
+    assert [example["document"] for example in source.documents()] == texts
+    assert bytes_read() - before < 3.5 * path.stat().st_size
+
+
+def change(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "appended to":
+        path.write_bytes(content + content)
+    elif how == "overwritten":
+        path.write_bytes(content[::-1])
+    elif how == "replaced":
+        path.with_suffix(".new").write_bytes(content)
+        path.with_suffix(".new").replace(path)
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "appended to", "overwritten", "replaced", "removed"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "saved", "a.bin"])
+def test_a_file_that_changes_after_it_was_opened_is_an_error(tmp_path, name, how):
+    if name == "saved":
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / name)
+        (changed,) = (tmp_path / name).glob("*.arrow")
+    elif name == "a.bin":
+        changed = write_tokens(tmp_path / name, np.arange(300) % 10)
+    else:
+        changed = tmp_path / name
+        write_format(changed, TEXTS)
+    source = open_files([str(tmp_path / name)], ReadOptions(separator="<|sep|>", eos_token_id=0), None)
+    assert list(source.documents())
+    change(changed, how)
+    with pytest.raises(GPT2ModernError, match=f"{changed} was changed while it was read"):
+        list(source.documents())
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "READ_BYTES", 16)
+    path = write_jsonl(tmp_path / "a.jsonl", ["a cat"] * 100)
+    documents = iter(open_files([str(path)], ReadOptions(), None).documents())
+    next(documents)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:50]))
+    with pytest.raises(GPT2ModernError, match=f"{path} was changed while it was read"):
+        list(documents)
 
 
 def test_few_pieces_are_dealt_to_many_shards(tmp_path, tokenizer_dir):
@@ -583,7 +645,42 @@ def test_encoding_errors_replace_goes_on(wrong_files, name):
     assert "".join(read_all(wrong_files / name, encoding_errors="replace")).endswith("caf\ufffd au lait")
 
 
+def test_a_pipe_is_refused(tmp_path, tokenizer_dir, capsys):
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", "/dev/null"):
+        for flag in ("--train_file", "--validation_file"):
+            flags = (flag, path, "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data")
+            flags += ("--dataset_name", "stdlib") if flag == "--validation_file" else ()
+            line = refusal(capsys, *flags)
+            assert line == f"{path} is a pipe or a device, which can be read only once; save it as a file first"
+            assert os.listdir(tmp_path) == ["pipe.txt"]
+
+
 # In the blocks
+
+
+def test_a_stray_bin_file_in_a_folder_of_text_is_omitted(tmp_path, tokenizer_dir, capsys):
+    (tmp_path / "corpus").mkdir()
+    write_jsonl(tmp_path / "corpus" / "a.jsonl", make_texts(20))
+    (tmp_path / "corpus" / "weights.bin").write_bytes(b"no tokens")
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", make_texts(2, 900))
+    flags = ("--validation_file", held_out, "--tokenizer_name", tokenizer_dir, "--block_size", 8)
+    manifest = run(tmp_path / "data", "--train_file", tmp_path / "corpus", *flags)
+    assert manifest["splits"]["train"]["documents"] == 20
+    warned = capsys.readouterr().err
+    assert warned.count(f"warning: {tmp_path / 'corpus'}: weights.bin and other files of tokens are omitted") == 1
+
+
+def test_a_copy_of_the_training_file_as_validation_is_noticed(tmp_path, corpus, tokenizer_dir, capsys):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--block_size", 8)
+    for path in (copy, corpus):
+        run(tmp_path / path.stem, *flags, "--validation_file", path)
+        warned = f"warning: --validation_file {path.name} has the content of corpus.jsonl in --train_file"
+        assert warned in capsys.readouterr().err
+    run(tmp_path / "other", *flags, "--validation_file", write_jsonl(tmp_path / "other.jsonl", make_texts(9, 900)))
+    assert "has the content" not in capsys.readouterr().err
 
 
 def test_files_of_several_kinds_are_read_together(tmp_path, tokenizer_dir):

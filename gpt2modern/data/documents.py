@@ -11,6 +11,7 @@ import pyarrow as pa
 from datasets.builder import Key
 
 from gpt2modern.data.formats import FORMATS, Piece, ReadOptions
+from gpt2modern.data.formats.reading import check_unchanged
 
 COLUMN = "document"  # large_string, or lists of ids from files of tokens
 
@@ -38,14 +39,19 @@ class Documents(datasets.ArrowBasedBuilder):
 
 
 def read_piece(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
-    """Yield arrays of the documents of one piece, at most `piece.limit`. GPT2ModernError names the file and place."""
+    """Yield arrays of the documents of one piece, at most `piece.limit`. GPT2ModernError names the file and place, or a
+    file that was changed since it was opened."""
     seen = 0
-    for documents in FORMATS[piece.format].read(piece, options):
-        if documents := documents.slice(0, None if piece.limit is None else piece.limit - seen):
-            yield documents
-        seen += len(documents)
-        if seen == piece.limit:
-            return
+    check_unchanged(piece.stats)  # before a memory-mapped table is read that was truncated, which ends the process
+    try:
+        for documents in FORMATS[piece.format].read(piece, options):
+            if documents := documents.slice(0, None if piece.limit is None else piece.limit - seen):
+                yield documents
+            seen += len(documents)
+            if seen == piece.limit:
+                return
+    finally:  # also after an error, whose cause it may be
+        check_unchanged(piece.stats)
 
 
 def array_of(table: pa.Table, column: str) -> pa.Array:

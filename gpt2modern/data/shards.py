@@ -10,7 +10,7 @@ the number of processes or machines.
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +98,7 @@ def write_shard(job: Job, index: int, is_stopped: Callable[[], bool] = lambda: F
         with atomic_folder(receipt_dir) as build:
             with pa.ipc.new_stream(str(build / HELD_OUT_FILE), HELD_OUT_SCHEMA) as held_out:
                 documents = encode_documents(job, job.source, job.rule, counts, index, held_out, is_stopped)
-                nothing = f"--num_shards {job.num_shards}: shard {index} has no training documents; use fewer shards"
-                receipt = write_rows(documents, build, path, job, counts, nothing)
+                receipt = write_rows(documents, build, path, job, counts)
             receipt["held_out_tokens_sha256"] = sha256_of(build / HELD_OUT_FILE)
             write_json(build / RECEIPT_FILE, receipt)
 
@@ -109,13 +108,39 @@ def write_validation(job: Job, source: Source | None) -> dict:
     path, counts = job.output_dir / "validation" / "data-00000-of-00001.arrow", Counts()
     rule = ValidationRule("file")
     documents = held_out_documents(job) if source is None else encode_documents(job, source, rule, counts)
-    nothing = "the validation split has no documents; give another --validation_file or --validation_split_percentage"
-    return write_rows(documents, job.workspace, path, job, counts, nothing)
+    receipt = write_rows(documents, job.workspace, path, job, counts)
+    if not counts.documents:
+        given = "--validation_file or --validation_split_percentage"
+        raise GPT2ModernError(f"the validation split has no documents; give another {given}")
+    return receipt
 
 
 def read_receipt(job: Job, index: int) -> dict:
     """Return the receipt of a finished shard: its counts, and its file with size and sha256."""
     return json.loads((job.receipt_dir(index) / RECEIPT_FILE).read_text(encoding="utf-8"))
+
+
+def number_filled_shards(job: Job) -> list[dict]:
+    """Return the receipts of all training shards, without those that have no documents, such as beside one huge
+    document. Their files are removed, the others numbered anew. Raises GPT2ModernError if no shard has documents."""
+    receipts = [read_receipt(job, index) for index in range(job.num_shards)]
+    filled = [receipt for receipt in receipts if receipt["documents"]]
+    if not filled:
+        raise GPT2ModernError("the training split has no documents; give more text, or less to the validation split")
+    if len(filled) == job.num_shards:
+        return receipts
+    print(f"note: {len(filled)} shards are written, not {job.num_shards}, because the others have no documents")
+    numbered = replace(job, num_shards=len(filled))
+    for index, receipt in enumerate(receipts):
+        if not receipt["documents"]:
+            job.shard_path(index).unlink(missing_ok=True)
+            for name in ("read_documents", "empty_documents", "special_tokens", "fingerprint"):
+                filled[0][name] += receipt[name]
+    for index, receipt in enumerate(filled):
+        path = numbered.shard_path(index)
+        (job.output_dir / receipt["shard"]["path"]).replace(path)
+        receipt["shard"]["path"] = path.relative_to(job.output_dir).as_posix()
+    return filled
 
 
 def is_finished(job: Job, index: int) -> bool:
@@ -245,12 +270,9 @@ def _windows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(pending)
 
 
-def write_rows(
-    documents: Iterator[Encoded], build_in: Path, path: Path, job: Job, counts: Counts, nothing: str
-) -> dict:
+def write_rows(documents: Iterator[Encoded], build_in: Path, path: Path, job: Job, counts: Counts) -> dict:
     """Pack documents and write them to the file `path`, which is built in the folder `build_in` and then moved. Returns
-    the receipt of the shard: `counts`, updated here, and the file's size and sha256. nothing: error message if there
-    are no documents."""
+    the receipt of the shard: `counts`, updated here, and the file's size and sha256."""
     config = job.config
     packer = PACKERS[config.packing](config.block_size, job.encoder.eos_token_id, job.encoder.dtype)
     path.parent.mkdir(exist_ok=True)
@@ -260,8 +282,6 @@ def write_rows(
                 counts.add(encoded)
                 writer.write(packer.add(encoded.ids, encoded.lengths))
             writer.write(packer.finish())
-        if not counts.documents:
-            raise GPT2ModernError(nothing)
         counts.rows, counts.cut_documents = writer.num_rows, packer.cut_documents
         file = described(built)
     shard = {"path": path.relative_to(job.output_dir).as_posix(), "rows": counts.rows, "tokens": counts.tokens}

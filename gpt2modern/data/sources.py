@@ -9,9 +9,8 @@ import contextlib
 import functools
 import glob
 import math
-import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.documents import COLUMN, Documents, array_of, first_documents
 from gpt2modern.data.formats import FORMATS, Piece, ReadOptions, arrow
-from gpt2modern.data.formats.reading import cause_of, require_column, text_of_column
+from gpt2modern.data.formats.reading import cause_of, require_column, stats_of, text_of_column
 from gpt2modern.data.formats.registry import extensions, format_of, suffix
 from gpt2modern.data.splits import is_not_empty
 from gpt2modern.data.tokenizing import Encoder
@@ -120,14 +119,18 @@ def open_source(
 
 
 def open_validation(
-    config: PrepareConfig, dataset: AnyDataset | None, options: ReadOptions, workspace: Path
+    config: PrepareConfig, settings: dict, dataset: AnyDataset | None, options: ReadOptions, workspace: Path
 ) -> Source | None:
-    """Open --validation_file, or the split `validation` of a dataset given from Python. Returns None without either."""
+    """Open --validation_file, or the split `validation` of a dataset given from Python. Returns None without either.
+
+    settings: with the fingerprint of each file, by which copies of a training file are found.
+    """
     if config.validation_file is not None:
-        trained_on = {os.path.realpath(path) for path in expand(config.train_file or [])}
-        for path in expand(config.validation_file):
-            if os.path.realpath(path) in trained_on:
-                warn(f"--validation_file {path} is also in --train_file, so its loss does not measure other text")
+        trained_on = {file["xxh3"]: file["name"] for file in settings.get("train_file", [])}
+        for file in settings["validation_file"]:
+            if same := trained_on.get(file["xxh3"]):
+                problem = f"has the content of {same} in --train_file, so its loss does not measure other text"
+                warn(f"--validation_file {file['name']} {problem}")
         source = open_files(config.validation_file, options, None)
     elif isinstance(dataset, dict) and "validation" in dataset:
         source = open_dataset("validation", dataset["validation"], options, None)
@@ -142,27 +145,30 @@ def open_files(names: Sequence[str], options: ReadOptions, num_shards: int | Non
 
     Raises GPT2ModernError if a file is missing, empty, or has no column of documents.
     """
-    paths = expand(names)
+    paths = expand(names, warn)
     formats = [format_of(path, options.file_format) for path in paths]
     if len({FORMATS[name].holds_tokens for name in formats}) > 1:
         first = next(path for path, name in zip(paths, formats, strict=True) if FORMATS[name].holds_tokens)
         raise GPT2ModernError(f"{first} holds tokens, which cannot be mixed with text files; prepare them separately")
-    source = Source(options, size=sum(path.stat().st_size for path in paths if path.is_file()))
-    for path, name in zip(paths, formats, strict=True):
+    stats = [stats_of(path) for path in paths]
+    source = Source(options, size=sum(size for files in stats for size, _ in files.values()))
+    for path, name, files in zip(paths, formats, stats, strict=True):
         if path.is_file() and not path.stat().st_size:
             raise GPT2ModernError(f"{path} is an empty file; omit it")
         if options.chat_column and not FORMATS[name].holds_chats:
             able = ", ".join(name for name, format in FORMATS.items() if format.holds_chats)
             raise GPT2ModernError(f"{path}: {name} files cannot hold conversations; --chat_column works with {able}")
-        source.pieces += _pieces_of(str(path), FORMATS[name].open(path, options), name, source, num_shards)
+        source.pieces += _pieces_of(str(path), FORMATS[name].open(path, options), name, source, num_shards, files)
     if len(paths) == 1:
         source.name = str(paths[0])
     return source
 
 
-def _pieces_of(name: str, origin: object, format: str, source: Source, num_shards: int | None) -> list[Piece]:
+def _pieces_of(
+    name: str, origin: object, format: str, source: Source, num_shards: int | None, stats: dict
+) -> list[Piece]:
     ranges = FORMATS[format].pieces(origin, source.options, piece_bytes_of(source.size, num_shards))
-    return [Piece(format, origin, name, start, stop) for start, stop in ranges]
+    return [Piece(format, origin, name, start, stop, stats=stats) for start, stop in ranges]
 
 
 def piece_bytes_of(total: int, num_shards: int | None) -> int:
@@ -170,8 +176,12 @@ def piece_bytes_of(total: int, num_shards: int | None) -> int:
     return max(min(PIECE_BYTES, total // (8 * (num_shards or 1)) + 1), total // MAX_PIECES, 4096)
 
 
-def expand(names: Sequence[str]) -> list[Path]:
-    """Replace globs by their sorted matches and folders by their known files. GPT2ModernError if a name has none."""
+def expand(names: Sequence[str], warn: Callable[[str], None] = lambda message: None) -> list[Path]:
+    """Replace globs by their sorted matches and folders by their known files, without .bin files beside others.
+
+    warn: called with a message for each folder of which files are omitted. Raises GPT2ModernError if a name matches
+    nothing, or something that is not a file.
+    """
     paths: list[Path] = []
     for name in names:
         found, problem = [Path(name)], "no such file; check the path"
@@ -184,11 +194,24 @@ def expand(names: Sequence[str]) -> list[Path]:
         elif Path(name).is_dir() and not arrow.is_saved_dataset(Path(name)):
             known = extensions()
             found = sorted(path for path in Path(name).rglob("*") if path.is_file() and suffix(path) in known)
+            texts = [path for path in found if not FORMATS[format_of(path)].holds_tokens]
+            if texts and len(texts) < len(found):
+                omitted = min(set(found) - set(texts))
+                warn(f"{name}: {omitted.name} and other files of tokens are omitted, as the folder has text files, too")
+                found = texts
             problem = f"the folder has no file with a known extension ({', '.join(known)})"
         if not found or not found[0].exists():
             raise GPT2ModernError(f"{name}: {problem}")
+        if not (found[0].is_file() or found[0].is_dir()):
+            raise GPT2ModernError(f"{name} is a pipe or a device, which can be read only once; save it as a file first")
         paths += found
     return paths
+
+
+def stats_of_files(config: PrepareConfig) -> dict[Path, tuple[int, int]]:
+    """Return size and modification time of each file of --train_file and --validation_file; see `stats_of`."""
+    paths = expand([*(config.train_file or []), *(config.validation_file or [])])
+    return {file: stat for path in paths for file, stat in stats_of(path).items()}
 
 
 def standard_library_files() -> list[Path]:
@@ -206,7 +229,7 @@ def open_standard_library(options: ReadOptions) -> Source:
         data = path.read_bytes()
         with contextlib.suppress(UnicodeDecodeError):
             if data.decode("utf-8"):
-                source.pieces.append(Piece("text", path, str(path), 0, len(data)))
+                source.pieces.append(Piece("text", path, str(path), 0, len(data), stats=stats_of(path)))
                 source.size += len(data)
     return source
 
@@ -226,7 +249,7 @@ def open_dataset(
         return Source(replace(options, text_column=COLUMN, chat_column=None), name, stream=stream)
     table = arrow.text_column_of(dataset, options, name)
     source = Source(options, name, size=table.data.nbytes * len(table) // max(1, len(table.data)))
-    source.pieces = _pieces_of(name, table, "arrow", source, num_shards)
+    source.pieces = _pieces_of(name, table, "arrow", source, num_shards, {})
     return source
 
 

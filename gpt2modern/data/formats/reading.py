@@ -20,6 +20,22 @@ def whole_file(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple
     return [(0, path.stat().st_size)]
 
 
+def stats_of(path: Path) -> dict[Path, tuple[int, int]]:
+    """Return the size and the modification time in ns of a file, or of each file in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = {file: file.stat() for file in files if file.is_file()}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
+
+
+def check_unchanged(stats: dict[Path, tuple[int, int]]) -> None:
+    """Raise GPT2ModernError if one of the files has another size or modification time than `stats_of` returned."""
+    for path, before in stats.items():
+        if not path.is_file() or stats_of(path)[path] != before:
+            raise GPT2ModernError(
+                f"{path} was changed while it was read; when it is complete, prepare the data again in another folder"
+            )
+
+
 def open_stream(path: Path) -> pa.NativeFile:
     """Open a file for reading from its start; it is decompressed if its extension names a compression."""
     return pa.input_stream(str(path), compression=compression_of(path))

@@ -5,7 +5,7 @@ imports, or in other code before `prepare` is called. The module `reading` has h
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ class Piece:
 
     origin: the value that the format's `open` returned. [start, stop): range of bytes, row groups, rows or tokens, as
     the format defines. A document belongs to the piece in which it starts. limit: most documents to read; None: all.
+    stats: size and modification time (ns) of the files when they were opened; a change is an error.
     """
 
     format: str
@@ -69,6 +70,7 @@ class Piece:
     start: int
     stop: int
     limit: int | None = None
+    stats: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ The documents are those of `str.split` on the complete text; they do not depend 
 """
 
 import itertools
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pyarrow as pa
 
 from gpt2modern.data.formats import reading
 from gpt2modern.data.formats.registry import FORMATS, Format, Piece, ReadOptions, compression_of
+
+FIRST_READ = 1 << 14  # bytes read beyond a piece at first, for the end of its last document
 
 
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
@@ -59,23 +60,24 @@ def blocks_of(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _range_block(piece: Piece, separator: bytes) -> Iterator[tuple[bytes, int]]:
-    with (
-        reading.errors_named(piece.name, "a file"),
-        open(piece.origin, "rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        begin = _document_start(data, piece.start, separator)
-        end = _document_start(data, piece.stop, separator) if piece.stop < len(data) else len(data)
-        block = data[begin:end]
-    yield block, begin
-
-
-def _document_start(data: mmap.mmap, position: int, separator: bytes) -> int:
-    """Return the offset of the first document that starts at `position` or later, or len(data) if there is none."""
-    if position == 0:
-        return 0
-    found = data.find(separator, max(0, position - len(separator)))
-    return len(data) if found < 0 else found + len(separator)
+    """Yield the documents that start in a range of bytes as one block. Only its last document is read beyond the range,
+    so that no other piece than that in which a document starts reads it all."""
+    before, size = len(separator), FIRST_READ
+    offset, end = max(0, piece.start - before), piece.stop
+    with reading.errors_named(piece.name, "a file"), open(piece.origin, "rb") as file:
+        file.seek(offset)
+        data = file.read(piece.stop - offset)
+        found = data.find(separator) if piece.start else -before
+        begin = offset + found + before if piece.start else 0
+        if piece.start and (found < 0 or begin >= piece.stop):
+            return
+        while not data.endswith(separator) and (more := file.read(size)):
+            rest = data[max(0, len(data) - before + 1) :] + more  # a separator may lie across the border
+            found = rest.find(separator)
+            data, size = (rest, min(2 * size, reading.READ_BYTES)) if found < 0 else (separator, size)
+            end += len(more) - (len(rest) - found - before if found >= 0 else 0)
+        file.seek(begin)  # reading twice takes less memory than joining parts
+        yield file.read(end - begin), begin
 
 
 def _stream_blocks(path: Path, separator: bytes) -> Iterator[tuple[bytes, int]]:

@@ -30,19 +30,19 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Yield one array of the documents that start in a range of tokens, without their EOS."""
     tokens, eos_token_id = _map_tokens(piece.origin, options), options.eos_token_id
 
-    def start_after(position: int) -> int:
+    def start_after(position: int, limit: int) -> int:
         if position == 0 and tokens[0] != eos_token_id:
             return 0
-        while position < len(tokens):
-            found = np.flatnonzero(tokens[position : position + SCANNED_TOKENS] == eos_token_id)
+        while position < limit:
+            found = np.flatnonzero(tokens[position : min(position + SCANNED_TOKENS, limit)] == eos_token_id)
             if len(found):
                 return position + int(found[0]) + 1
             position += SCANNED_TOKENS
-        return len(tokens) + 1  # one past the end, as if there were an EOS
+        return limit + 1  # one past the end, as if there were an EOS
 
-    begin, end = start_after(piece.start), start_after(piece.stop)
-    if begin > len(tokens) or begin >= end:
+    if (begin := start_after(piece.start, piece.stop)) > piece.stop:
         return
+    end = start_after(piece.stop, len(tokens))
     block = np.asarray(tokens[begin : end - 1])
     ends = np.append(np.flatnonzero(block == eos_token_id), len(block))
     starts = np.append(0, ends[:-1] + 1)
