@@ -182,7 +182,7 @@ def _described(dataset: AnyDataset) -> object:
 def _described_files(names: list[str] | None) -> list[dict] | None:
     """Return name, size and xxh3 hash of all bytes of each file that `names` match, or None without names.
 
-    A part in a thread: the page cache is hashed at 5 GB/s by two, so that this takes 1 to 2 % of a preparation.
+    Parts are hashed in threads, which takes 0.14 s of CPU time per GB, 1 % of a preparation.
     """
     if names is None:
         return None
