@@ -333,7 +333,7 @@ PREPARATION = [
         "--validation_split_percentage nan",
         "--validation_split_percentage nan must be greater than 0 and less than 100",
     ),
-    prepare("--num_shards 50", "--num_shards 50: shard 1 has no training documents; use fewer shards"),
+    prepare("--train_file /dev/null", "/dev/null is a pipe or a device, which can be read only once; save it as a file"),
     prepare("--train_file ''", "--train_file '' is empty"),
     prepare("--train_file missing.txt", "missing.txt: no such file"),
     prepare("--train_file table.xyz", "table.xyz has an unknown extension; known are"),
