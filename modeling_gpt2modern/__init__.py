@@ -4,6 +4,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -11,6 +12,7 @@ from transformers import (
 from .configuration_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, MLPKind
 from .modeling_gpt2modern import (
     GPT2ModernForCausalLM,
+    GPT2ModernForQuestionAnswering,
     GPT2ModernForSequenceClassification,
     GPT2ModernForTokenClassification,
     GPT2ModernModel,
@@ -24,6 +26,7 @@ def register() -> None:
     AutoConfig.register(GPT2ModernConfig.model_type, GPT2ModernConfig, exist_ok=True)
     AutoModel.register(GPT2ModernConfig, GPT2ModernModel, exist_ok=True)
     AutoModelForCausalLM.register(GPT2ModernConfig, GPT2ModernForCausalLM, exist_ok=True)
+    AutoModelForQuestionAnswering.register(GPT2ModernConfig, GPT2ModernForQuestionAnswering, exist_ok=True)
     AutoModelForSequenceClassification.register(GPT2ModernConfig, GPT2ModernForSequenceClassification, exist_ok=True)
     AutoModelForTokenClassification.register(GPT2ModernConfig, GPT2ModernForTokenClassification, exist_ok=True)
 
@@ -35,6 +38,7 @@ __all__ = [
     "PRESETS",
     "GPT2ModernConfig",
     "GPT2ModernForCausalLM",
+    "GPT2ModernForQuestionAnswering",
     "GPT2ModernForSequenceClassification",
     "GPT2ModernForTokenClassification",
     "GPT2ModernModel",

@@ -5,7 +5,6 @@ turns each choice of the configuration into a module; no `forward` reads a flag.
 Llama. Norms, MLPs and the rotary embedding are in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
@@ -308,8 +308,8 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the final hidden states (batch, seq_len, hidden_size); arguments and output are those of LlamaModel.
 
-        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and if a model with learned
-        positions gets more tokens than it has positions.
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and for a learned position that is
+        not below max_position_embeddings; IndexError in a compiled graph.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the model needs exactly one of input_ids and inputs_embeds")
@@ -323,8 +323,9 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         if kwargs.get("cu_seq_lens_q") is not None:
             document_positions = positions_from_lengths(kwargs["cu_seq_lens_q"], batch_size, seq_len)
         if position_ids is None:
-            positions = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
-            position_ids = positions if document_positions is None else document_positions
+            position_ids = document_positions
+        if position_ids is None:
+            position_ids = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
         attention_arguments = self._attention_arguments(
             inputs_embeds, attention_mask, past_key_values, past_length, document_positions
         )
@@ -332,9 +333,11 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         position_embeddings = None
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            if seq_len > self.embed_positions.num_embeddings:
-                longest = self.embed_positions.num_embeddings
-                raise ValueError(f"the input has {seq_len} tokens, but max_position_embeddings={longest}; shorten it")
+            longest = self.embed_positions.num_embeddings
+            # To read positions, the CPU waits for the GPU: there only of rows too long for a single document.
+            is_read = (position_ids.device.type == "cpu" or seq_len > longest) and not is_tracing(position_ids)
+            if is_read and (last := int(position_ids.max())) >= longest:
+                raise ValueError(f"position {last} needs max_position_embeddings > {last}, not {longest}; shorten the input")
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -448,22 +451,22 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        pad_logits: bool = False,
         z_loss_coefficient: float = 0.0,
         **kwargs,
     ) -> GPT2ModernCausalLMOutput:
-        """Return the logits (batch, seq_len, number of token ids) and, with labels, the fp32 loss in nats per token.
+        """Return the logits (batch, seq_len, vocab_size) and, with labels, the fp32 loss in nats per token. Columns of
+        the logits that are not token ids hold the minimum of the dtype, so that their probability is 0.
 
-        labels: (batch, seq_len), not shifted, as everywhere in transformers; -100 is ignored. `shift_labels`: labels
-            that are already shifted. `num_items_in_batch`: divisor of the summed loss; None means the number of labels.
+        labels: (batch, seq_len), not shifted, as everywhere in transformers; -100 is ignored. `num_items_in_batch`:
+            divisor of the summed loss; None means the number of labels.
         skip_logits: if labels are given, compute the loss without holding all logits in memory, and return no logits.
-        pad_logits: return one column per row of the head, with the dtype's minimum in columns that are not token ids;
-            generate() sets this, because transformers sizes its buffers by config.vocab_size.
         z_loss_coefficient: factor of the mean of log(sum(exp(logits)))^2, which is added to the loss.
+        kwargs: may contain `shift_labels`, labels that are already shifted. It is not a parameter, because Trainer
+            evaluates without a loss unless each parameter with "label" in its name is in the batch.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -489,28 +492,26 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
         else:
-            # (batch, seq_len, vocab_size) -> (batch, seq_len, unpadded_vocab_size)
-            logits = self.lm_head(hidden_states)[..., : self.config.unpadded_vocab_size]
-            logits = soft_cap(logits, self.final_logit_softcapping)
+            logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping)  # (batch, seq_len, vocab_size)
+            if self.config.unpadded_vocab_size is not None:
+                logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
             if shift_labels is not None:
+                logits_of_ids = logits[..., : self.config.unpadded_vocab_size]  # a label beyond them is an error
                 loss = self.loss_function(
-                    logits=logits,
+                    logits=logits_of_ids,
                     labels=labels,
-                    vocab_size=logits.shape[-1],
-                    shift_labels=shift_labels,
+                    vocab_size=logits_of_ids.shape[-1],
+                    shift_labels=shift_labels.contiguous(),
                     num_items_in_batch=num_items_in_batch,
                 )
                 if z_loss_coefficient:
                     z_loss = logits_z_loss(
-                        logits,
+                        logits_of_ids,
                         shift_labels.to(logits.device),
                         z_loss_coefficient=z_loss_coefficient,
                         num_items_in_batch=num_items_in_batch,
                     )
                     loss, z_loss = loss + z_loss, z_loss.detach()
-            if pad_logits:
-                padding = self.config.vocab_size - logits.shape[-1]
-                logits = nn.functional.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
 
         return GPT2ModernCausalLMOutput(
             loss=loss,
@@ -525,10 +526,6 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         """Return whether the head is a plain unsharded matrix: False with LoRA, quantisation or tensor parallelism."""
         weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
         return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape[0] == self.config.vocab_size
-
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads the signature
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
 
 
 # Label smoothing of transformers' Trainer shifts labels only for the classes in this list.
@@ -562,4 +559,17 @@ class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2Modern
         self.model = GPT2ModernModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class GPT2ModernForQuestionAnswering(GenericForQuestionAnswering, GPT2ModernPreTrainedModel):
+    """Predict for each token whether an answer starts or ends at it, from its hidden state."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+    accepts_loss_kwargs = False  # as above
+
+    def __init__(self, config: GPT2ModernConfig):
+        GPT2ModernPreTrainedModel.__init__(self, config)
+        self.model = GPT2ModernModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
