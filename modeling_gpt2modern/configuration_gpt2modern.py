@@ -228,7 +228,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         if not {"num_attention_heads", "head_dim"} & set(overrides) and fields["hidden_size"] % head_dim == 0:
             fields["num_attention_heads"] = fields["hidden_size"] // head_dim
         if "vocab_size" in overrides:
-            derived = {"unpadded_vocab_size"} | {key for key, token in GPT2_TOKENS.items() if token >= fields["vocab_size"]}
+            derived = {"unpadded_vocab_size"} | {key for key, row in GPT2_TOKENS.items() if row >= fields["vocab_size"]}
             fields = {key: value for key, value in fields.items() if key in overrides or key not in derived}
         return cls(**fields)
 

@@ -29,7 +29,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -60,6 +60,8 @@ except ImportError:  # transformers 5.17 does not have it
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, kept, :]
 
+
+logger = logging.get_logger(__name__)
 
 MASKS: dict[str, Callable] = {
     "full_attention": create_causal_mask,
@@ -323,9 +325,8 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         if kwargs.get("cu_seq_lens_q") is not None:
             document_positions = positions_from_lengths(kwargs["cu_seq_lens_q"], batch_size, seq_len)
         if position_ids is None:
-            position_ids = document_positions
-        if position_ids is None:
-            position_ids = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
+            positions = torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + past_length
+            position_ids = positions if document_positions is None else document_positions
         attention_arguments = self._attention_arguments(
             inputs_embeds, attention_mask, past_key_values, past_length, document_positions
         )
@@ -337,7 +338,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             # To read positions, the CPU waits for the GPU: there only of rows too long for a single document.
             is_read = (position_ids.device.type == "cpu" or seq_len > longest) and not is_tracing(position_ids)
             if is_read and (last := int(position_ids.max())) >= longest:
-                raise ValueError(f"position {last} needs max_position_embeddings > {last}, not {longest}; shorten the input")
+                raise ValueError(f"position {last} is not below max_position_embeddings={longest}; shorten the input")
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -495,6 +496,8 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
             logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping)  # (batch, seq_len, vocab_size)
             if self.config.unpadded_vocab_size is not None:
                 logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
+                if num_items_in_batch is not None and shift_labels is None:
+                    logger.warning_once("label_smoothing_factor > 0 makes the loss of a padded vocabulary infinite")
             if shift_labels is not None:
                 logits_of_ids = logits[..., : self.config.unpadded_vocab_size]  # a label beyond them is an error
                 loss = self.loss_function(
@@ -532,44 +535,43 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ModernConfig.model_type, GPT2ModernForCausalLM.__name__)
 
 
-class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2ModernPreTrainedModel):
+class LinearHead:
+    """Build the model and a linear head, in place of the `__init__` of transformers' generic heads: that one builds the
+    model by AutoModel, which needs trust_remote_code."""
+
+    accepts_loss_kwargs = False  # the loss is always a mean over the batch; num_items_in_batch is ignored
+
+    def __init__(self, config: GPT2ModernConfig):
+        GPT2ModernPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GPT2ModernModel(config)
+        self._add_head(config)
+        self.post_init()
+
+
+class GPT2ModernForSequenceClassification(LinearHead, GenericForSequenceClassification, GPT2ModernPreTrainedModel):
     """Predict one label for each sequence, from the hidden state of its last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # its loss is always a mean over the batch; num_items_in_batch is ignored
 
-    def __init__(self, config: GPT2ModernConfig):
-        # The __init__ of the mixin is not called: it uses AutoModel, which needs trust_remote_code.
-        GPT2ModernPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = GPT2ModernModel(config)
+    def _add_head(self, config: GPT2ModernConfig) -> None:
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
 
-class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2ModernPreTrainedModel):
+class GPT2ModernForTokenClassification(LinearHead, GenericForTokenClassification, GPT2ModernPreTrainedModel):
     """Predict one label for each token, from its hidden state."""
 
     _auto_class = "AutoModelForTokenClassification"
-    accepts_loss_kwargs = False  # as above
 
-    def __init__(self, config: GPT2ModernConfig):
-        GPT2ModernPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = GPT2ModernModel(config)
+    def _add_head(self, config: GPT2ModernConfig) -> None:
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
 
-class GPT2ModernForQuestionAnswering(GenericForQuestionAnswering, GPT2ModernPreTrainedModel):
-    """Predict for each token whether an answer starts or ends at it, from its hidden state."""
+class GPT2ModernForQuestionAnswering(LinearHead, GenericForQuestionAnswering, GPT2ModernPreTrainedModel):
+    """Predict for each token whether an answer starts or ends with it, from its hidden state."""
 
     _auto_class = "AutoModelForQuestionAnswering"
-    accepts_loss_kwargs = False  # as above
 
-    def __init__(self, config: GPT2ModernConfig):
-        GPT2ModernPreTrainedModel.__init__(self, config)
-        self.model = GPT2ModernModel(config)
+    def _add_head(self, config: GPT2ModernConfig) -> None:
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from modeling_gpt2modern import (
     GPT2ModernConfig,
@@ -370,6 +372,18 @@ def test_trainer_smooths_labels_of_the_next_token(tmp_path):
     close(loss, F.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("flag_set", ["modern", "padded_vocabulary"])
+def test_padded_vocabulary_warns_of_smoothed_labels(flag_set, tmp_path):
+    """Trainer averages the logarithms of all probabilities; its record shows the infinite loss as 0."""
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    trainer = Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[]))
+    with CaptureLogger(logging.get_logger("modeling_gpt2modern.modeling_gpt2modern")) as captured:
+        loss = trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids}, num_items_in_batch=22)
+    assert loss.isinf() == ("label_smoothing_factor > 0" in captured.out) == (flag_set == "padded_vocabulary")
+    loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients_of(model).values())
+
+
 # Padded vocabulary
 
 
@@ -476,7 +490,7 @@ BEYOND = {
 
 @pytest.mark.parametrize("call", BEYOND)
 def test_learned_position_beyond_the_last_one_raises(call):
-    with pytest.raises(ValueError, match="position 6[4-9] .*max_position_embeddings > 6[4-9], not 64"):
+    with pytest.raises(ValueError, match=r"position 6[4-9] is not below max_position_embeddings=64"):
         BEYOND[call](tiny_model("gpt2", eos_token_id=None))
 
 

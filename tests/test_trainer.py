@@ -108,7 +108,7 @@ COMMAND = (
     "git clone --depth 1 https://github.com/huggingface/transformers && "
     "TRANSFORMERS_EXAMPLES=transformers/examples/pytorch/language-modeling python -m pytest tests/test_trainer.py"
 )
-NEEDS_EXAMPLES = pytest.mark.skipif(not EXAMPLES, reason=f"the scripts are not part of transformers' package: {COMMAND}")
+NEEDS_EXAMPLES = pytest.mark.skipif(not EXAMPLES, reason=f"transformers' package has no scripts: {COMMAND}")
 
 # run_clm.py takes its metric from the Hub, which tests never ask.
 METRIC = """
