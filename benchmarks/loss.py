@@ -20,7 +20,7 @@ from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.speed import peak_memory_gib
-from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy_and_z_loss, soft_cap
 
 VARIANTS = ("logits", "chunked")
 HEADER = ["case", "logits: s", "chunked: s", "time ratio", "logits: GiB", "chunked: GiB", "memory ratio"]
@@ -74,7 +74,8 @@ def make_step(case: Case, variant: str, config: LossBenchmarkConfig) -> Callable
     def loss_function(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if variant == "logits":
             return F.cross_entropy(soft_cap(F.linear(hidden_states, weight).float(), case.softcap), labels)
-        return linear_cross_entropy(hidden_states, weight, labels, softcap=case.softcap, chunk_size=config.chunk_size)
+        options = {"softcap": case.softcap, "chunk_size": config.chunk_size}
+        return linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)[0]
 
     if case.compiled:
         loss_function = torch.compile(loss_function, fullgraph=True)

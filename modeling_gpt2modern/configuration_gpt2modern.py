@@ -21,6 +21,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gpt2modern.GPT2ModernConfig",
     "AutoModel": "modeling_gpt2modern.GPT2ModernModel",
     "AutoModelForCausalLM": "modeling_gpt2modern.GPT2ModernForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_gpt2modern.GPT2ModernForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_gpt2modern.GPT2ModernForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_gpt2modern.GPT2ModernForTokenClassification",
 }
@@ -45,6 +46,9 @@ TRANSFORMERS_KEYS = {
     "torch_dtype",
     "transformers_weights",
 }
+
+# Keys of other models whose nearest field has another kind of value, and so cannot be in `attribute_map`.
+NEAREST = {"hidden_act": ["mlp_type"], "scale_attn_weights": ["attention_scale"]}
 
 
 class MLPKind(NamedTuple):
@@ -124,11 +128,18 @@ class GPT2ModernConfig(PreTrainedConfig):
 
     model_type = "gpt2modern"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
+    attribute_map = {  # the names of GPT2Config
+        "activation_function": "mlp_type",
+        "attn_pdrop": "attention_dropout",
+        "embd_pdrop": "embedding_dropout",
+        "layer_norm_epsilon": "norm_eps",
+        "n_ctx": "max_position_embeddings",
         "n_embd": "hidden_size",
         "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
         "n_layer": "num_hidden_layers",
         "n_positions": "max_position_embeddings",
+        "resid_pdrop": "hidden_dropout",
     }
     _auto_class = "AutoConfig"
     base_model_tp_plan = {
@@ -206,7 +217,9 @@ class GPT2ModernConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-        overrides = {cls.attribute_map.get(key, key): value for key, value in overrides.items()}
+        for alias, field in cls.attribute_map.items():
+            if alias in overrides and overrides.setdefault(field, value := overrides.pop(alias)) != value:
+                raise ValueError(f"{alias}={value} contradicts {field}={overrides[field]}; remove one of them")
         for key in ("hidden_size", "vocab_size"):  # used in arithmetic below, before `@strict` checks types
             if not isinstance(overrides.get(key, 0), int):
                 raise ValueError(f"{key}={overrides[key]!r} must be a whole number")
@@ -215,7 +228,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         if not {"num_attention_heads", "head_dim"} & set(overrides) and fields["hidden_size"] % head_dim == 0:
             fields["num_attention_heads"] = fields["hidden_size"] // head_dim
         if "vocab_size" in overrides:
-            derived = {"unpadded_vocab_size"} | {key for key in GPT2_TOKENS if fields[key] >= fields["vocab_size"]}
+            derived = {"unpadded_vocab_size"} | {key for key, row in GPT2_TOKENS.items() if row >= fields["vocab_size"]}
             fields = {key: value for key, value in fields.items() if key in overrides or key not in derived}
         return cls(**fields)
 
@@ -291,7 +304,7 @@ class GPT2ModernConfig(PreTrainedConfig):
             if self._is_known(key):
                 continue
             names = [field.name for field in dataclasses.fields(self)]
-            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.75)
+            nearest = NEAREST.get(key) or difflib.get_close_matches(key, names, n=1, cutoff=0.75)
             if is_loaded and not nearest:
                 logger.warning(f"config.json has the key {key!r}, which is unknown to GPT2-Modern and has no effect")
                 continue

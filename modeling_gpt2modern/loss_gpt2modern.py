@@ -160,14 +160,6 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 
 
-def linear_cross_entropy(
-    hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **options
-) -> torch.Tensor:
-    """Return the loss of a linear head in nats per token, computed without holding all logits in memory: the first
-    result of `linear_cross_entropy_and_z_loss`, which has the same arguments."""
-    return linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)[0]
-
-
 def linear_cross_entropy_and_z_loss(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,

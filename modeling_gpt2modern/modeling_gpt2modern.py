@@ -5,7 +5,6 @@ turns each choice of the configuration into a module; no `forward` reads a flag.
 Llama. Norms, MLPs and the rotary embedding are in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
@@ -29,7 +29,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -60,6 +60,8 @@ except ImportError:  # transformers 5.17 does not have it
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return hidden_states[:, kept, :]
 
+
+logger = logging.get_logger(__name__)
 
 MASKS: dict[str, Callable] = {
     "full_attention": create_causal_mask,
@@ -308,8 +310,8 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Return the final hidden states (batch, seq_len, hidden_size); arguments and output are those of LlamaModel.
 
-        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and if a model with learned
-        positions gets more tokens than it has positions.
+        Raises ValueError unless exactly one of input_ids and inputs_embeds is given, and for a learned position that is
+        not below max_position_embeddings; IndexError in a compiled graph.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the model needs exactly one of input_ids and inputs_embeds")
@@ -332,9 +334,11 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         position_embeddings = None
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            if seq_len > self.embed_positions.num_embeddings:
-                longest = self.embed_positions.num_embeddings
-                raise ValueError(f"the input has {seq_len} tokens, but max_position_embeddings={longest}; shorten it")
+            longest = self.embed_positions.num_embeddings
+            # To read positions, the CPU waits for the GPU: there only of rows too long for a single document.
+            is_read = (position_ids.device.type == "cpu" or seq_len > longest) and not is_tracing(position_ids)
+            if is_read and (last := int(position_ids.max())) >= longest:
+                raise ValueError(f"position {last} is not below max_position_embeddings={longest}; shorten the input")
             hidden_states = hidden_states + self.embed_positions(position_ids)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -448,22 +452,22 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        pad_logits: bool = False,
         z_loss_coefficient: float = 0.0,
         **kwargs,
     ) -> GPT2ModernCausalLMOutput:
-        """Return the logits (batch, seq_len, number of token ids) and, with labels, the fp32 loss in nats per token.
+        """Return the logits (batch, seq_len, vocab_size) and, with labels, the fp32 loss in nats per token. Columns of
+        the logits that are not token ids hold the minimum of the dtype, so that their probability is 0.
 
-        labels: (batch, seq_len), not shifted, as everywhere in transformers; -100 is ignored. `shift_labels`: labels
-            that are already shifted. `num_items_in_batch`: divisor of the summed loss; None means the number of labels.
+        labels: (batch, seq_len), not shifted, as everywhere in transformers; -100 is ignored. `num_items_in_batch`:
+            divisor of the summed loss; None means the number of labels.
         skip_logits: if labels are given, compute the loss without holding all logits in memory, and return no logits.
-        pad_logits: return one column per row of the head, with the dtype's minimum in columns that are not token ids;
-            generate() sets this, because transformers sizes its buffers by config.vocab_size.
         z_loss_coefficient: factor of the mean of log(sum(exp(logits)))^2, which is added to the loss.
+        kwargs: may contain `shift_labels`, labels that are already shifted. It is not a parameter, because Trainer
+            evaluates without a loss unless each parameter with "label" in its name is in the batch.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -489,28 +493,28 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
             )
         else:
-            # (batch, seq_len, vocab_size) -> (batch, seq_len, unpadded_vocab_size)
-            logits = self.lm_head(hidden_states)[..., : self.config.unpadded_vocab_size]
-            logits = soft_cap(logits, self.final_logit_softcapping)
+            logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping)  # (batch, seq_len, vocab_size)
+            if self.config.unpadded_vocab_size is not None:
+                logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
+                if num_items_in_batch is not None and shift_labels is None:
+                    logger.warning_once("label_smoothing_factor > 0 makes the loss of a padded vocabulary infinite")
             if shift_labels is not None:
+                logits_of_ids = logits[..., : self.config.unpadded_vocab_size]  # a label beyond them is an error
                 loss = self.loss_function(
-                    logits=logits,
+                    logits=logits_of_ids,
                     labels=labels,
-                    vocab_size=logits.shape[-1],
-                    shift_labels=shift_labels,
+                    vocab_size=logits_of_ids.shape[-1],
+                    shift_labels=shift_labels.contiguous(),
                     num_items_in_batch=num_items_in_batch,
                 )
                 if z_loss_coefficient:
                     z_loss = logits_z_loss(
-                        logits,
+                        logits_of_ids,
                         shift_labels.to(logits.device),
                         z_loss_coefficient=z_loss_coefficient,
                         num_items_in_batch=num_items_in_batch,
                     )
                     loss, z_loss = loss + z_loss, z_loss.detach()
-            if pad_logits:
-                padding = self.config.vocab_size - logits.shape[-1]
-                logits = nn.functional.pad(logits, (0, padding), value=torch.finfo(logits.dtype).min)
 
         return GPT2ModernCausalLMOutput(
             loss=loss,
@@ -526,40 +530,48 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         weight = self.lm_head.weight if type(self.lm_head) is nn.Linear else None
         return type(weight) in (torch.Tensor, nn.Parameter) and weight.shape[0] == self.config.vocab_size
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() reads the signature
-    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        return super().prepare_inputs_for_generation(*args, **kwargs) | {"pad_logits": True}
-
 
 # Label smoothing of transformers' Trainer shifts labels only for the classes in this list.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(GPT2ModernConfig.model_type, GPT2ModernForCausalLM.__name__)
 
 
-class GPT2ModernForSequenceClassification(GenericForSequenceClassification, GPT2ModernPreTrainedModel):
+class LinearHead:
+    """Build the model and a linear head, in place of the `__init__` of transformers' generic heads: that one builds the
+    model by AutoModel, which needs trust_remote_code."""
+
+    accepts_loss_kwargs = False  # the loss is always a mean over the batch; num_items_in_batch is ignored
+
+    def __init__(self, config: GPT2ModernConfig):
+        GPT2ModernPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GPT2ModernModel(config)
+        self._add_head(config)
+        self.post_init()
+
+
+class GPT2ModernForSequenceClassification(LinearHead, GenericForSequenceClassification, GPT2ModernPreTrainedModel):
     """Predict one label for each sequence, from the hidden state of its last token that is not padding."""
 
     _auto_class = "AutoModelForSequenceClassification"
-    accepts_loss_kwargs = False  # its loss is always a mean over the batch; num_items_in_batch is ignored
 
-    def __init__(self, config: GPT2ModernConfig):
-        # The __init__ of the mixin is not called: it uses AutoModel, which needs trust_remote_code.
-        GPT2ModernPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = GPT2ModernModel(config)
+    def _add_head(self, config: GPT2ModernConfig) -> None:
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
 
-class GPT2ModernForTokenClassification(GenericForTokenClassification, GPT2ModernPreTrainedModel):
+class GPT2ModernForTokenClassification(LinearHead, GenericForTokenClassification, GPT2ModernPreTrainedModel):
     """Predict one label for each token, from its hidden state."""
 
     _auto_class = "AutoModelForTokenClassification"
-    accepts_loss_kwargs = False  # as above
 
-    def __init__(self, config: GPT2ModernConfig):
-        GPT2ModernPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.model = GPT2ModernModel(config)
+    def _add_head(self, config: GPT2ModernConfig) -> None:
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+
+
+class GPT2ModernForQuestionAnswering(LinearHead, GenericForQuestionAnswering, GPT2ModernPreTrainedModel):
+    """Predict for each token whether an answer starts or ends with it, from its hidden state."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def _add_head(self, config: GPT2ModernConfig) -> None:
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)

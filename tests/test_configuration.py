@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -89,6 +90,14 @@ MISTAKES = {
     "misspelt rope key": ({"rope_parameters": {"rope_thta": 1e4}}, "rope_thta"),
     "soft cap of zero": ({"final_logit_softcapping": 0}, "final_logit_softcapping=0"),
     "two names, two values": ({"n_embd": 64, "hidden_size": 32}, "n_embd=64 contradicts hidden_size=32"),
+    "two names of GPT-2, two values": ({"n_ctx": 64, "n_positions": 32}, "contradicts max_position_embeddings="),
+    "unknown activation": ({"activation_function": "relu"}, "mlp_type='relu' is unknown; choose from gelu_new"),
+    "switch of GPT-2's scores": ({"scale_attn_weights": False}, "'scale_attn_weights'; did you mean 'attention_scale'"),
+    "activation of Llama": ({"hidden_act": "silu"}, "'hidden_act'; did you mean 'mlp_type'"),
+    "setting of GPT-2 that is none here": (
+        {"reorder_and_upcast_attn": True},
+        "unknown configuration key 'reorder_and_upcast_attn'; remove it",
+    ),
     "two thetas": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta=5.0 contradicts"),
     "two scalings": (
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e4}},
@@ -202,6 +211,7 @@ def test_auto_map_names_every_auto_class():
         "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
+        "AutoModelForQuestionAnswering",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     }
@@ -249,9 +259,47 @@ def test_new_vocabulary_drops_the_padding_and_the_ids_of_the_old_one():
     assert (config.unpadded_vocab_size, config.bos_token_id, config.eos_token_id) == (None, None, None)
 
 
-def test_names_of_gpt2_are_aliases():
-    config = GPT2ModernConfig(n_embd=64, n_layer=3, n_head=4, n_positions=32)
-    assert (config.hidden_size, config.num_hidden_layers, config.head_dim, config.n_positions) == (64, 3, 16, 32)
+# Every setting of GPT2Config that changes a GPT2LMHeadModel, with the field that has its meaning.
+NAMES_OF_GPT2 = {
+    "n_embd": ("hidden_size", 64),
+    "n_layer": ("num_hidden_layers", 3),
+    "n_head": ("num_attention_heads", 4),
+    "n_positions": ("max_position_embeddings", 32),
+    "n_ctx": ("max_position_embeddings", 32),
+    "n_inner": ("intermediate_size", 96),
+    "activation_function": ("mlp_type", "gelu"),
+    "layer_norm_epsilon": ("norm_eps", 1e-6),
+    "resid_pdrop": ("hidden_dropout", 0.3),
+    "embd_pdrop": ("embedding_dropout", 0.4),
+    "attn_pdrop": ("attention_dropout", 0.2),
+}
+
+
+@pytest.mark.parametrize("build", [GPT2ModernConfig, partial(GPT2ModernConfig.from_preset, "gpt2")])
+def test_names_of_gpt2_are_aliases(build):
+    config = build(**{alias: value for alias, (_, value) in NAMES_OF_GPT2.items()})
+    for alias, (name, value) in NAMES_OF_GPT2.items():
+        assert getattr(config, name) == getattr(config, alias) == value
+        assert name in config.to_dict() and alias not in config.to_dict()
+    assert config.head_dim == 16
+
+
+def test_names_of_gpt2_are_read_from_a_string():
+    """run_clm.py sets them this way."""
+    config = GPT2ModernConfig.from_preset("gpt2")
+    config.update_from_string("n_layer=10,resid_pdrop=0.2,activation_function=gelu")
+    assert (config.num_hidden_layers, config.hidden_dropout, config.mlp_type) == (10, 0.2, "gelu")
+
+
+def test_two_names_of_a_setting_with_two_values_raise_in_a_preset_too():
+    with pytest.raises(ValueError, match="n_embd=128 contradicts hidden_size=64; remove one of them"):
+        GPT2ModernConfig.from_preset("gpt2", hidden_size=64, n_embd=128)
+
+
+@pytest.mark.parametrize("eos_token_id", [None, [1, 2]])
+def test_new_vocabulary_takes_the_special_tokens_that_are_given(eos_token_id):
+    config = GPT2ModernConfig.from_preset("gpt2", vocab_size=96, eos_token_id=eos_token_id)
+    assert (config.bos_token_id, config.eos_token_id) == (None, eos_token_id)
 
 
 def test_names_of_gpt2_override_presets():

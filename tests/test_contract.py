@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedTokenizerFast,
@@ -26,8 +27,10 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig, SFTTrainer
 
+from gpt2modern.evaluation.loss import batch_loss
 from modeling_gpt2modern import (
     GPT2ModernForCausalLM,
+    GPT2ModernForQuestionAnswering,
     GPT2ModernForSequenceClassification,
     GPT2ModernForTokenClassification,
     GPT2ModernModel,
@@ -122,15 +125,16 @@ def test_resizing_keeps_what_the_model_knew(flag_set, new_num_tokens, pad_to_mul
     model, input_ids = tiny_model(flag_set), random_ids(2, 8) % 80
     before = logits_of(model, input_ids)
     model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of=pad_to_multiple_of)
-    known = min(before.shape[-1], new_num_tokens or 96)
-    real = new_num_tokens or before.shape[-1]
+    real = new_num_tokens or before[0, 0].gt(torch.finfo(before.dtype).min).sum().item()
+    known = min(real, 90)
 
     model.save_pretrained(tmp_path)
     loaded = GPT2ModernForCausalLM.from_pretrained(tmp_path)
     after = logits_of(loaded, input_ids)
-    assert after.shape[-1] == real
+    assert after[..., :real].isfinite().all() and after[..., real:].eq(torch.finfo(after.dtype).min).all()
     close(after[..., :known], before[..., :known])
-    assert loaded.config.vocab_size == loaded.lm_head.weight.shape[0] == loaded.model.embed_tokens.weight.shape[0]
+    rows = loaded.config.vocab_size
+    assert after.shape[-1] == rows == loaded.lm_head.weight.shape[0] == loaded.model.embed_tokens.weight.shape[0]
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
 
     last = torch.full((2, 8), real - 1)
@@ -140,22 +144,21 @@ def test_resizing_keeps_what_the_model_knew(flag_set, new_num_tokens, pad_to_mul
 
 @pytest.mark.parametrize("new_num_tokens", [80, 92])
 @pytest.mark.parametrize(
-    "model_class", [GPT2ModernModel, GPT2ModernForSequenceClassification, GPT2ModernForTokenClassification]
+    "model_class",
+    [
+        GPT2ModernModel,
+        GPT2ModernForSequenceClassification,
+        GPT2ModernForTokenClassification,
+        GPT2ModernForQuestionAnswering,
+    ],
 )
 def test_resizing_without_a_language_head_keeps_count_of_the_real_ids(model_class, new_num_tokens, tmp_path):
     model = model_class(tiny_config("padded_vocabulary", pad_token_id=0))
     model.resize_token_embeddings(new_num_tokens)
     model.save_pretrained(tmp_path)
     language_model = GPT2ModernForCausalLM.from_pretrained(tmp_path)
-    assert logits_of(language_model, random_ids(1, 4) % 80).shape[-1] == new_num_tokens
-
-
-def test_logits_of_a_padded_vocabulary_are_those_of_its_ids():
-    """Columns beyond the ids would change every softmax of the logits (evaluation, distillation, smoothing)."""
-    model = tiny_model("padded_vocabulary")
-    logits = logits_of(model, random_ids(1, 4))
-    assert logits.shape[-1] == model.config.unpadded_vocab_size < model.config.vocab_size
-    assert logits.log_softmax(-1).mean().isfinite()
+    logits = logits_of(language_model, random_ids(1, 4) % 80)
+    assert (logits > torch.finfo(logits.dtype).min).sum() == 4 * new_num_tokens
 
 
 # Saving and loading
@@ -374,16 +377,35 @@ def test_loss_of_a_sequence_is_that_of_its_problem(flag_set, problem):
 
 
 @PRESETS
-@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
-def test_classifier_made_from_a_language_model_is_saved_and_loaded(flag_set, auto_class, tmp_path):
+@pytest.mark.parametrize(
+    "auto_class",
+    [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering],
+)
+def test_other_head_on_a_language_model_is_saved_and_loaded(flag_set, auto_class, tmp_path):
     tiny_model(flag_set).save_pretrained(tmp_path / "language")
     model = auto_class.from_pretrained(tmp_path / "language", num_labels=3, pad_token_id=0)
     base = tiny_model(flag_set).model.state_dict()
     assert all(torch.equal(weight, base[name]) for name, weight in model.model.state_dict().items())
-    model.save_pretrained(tmp_path / "classifier")
-    loaded = auto_class.from_pretrained(tmp_path / "classifier")
-    assert loaded.config.num_labels == 3
-    assert torch.equal(logits_of(loaded, random_ids(2, 6) + 1), logits_of(model, random_ids(2, 6) + 1))
+    model.save_pretrained(tmp_path / "other")
+    loaded = auto_class.from_pretrained(tmp_path / "other")
+    assert type(loaded) is type(model) and loaded.config.num_labels == 3
+    with torch.no_grad():
+        outputs, expected = (each.eval()(random_ids(2, 6) + 1, use_cache=False).to_tuple() for each in (loaded, model))
+    assert len(outputs) == len(expected) > 0 and all(map(torch.equal, outputs, expected))
+
+
+@PRESETS
+def test_loss_of_an_answer_is_that_of_its_first_and_last_token(flag_set):
+    torch.manual_seed(0)
+    model = AutoModelForQuestionAnswering.from_config(tiny_config(flag_set)).eval()
+    assert type(model) is GPT2ModernForQuestionAnswering
+    first, last = torch.tensor([1, 4]), torch.tensor([3, 5])
+    outputs = model(random_ids(2, 6), start_positions=first, end_positions=last)
+    assert outputs.start_logits.shape == outputs.end_logits.shape == (2, 6)
+    expected = F.cross_entropy(outputs.start_logits, first) + F.cross_entropy(outputs.end_logits, last)
+    close(outputs.loss, expected / 2, atol=1e-6)
+    outputs.loss.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 def test_tokens_without_a_label_do_not_count():
@@ -500,6 +522,19 @@ def test_lora_trains_and_is_saved_loaded_and_merged(flag_set, tmp_path):
     close(logits_of(merged, input_ids), trained)
     merged.save_pretrained(tmp_path / "merged")
     close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), input_ids), trained)
+
+
+@EVERY_FLAG_SET
+def test_lora_on_the_head_has_the_loss_of_the_trainer(flag_set):
+    """The head is then called and not read, and the labels are a view of the batch."""
+    batch = random_ids(2, 9)
+    expected = batch_loss(tiny_model(flag_set, tie_word_embeddings=False), batch, num_items=16, z_loss=1e-4)
+    adapter = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(flag_set, tie_word_embeddings=False), adapter)
+    losses = batch_loss(model, batch, num_items=16, z_loss=1e-4)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
+    losses[0].backward()
+    assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
 
 
 @PRESETS

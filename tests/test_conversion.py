@@ -119,8 +119,9 @@ def fit_for(architecture, model):
 
 
 def logits(model, input_ids=INPUT_IDS):
+    """Return the logits of the token ids, without the columns of padded rows, which stock models do not have."""
     with torch.no_grad():
-        return model(input_ids).logits
+        return model(input_ids).logits[..., : getattr(model.config, "unpadded_vocab_size", None)]
 
 
 def assert_same_logits(one, other):

@@ -19,8 +19,8 @@ from modeling_gpt2modern.layers_gpt2modern import (
     build_mlp,
     positions_from_lengths,
 )
-from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy, soft_cap
-from tests.support.models import tiny_config
+from modeling_gpt2modern.loss_gpt2modern import soft_cap
+from tests.support.models import linear_cross_entropy, tiny_config
 
 
 def normal(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:

@@ -7,9 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from modeling_gpt2modern import (
     GPT2ModernConfig,
@@ -97,7 +101,7 @@ def test_speedrun_is_its_description():
     model, input_ids = tiny_model("speedrun", num_hidden_layers=4), random_ids(1, 12)
     weights = {name: weight.detach().double().requires_grad_() for name, weight in model.named_parameters()}
     expected = speedrun_by_hand(model.config, weights, input_ids[0])
-    actual = model(input_ids).logits[0]
+    actual = model(input_ids).logits[0, :, : model.config.unpadded_vocab_size]
     close(actual.double(), expected, atol=1e-4)
 
     F.cross_entropy(expected, input_ids[0].roll(-1)).backward()
@@ -323,6 +327,16 @@ def test_shifted_labels_are_taken_as_they_are(skip_logits):
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("flag_set", ["modern", "padded_vocabulary"])
+def test_shifted_labels_may_be_a_view(flag_set, skip_logits):
+    """Batches of the trainer have one token more than the model gets: the labels are the rest of each row."""
+    model, batch = tiny_model(flag_set), random_ids(2, 12)
+    arguments = {"skip_logits": skip_logits, "z_loss_coefficient": 1e-3}
+    loss = model(batch[:, :-1], shift_labels=batch[:, 1:], **arguments).loss
+    close(loss, model(batch, labels=batch, **arguments).loss, atol=1e-6)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
 def test_loss_is_divided_by_num_items_in_batch(skip_logits):
     model, input_ids = tiny_model("modern"), random_ids(2, 12)
     mean = model(input_ids, labels=input_ids, skip_logits=skip_logits).loss
@@ -349,14 +363,25 @@ def test_loss_without_logits_goes_through_a_head_that_was_replaced():
     close(model(input_ids, labels=input_ids, skip_logits=True).loss, expected)
 
 
-@pytest.mark.parametrize("flag_set", ["modern", "padded_vocabulary"])
-def test_trainer_smooths_labels_of_the_next_token(flag_set, tmp_path):
-    """Trainer shifts labels for known class names only, and columns at the dtype's minimum make the loss infinite."""
-    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+def test_trainer_smooths_labels_of_the_next_token(tmp_path):
+    """Trainer shifts labels for known class names only."""
+    model, input_ids = tiny_model("modern"), random_ids(2, 12)
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
     loss = Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
     logits = logits_of(model, input_ids)[:, :-1].flatten(0, 1)
     close(loss, F.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("flag_set", ["modern", "padded_vocabulary"])
+def test_padded_vocabulary_warns_of_smoothed_labels(flag_set, tmp_path):
+    """Trainer averages the logarithms of all probabilities; its record shows the infinite loss as 0."""
+    model, input_ids = tiny_model(flag_set), random_ids(2, 12)
+    trainer = Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[]))
+    with CaptureLogger(logging.get_logger("modeling_gpt2modern.modeling_gpt2modern")) as captured:
+        loss = trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids}, num_items_in_batch=22)
+    assert loss.isinf() == ("label_smoothing_factor > 0" in captured.out) == (flag_set == "padded_vocabulary")
+    loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients_of(model).values())
 
 
 # Padded vocabulary
@@ -387,7 +412,46 @@ def test_padded_vocabulary_changes_nothing(skip_logits):
     close(model.model.layers[0].mlp.up_proj.weight.grad, twin.model.layers[0].mlp.up_proj.weight.grad)
     assert not model.lm_head.weight.grad[90:].any()
     if not skip_logits:
-        close(outputs.logits, expected.logits)
+        close(outputs.logits[..., :90], expected.logits)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Collect the storages, of at least `size` bytes, that operators running under this mode allocate."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.storages = size, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storages = [leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.storages |= {each.data_ptr(): each for each in storages if each.nbytes() >= self.size}
+        return result
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flag_set", ["padded_vocabulary", "speedrun"])
+def test_logits_have_a_column_for_each_row_of_the_head(flag_set, dtype, kept):
+    """Those that are not token ids hold the dtype's minimum: no probability, no NaN, no gradient."""
+    model = tiny_model(flag_set, tie_word_embeddings=False, hidden_size=16).to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight[90:] = 100  # would be the largest logits by far
+    with LargeTensors(2 * 12 * 96 * dtype.itemsize) as large:
+        logits = model(random_ids(2, 12), logits_to_keep=kept).logits
+    assert logits.shape == (2, kept or 12, model.config.vocab_size)
+    assert logits.dtype == dtype and logits[..., 90:].eq(torch.finfo(dtype).min).all()
+    assert logits[..., :90].abs().max() < 1000
+    if not kept and flag_set == "padded_vocabulary":
+        assert len(large.storages) == 1, "a copy of all logits is made"
+
+    probabilities = logits.softmax(-1)
+    close(probabilities[..., 90:], torch.zeros_like(probabilities[..., 90:]), atol=0)
+    close(probabilities[..., :90], logits[..., :90].softmax(-1))
+    assert logits.log_softmax(-1).logsumexp(-1).isfinite().all()
+    (logits.float().softmax(-1)[..., 3].log().sum() + logits.float().clamp(min=-1e4).sum()).backward()
+    gradient = model.lm_head.weight.grad
+    assert gradient.isfinite().all() and gradient[:90].any() and not gradient[90:].any()
 
 
 @pytest.mark.parametrize("flag_set", ["padded_vocabulary", "gpt2", "speedrun"])
@@ -397,7 +461,8 @@ def test_added_tokens_become_real_ids(flag_set):
     assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (104, 101)
     assert model.lm_head.weight.shape[0] == model.get_input_embeddings().num_embeddings == 104
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == model.config.tie_word_embeddings
-    assert logits_of(model, torch.tensor([[100]])).shape[-1] == 101
+    logits = logits_of(model, torch.tensor([[100]]))
+    assert (logits > torch.finfo(logits.dtype).min).sum() == 101
     model.resize_token_embeddings(80)
     assert (model.config.vocab_size, model.config.unpadded_vocab_size) == (80, None)
 
@@ -411,9 +476,22 @@ def test_ids_and_embeddings_exclude_each_other(arguments):
         tiny_model("modern")(**arguments)
 
 
-def test_more_tokens_than_learned_positions_raise():
-    with pytest.raises(ValueError, match="65 tokens, but max_position_embeddings=64"):
-        tiny_model("gpt2")(random_ids(1, 65))
+BEYOND = {
+    "tokens": lambda model: model(random_ids(1, 65)),
+    "tokens after a cache": lambda model: model(
+        random_ids(1, 5), past_key_values=model(random_ids(1, 60)).past_key_values
+    ),
+    "position": lambda model: model(random_ids(1, 2), position_ids=torch.tensor([[3, 64]])),
+    "document": lambda model: model(random_ids(1, 70), cu_seq_lens_q=torch.tensor([0, 5, 70])),
+    "prompt": lambda model: model.generate(random_ids(1, 65), max_new_tokens=1),
+    "generated token": lambda model: model.generate(random_ids(1, 60), max_new_tokens=9, do_sample=True, top_k=5),
+}
+
+
+@pytest.mark.parametrize("call", BEYOND)
+def test_learned_position_beyond_the_last_one_raises(call):
+    with pytest.raises(ValueError, match=r"position 6[4-9] is not below max_position_embeddings=64"):
+        BEYOND[call](tiny_model("gpt2", eos_token_id=None))
 
 
 # Positions with gaps are one document
@@ -562,6 +640,19 @@ def test_packed_documents_do_not_see_each_other_under_flex_attention():
     expected = documents_alone(model, input_ids)
     model.set_attn_implementation("flex_attention")
     close(CALLS["mask of ones"](model, input_ids), expected)
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "learned_rmsnorm"])
+def test_packed_row_may_be_longer_than_the_learned_positions(flag_set):
+    model, input_ids = tiny_model(flag_set), random_ids(2, 80)
+    position_ids = torch.arange(40).repeat(2)[None]
+    expected = torch.cat([logits_of(model, document) for document in input_ids.split(40, dim=1)], dim=1)
+    close(logits_of(model, input_ids, position_ids=position_ids), expected)
+    close(logits_of(model, input_ids, cu_seq_lens_q=torch.arange(0, 161, 40)), expected)
+    cache = DynamicCache(config=model.config)
+    pieces = zip(input_ids.split([30, 50], dim=1), position_ids.split([30, 50], dim=1), strict=True)
+    pieces = [logits_of(model, ids, position_ids=positions, past_key_values=cache) for ids, positions in pieces]
+    close(torch.cat(pieces, dim=1), expected)
 
 
 def test_lengths_count_even_where_positions_do_not_restart():

@@ -144,3 +144,17 @@ def test_logits_and_gradients_equal_the_stock_model(pair, attn_implementation):
     expected_gradients = rename({name: weight.grad for name, weight in stock.named_parameters()})
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
     torch.testing.assert_close(gradients, expected_gradients, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("pair", ["gpt2", "llama"])
+def test_packed_row_longer_than_the_context_equals_the_stock_model(pair):
+    """Both have 64 positions; the row holds two documents of 40 tokens."""
+    torch.manual_seed(0)
+    stock, config, rename = PAIRS[pair]()
+    model = GPT2ModernForCausalLM(config).eval()
+    model.load_state_dict(rename(stock.state_dict()), strict=False)
+    position_ids = torch.arange(40).repeat(2).expand(2, -1)
+    expected, actual = (
+        each(random_ids(2, 80), position_ids=position_ids, use_cache=False).logits for each in (stock, model)
+    )
+    torch.testing.assert_close(actual, expected, atol=ATOL, rtol=0)

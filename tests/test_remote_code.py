@@ -24,7 +24,8 @@ sys.modules["modeling_gpt2modern"] = None  # this project is installed here: mak
 
 import torch
 from transformers import (
-    AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, pipeline
+    AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification, pipeline,
 )
 
 def load(auto_class, folder, **kwargs):
@@ -63,12 +64,14 @@ folder = os.path.join(root, "modern")
 text = pipeline("text-generation", model=folder, trust_remote_code=True)("w1 w2 w3", max_new_tokens=4, do_sample=False)
 results["pipeline"] = text[0]["generated_text"]
 heads = {}
-for auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+for auto_class in (
+    AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoModelForTokenClassification
+):
     head = load(auto_class, folder, num_labels=3)
-    logits = head(torch.tensor([[1, 2, 3]])).logits
+    logits = head(torch.tensor([[1, 2, 3]]))[0]
     head.save_pretrained(os.path.join(root, "heads", auto_class.__name__))
     again = load(auto_class, os.path.join(root, "heads", auto_class.__name__))
-    difference = (again(torch.tensor([[1, 2, 3]])).logits - logits).abs().max().item()
+    difference = (again(torch.tensor([[1, 2, 3]]))[0] - logits).abs().max().item()
     heads[auto_class.__name__] = [list(logits.shape), difference]
 results["heads"] = heads
 
@@ -153,9 +156,13 @@ def test_pipeline_writes_text_elsewhere(elsewhere):
 
 @pytest.mark.parametrize(
     ("head", "shape"),
-    [("AutoModelForSequenceClassification", [1, 3]), ("AutoModelForTokenClassification", [1, 3, 3])],
+    [
+        ("AutoModelForQuestionAnswering", [1, 3]),
+        ("AutoModelForSequenceClassification", [1, 3]),
+        ("AutoModelForTokenClassification", [1, 3, 3]),
+    ],
 )
-def test_classification_head_loads_elsewhere(elsewhere, head, shape):
+def test_other_head_loads_elsewhere(elsewhere, head, shape):
     assert elsewhere["heads"][head] == [shape, 0]
 
 

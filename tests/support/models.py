@@ -9,6 +9,7 @@ from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.export import export_model
 from gpt2modern.training.models import build_model
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+from modeling_gpt2modern.loss_gpt2modern import linear_cross_entropy_and_z_loss
 
 TINY = {
     "hidden_size": 32,
@@ -56,6 +57,11 @@ def tiny_model(flag_set: str = "modern", **overrides) -> GPT2ModernForCausalLM:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+def linear_cross_entropy(*inputs: torch.Tensor, **options) -> torch.Tensor:
+    """Compute the loss of a linear head with or without z-loss; inputs: hidden states, weight, labels."""
+    return linear_cross_entropy_and_z_loss(*inputs, **options)[0]
 
 
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
