@@ -1,9 +1,11 @@
 """Load and check a model, configuration or tokenizer from a folder or the Hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -108,3 +110,28 @@ def tensor_problem(model: PreTrainedModel, report: dict) -> str | None:
         if not parameter.isfinite().all():
             return f"tensor {name} has NaN or infinite values; use an earlier checkpoint"
     return None
+
+
+def read_tensors(path: Path, expected: Mapping[str, torch.Tensor], advice: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raises GPT2ModernError, which ends with `advice`, if the
+    file cannot be read, or has a tensor that is missing or unexpected, whose shape or dtype differs from the one in
+    `expected`, or with NaN or infinite values."""
+    tensors, problem = {}, None
+    try:
+        with safe_open(path, "pt") as file:
+            names = set(file.keys())
+            for name in sorted(names | expected.keys()):
+                found = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
+                wanted = tuple(expected[name].shape) if name in expected else "missing"
+                if found == wanted:
+                    tensors[name] = file.get_tensor(name)
+                    found, wanted = tensors[name].dtype, expected[name].dtype
+                if found != wanted:
+                    problem = f"belongs to another model: tensor {name} is {found} in the file but {wanted} in this run"
+                elif not tensors[name].isfinite().all():
+                    problem = f"has NaN or infinite values in tensor {name}"
+                if problem:
+                    raise GPT2ModernError(f"{path} {problem}; {advice}")
+    except (OSError, SafetensorError) as error:
+        raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; {advice}") from None
+    return tensors

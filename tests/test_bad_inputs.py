@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
 
 from eval import generate, perplexity
 from prepare_data import main as prepare
 from tests.support import bad_inputs
 from tests.support.bad_inputs import CONVERT, PAGE, PREPARE, TABLE, TRAIN, VERIFY
+from tests.support.folders import change_json, change_tensors
 from tests.support.models import export_fresh_model
 from tests.support.trainer import REPOSITORY
 
@@ -48,18 +48,6 @@ TEXTS = {
     "broken.jsonl": "{oops\n",
     "body.jsonl": '{"body": "a"}\n',
 }
-
-
-def change_json(path: Path, change) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def change_tensors(path: Path, change) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def add_token(folder: Path) -> None:

@@ -118,6 +118,20 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     return [adamw, *further]
 
 
+def init_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Create the state tensors that the first update of each optimizer creates. Does not change the weights."""
+    for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.ones_like(parameter)  # with zeros, AdamW without epsilon would divide 0 by 0
+        optimizer.step()
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
 def state_bytes(model: nn.Module, optimizer: str) -> int:
     """Return how many bytes the optimizer state of all trainable parameters of `model` takes under --optimizer."""
     kind = optimizer_kind(optimizer)
