@@ -231,7 +231,7 @@ def as_written_before(checkpoint, folder):
     old = shutil.copytree(checkpoint, folder / checkpoint.name)
     state = json.loads((old / "trainer_state.json").read_text())
     evaluation = state.pop("evaluation")
-    del state["nonfinite_steps"]
+    del state["nonfinite_steps"], state["format_version"], state["has_optimizer_state"]
     state |= {"eval_loss": evaluation.get("eval_loss"), "tokens_seen": 256 * state["step"]}
     (old / "trainer_state.json").write_text(json.dumps(state, indent=2))
     checksums = json.loads((old / "checksums.json").read_text())
