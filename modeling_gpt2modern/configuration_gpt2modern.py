@@ -231,6 +231,9 @@ class GPT2ModernConfig(PreTrainedConfig):
             value = kwargs.get(key)
             if value is not None and self.rope_parameters and self.rope_parameters.get(key) != value:
                 raise ValueError(f"{key}={value} contradicts rope_parameters={self.rope_parameters}; remove one")
+        for name in defaults:
+            if isinstance(value := getattr(self, name), int) and value >= 2**31:
+                raise ValueError(f"{name}={value} must be at most {2**31 - 1}")
         is_loaded = self.transformers_version is not None  # from a config.json
         self._refuse_unknown_keys(kwargs, is_loaded)
 
@@ -354,8 +357,11 @@ class GPT2ModernConfig(PreTrainedConfig):
         numbers = ("rope_theta", "factor", "attention_factor", "original_max_position_embeddings")
         for key in (*numbers, "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             value = parameters.get(key)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a finite number above 0")
+            is_given = value is not None or (key == "rope_theta" and key in parameters)
+            if is_given and not (isinstance(value, int | float) and 0 < value < 2.0**63):
+                raise ValueError(
+                    f"rope_parameters has {key}={value!r}; it must be a finite number above 0 and below 2^63"
+                )
         count = int(self.head_dim * self.partial_rotary_factor) // 2
         for key in ("short_factor", "long_factor"):
             if parameters.get(key) is not None and len(parameters[key]) != count:

@@ -181,13 +181,16 @@ def _contradiction(manifest: dict) -> str | None:
     block_size, vocab_size, eos_token_id = _integers(manifest, "block_size", "vocab_size", "eos_token_id")
     if block_size < 1 or not 0 <= eos_token_id < vocab_size:
         return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} contradict each other"
-    _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
+    _ = manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
+    "".join(manifest["source"]["name"])  # a text or a list of texts
     for split, counts in manifest["splits"].items():
         _integers(counts, "documents", "bytes", "cut_documents", "rows", "tokens", "padding")
         for path, recorded in recorded_files(Path(), manifest, [split]):
             _ = recorded["sha256"]
             if path.is_absolute() or ".." in path.parts:
                 return f"the file {str(path)!r} of the split {split} is outside of the folder"
+        if counts["tokens"] and not 0 < counts["bytes"] < 2**63:
+            return f"the split {split} has {counts['bytes']} bytes of text in {counts['tokens']} tokens"
         shards = [_integers(shard, "rows", "tokens") for shard in counts["shards"]]
         rows, tokens = (sum(shard[i] for shard in shards) for i in range(2))
         if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):

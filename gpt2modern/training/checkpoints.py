@@ -25,7 +25,7 @@ from torch import nn
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.files import apply_umask, atomic_folder, sha256_of
+from gpt2modern.files import apply_umask, atomic_folder, remove_leftovers, sha256_of
 from gpt2modern.loading import read_tensors
 from gpt2modern.settings import check_ranges
 from gpt2modern.training.batches import BatchPlan
@@ -227,8 +227,7 @@ def save_checkpoint(
     if writing fails; the temporary folder is then removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in folder.glob(".step_*.tmp"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(errno.ENOSPC, f"the disk has only {free:,} of {num_bytes:,} bytes free", str(folder))

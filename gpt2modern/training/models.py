@@ -142,8 +142,8 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
             raise GPT2ModernError(f"--config_overrides: the model has no setting {key!r}{close}")
         try:
             overrides[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError):
-            raise GPT2ModernError(f"--config_overrides: cannot read the value of {key!r}: {value!r}") from None
+        except Exception:  # YAMLError, RecursionError; ValueError, ... of a number or date that does not exist
+            raise GPT2ModernError(f"--config_overrides: cannot read the value of {key!r}: {value[:80]!r}") from None
     return overrides
 
 
