@@ -312,22 +312,35 @@ def test_evaluations_and_saves_are_not_training_time(data_dir, tmp_path, monkeyp
     assert times == [5.0] * 4 and summary["wall_time_s"] == 20.0 and clock.now == 4020.0
 
 
-def test_processes_drop_out_different_units(data_dir, tmp_path, monkeypatch):
-    """All blocks are the same one, so that the masks alone tell the processes apart."""
-    rows = [list(range(33))] * 16
-    data = write_prepared(
-        tmp_path / "data", {"train": [rows], "validation": [rows]}, tokenizer_dir=data_dir / "tokenizer", block_size=32
-    )
+@pytest.fixture(scope="module")
+def equal_blocks(data_dir, tmp_path_factory):
+    """Data whose blocks are all the same one, so that only dropout tells steps and processes apart."""
+    folder, rows = tmp_path_factory.mktemp("equal") / "data", [list(range(33))] * 16
+    splits = {"train": [rows], "validation": [rows]}
+    return write_prepared(folder, splits, tokenizer_dir=data_dir / "tokenizer", block_size=32)
+
+
+def test_processes_drop_out_different_units(equal_blocks, tmp_path, monkeypatch):
     first_losses = {}
     for dropout in (0.0, 0.1):
         for process_index in (0, 1):
             flags = {"config_overrides": f"{TINY},hidden_dropout={dropout}"}
             with monkeypatch.context() as patch:
                 patch.setattr(Accelerator, "process_index", property(lambda self, index=process_index: index))
-                (loss,) = losses(data, tmp_path / f"{dropout}-{process_index}", steps=1, **flags)
+                (loss,) = losses(equal_blocks, tmp_path / f"{dropout}-{process_index}", steps=1, **flags)
             first_losses[dropout, process_index] = loss
     assert first_losses[0.0, 0] == first_losses[0.0, 1]
     assert first_losses[0.1, 0] != first_losses[0.1, 1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_step_and_seed_drops_out_other_units(equal_blocks, model_dir, tmp_path, dropout):
+    """The weights are the same ones, and stay as they are: the learning rate is 0."""
+    found = {}
+    for seed in (1, 2):
+        flags = {"model_name_or_path": str(model_dir), "config_overrides": f"hidden_dropout={dropout}"}
+        found[seed] = losses(equal_blocks, tmp_path / str(seed), learning_rate=0.0, seed=seed, **flags)
+    assert len({*found[1], *found[2]}) == (2 * STEPS if dropout else 1)
 
 
 @pytest.mark.parametrize(
