@@ -408,7 +408,7 @@ def test_a_disk_that_fails_costs_a_warning(start, undisturbed, tmp_path, fault_l
             r"checkpoint 10 \([\d,]+ bytes\) cannot be written to " + str(run / "checkpoints"), trainer.output
         )
     assert saved_steps(run) == sorted({5, 10, 15, 20, 24} - set(missing))
-    assert_ends_like(run, undisturbed())
+    assert_ends_like(run, undisturbed(**changes))
     fault_log("F8 full disk; F10 read-only, vanished folder: a save fails, the run continues")
 
 
