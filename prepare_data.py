@@ -27,9 +27,7 @@ rows of block_size + 1 tokens; the last token of a row is also the first of the 
 target exactly once. `best_fit` does not cut a document that fits into a block.
 """
 
-import gpt2modern  # noqa: F401  before torch and transformers: it refuses a deleted working directory
-
-# isort: split
+import gpt2modern  # noqa: F401  first, as it refuses a deleted working directory  # isort: skip
 import sys
 import time
 from pathlib import Path

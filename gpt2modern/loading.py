@@ -1,11 +1,11 @@
 """Load and check a model, configuration or tokenizer from a folder or the Hub."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -112,26 +112,20 @@ def tensor_problem(model: PreTrainedModel, report: dict) -> str | None:
     return None
 
 
-def read_tensors(path: Path, expected: Mapping[str, torch.Tensor], advice: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file, on the CPU. Raises GPT2ModernError, which ends with `advice`, if the
-    file cannot be read, or has a tensor that is missing or unexpected, whose shape or dtype differs from the one in
-    `expected`, or with NaN or infinite values."""
-    tensors, problem = {}, None
+def read_tensors(path: Path, expected: dict[str, torch.Tensor], advice: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raises GPT2ModernError, which ends with `advice`, if it
+    cannot be read, or has other names, shapes or dtypes than `expected`, or NaN or infinite values."""
     try:
-        with safe_open(path, "pt") as file:
-            names = set(file.keys())
-            for name in sorted(names | expected.keys()):
-                found = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
-                wanted = tuple(expected[name].shape) if name in expected else "missing"
-                if found == wanted:
-                    tensors[name] = file.get_tensor(name)
-                    found, wanted = tensors[name].dtype, expected[name].dtype
-                if found != wanted:
-                    problem = f"belongs to another model: tensor {name} is {found} in the file but {wanted} in this run"
-                elif not tensors[name].isfinite().all():
-                    problem = f"has NaN or infinite values in tensor {name}"
-                if problem:
-                    raise GPT2ModernError(f"{path} {problem}; {advice}")
+        saved = load_file(path)
     except (OSError, SafetensorError) as error:
         raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; {advice}") from None
-    return tensors
+    for name in sorted(saved.keys() | expected.keys()):
+        found, wanted = (
+            f"{tuple(d[name].shape)} {d[name].dtype}" if name in d else "missing" for d in (saved, expected)
+        )
+        if found != wanted:
+            problem = f"belongs to another model: tensor {name} is {found} in the file but {wanted} in this run"
+            raise GPT2ModernError(f"{path} {problem}; {advice}")
+        if not saved[name].isfinite().all():
+            raise GPT2ModernError(f"{path} has NaN or infinite values in tensor {name}; {advice}")
+    return saved

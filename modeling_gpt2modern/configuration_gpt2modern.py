@@ -357,11 +357,9 @@ class GPT2ModernConfig(PreTrainedConfig):
         numbers = ("rope_theta", "factor", "attention_factor", "original_max_position_embeddings")
         for key in (*numbers, "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             value = parameters.get(key)
-            is_given = value is not None or (key == "rope_theta" and key in parameters)
+            is_given = value is not None or parameters.get("rope_theta", 1) is None
             if is_given and not (isinstance(value, int | float) and 0 < value < 2.0**63):
-                raise ValueError(
-                    f"rope_parameters has {key}={value!r}; it must be a finite number above 0 and below 2^63"
-                )
+                raise ValueError(f"rope_parameters has {key}={value!r}; it must be a finite number above 0")
         count = int(self.head_dim * self.partial_rotary_factor) // 2
         for key in ("short_factor", "long_factor"):
             if parameters.get(key) is not None and len(parameters[key]) != count:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def test_a_restored_optimizer_makes_the_same_update(tmp_path):
     other_optimizer.state.clear()
     save_file(optimizer_state([optimizer], model), tmp_path / "optimizer.safetensors")
     init_state([other_optimizer])
+    other.load_state_dict(model.state_dict())
     load_optimizer_state([other_optimizer], other, tmp_path / "optimizer.safetensors", step=3)
     for one, its_optimizer in ((model, optimizer), (other, other_optimizer)):
         one(torch.ones(5, 4)).square().sum().backward()
@@ -425,7 +427,7 @@ def test_values_that_no_update_makes_are_refused(saved, tmp_path, state_name, va
         tensors[name].fill_(value)
 
     copy = altered(checkpoint, tmp_path, lambda copy: change_tensors(copy / "optimizer.safetensors", change))
-    assert f"/{state_name} has the value {value}" in refusal(run, copy)
+    assert re.search(rf"impossible values in tensor \S+/{state_name} for step 3", refusal(run, copy))
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "model.safetensors"])

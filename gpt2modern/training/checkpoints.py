@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -338,8 +338,7 @@ def read_trainer_state(checkpoint: Path) -> tuple[SavedState, Schedule]:
         if state.step > schedule.max_steps or (named and int(named[1]) != state.step):
             raise ValueError(f"step {state.step} is not that of the folder, or above max_steps {schedule.max_steps}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        problem = f"{type(error).__name__}: {first_line(error)}"
-        raise GPT2ModernError(f"{path} is not the state of a run ({problem}); {OTHERWISE}") from None
+        raise GPT2ModernError(f"{path} is not the state of a run ({first_line(error)}); {OTHERWISE}") from None
     return state, schedule
 
 
@@ -351,6 +350,8 @@ def load_checkpoint(
     With optimizers=None no optimizer state is loaded. Raises GPT2ModernError that names a tensor if the names, shapes
     or dtypes differ from those of model and optimizers, or if its values are impossible.
     """
+    if optimizers is not None and state.has_optimizer_state:
+        init_state(optimizers)  # first, as the weights change
     if has_adapters(model):
         load_adapters(model, checkpoint)
     else:
@@ -361,8 +362,6 @@ def load_checkpoint(
             for name, parameter in parameters.items():
                 parameter.copy_(shard_like(saved[name], parameter))
     if optimizers is not None:
-        if state.has_optimizer_state:
-            init_state(optimizers)  # wrong tensors would be read beyond their end by a fused update
         load_optimizer_state(optimizers, model, checkpoint / OPTIMIZER_FILE, step=state.step)
 
 
@@ -375,22 +374,17 @@ def optimizer_state(
     For a sharded model every process must call this; processes with keep=False get an empty dict.
     """
     tensors = {}
-    for name, state, key in _state_tensors(optimizers, model):
+    for name, (state, key) in _states_by_name(optimizers, model).items():
         value = whole_tensor(state[key].detach())
         if keep:
             tensors[name] = value.cpu().contiguous()
     return tensors
 
 
-def _state_tensors(
-    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module
-) -> Iterator[tuple[str, dict[str, torch.Tensor], str]]:
-    """Yield for each tensor of the optimizers' states its name in checkpoints, its parameter's state and its key."""
+def _states_by_name(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, tuple[dict, str]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for key in state:
-                yield f"{names[parameter]}/{key}", state, key
+    states = [item for optimizer in optimizers for item in optimizer.state.items()]
+    return {f"{names[parameter]}/{key}": (state, key) for parameter, state in states for key in state}
 
 
 def load_optimizer_state(
@@ -398,14 +392,11 @@ def load_optimizer_state(
 ) -> None:
     """Replace the state tensors of the optimizers, after `step` updates, by those of a safetensors file, on the same
     devices and sharded alike. Raises GPT2ModernError that names a tensor if the file does not have just these, in the
-    same shapes and dtypes, or if a value is impossible."""
-    created = {name: (state, key) for name, state, key in _state_tensors(optimizers, model)}
-    expected = {name: state[key] for name, (state, key) in created.items()}
-    advice = "use the settings of the checkpoint, or " + OTHERWISE
-    for name, tensor in read_tensors(path, expected, advice).items():
-        state, key = created[name]
-        most = {"step": step, "exp_avg_sq": math.inf}.get(key)
-        if most is not None and not 0 <= tensor.min() <= tensor.max() <= most:
-            value = (tensor.min() if tensor.min() < 0 else tensor.max()).item()
-            raise GPT2ModernError(f"{path}: {name} has the value {value}, impossible at step {step}; {OTHERWISE}")
+    same shapes and dtypes (a fused update would read beyond the end of others), or if a value is impossible."""
+    states = _states_by_name(optimizers, model)
+    expected = {name: state[key] for name, (state, key) in states.items()}
+    for name, tensor in read_tensors(path, expected, OTHERWISE).items():
+        state, key = states[name]
+        if (key in ("step", "exp_avg_sq") and tensor.min() < 0) or (key == "step" and tensor > step):
+            raise GPT2ModernError(f"{path} has impossible values in tensor {name} for step {step}; {OTHERWISE}")
         state[key] = shard_like(tensor, state[key])

@@ -119,17 +119,13 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
 
 
 def init_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Create the state tensors that the first update of each optimizer creates. Does not change the weights."""
+    """Create the state tensors that the first update of each optimizer creates, by an update: the weights change."""
     for optimizer in optimizers:
-        rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = 0.0
             for parameter in group["params"]:
-                parameter.grad = torch.ones_like(parameter)  # with zeros, AdamW without epsilon would divide 0 by 0
+                parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def state_bytes(model: nn.Module, optimizer: str) -> int:

@@ -72,12 +72,8 @@ class Records:
             open_output_dir(config, state, num_processes=plan.num_processes)
         metrics, samples = (self.output_dir / name for name in ("metrics.jsonl", "samples.jsonl"))
         self.metrics = RowLog(metrics, {"tokens_seen": int}, resumed_step=state.step, is_on=is_main)
-        self.samples = RowLog(
-            samples,
-            {"prompt": str, "text": str},
-            resumed_step=state.step,
-            is_on=is_main and bool(config.sample_prompts),
-        )
+        is_on = is_main and bool(config.sample_prompts)
+        self.samples = RowLog(samples, {"prompt": str, "text": str}, resumed_step=state.step, is_on=is_on)
         self.trackers = Trackers(
             config.report_to if is_main else [],
             project=config.project,
@@ -238,7 +234,7 @@ def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the losses (nats/token) and the learning rate in `rows` of metrics.jsonl over tokens seen, as a PNG file.
     Raises OSError if it cannot be written."""
     train = [(row["tokens_seen"], row["loss"], row.get("learning_rate")) for row in rows if row.get("loss") is not None]
-    evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 6), layout="constrained")
     loss_axis, rate_axis = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:

@@ -55,16 +55,12 @@ class SavedState(TrainState):
         check_ranges(state, prefix="")
         if state.format_version and (odd := sorted(names ^ values.keys())):
             raise ValueError(f"{odd[0]} is {'missing' if odd[0] in names else 'unknown'}")
-        results = [state.evaluation.get("eval_loss"), *filter(None, state.evaluation.values())]
-        impossible = {
-            "step": state.step == 0,
-            "wall_time_s": state.wall_time_s == 0,
-            "run_id": not re.fullmatch("[0-9a-f]{8}", state.run_id),
-            "nonfinite_steps": state.nonfinite_steps > state.step,
-            "evaluated_step": (state.evaluated_step or 0) > state.step,
-            "evaluation": (state.evaluated_step is None) != (not state.evaluation)
-            or (state.evaluation and not all(result is not None and math.isfinite(result) for result in results)),
-        }
-        for name in filter(impossible.get, impossible):
-            raise ValueError(f"{name} {getattr(state, name)!r} is impossible at step {state.step}")
+        if not (
+            0 < state.step >= max(state.nonfinite_steps, state.evaluated_step or 0)
+            and state.wall_time_s > 0
+            and re.fullmatch("[0-9a-f]{8}", state.run_id)
+            and (state.evaluated_step is None) == (state.evaluation.get("eval_loss") is None)
+            and all(math.isfinite(result or 0) for result in state.evaluation.values())
+        ):
+            raise ValueError(f"its values contradict each other: {state.to_json()}")
         return state

@@ -152,7 +152,7 @@ SETTINGS_OF_THE_MODEL = [
         "short_factor=[1]; it must be a list of 8 numbers",
     ),
     overrides("rope_theta=null", "rope_parameters has rope_theta=None; it must be a finite number above 0"),
-    overrides(f"rope_theta={HUGE}", f"rope_parameters has rope_theta={HUGE}; it must be a finite number above 0 and"),
+    overrides(f"rope_theta={HUGE}", f"rope_parameters has rope_theta={HUGE}; it must be a finite number above 0"),
     train(f"--config_overrides hidden_size={HUGE}", f"hidden_size={HUGE} must be at most 2147483647"),
     train(f"--config_overrides num_hidden_layers={2**63 - 1}", "num_hidden_layers=9223372036854775807 must be at most"),
     overrides(f"head_dim={HUGE}", f"head_dim={HUGE} must be at most 2147483647"),
