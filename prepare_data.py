@@ -29,6 +29,7 @@ reads the stream, so that every token is a target exactly once. `best_fit` does 
 block.
 """
 
+import gpt2modern  # noqa: F401  first, as it refuses a deleted working directory  # isort: skip
 import sys
 import time
 from pathlib import Path

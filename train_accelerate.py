@@ -12,6 +12,7 @@ On two nodes, give the second one --machine_rank 1. Flags override the values of
 number of processes; flags and recipe set everything else. From Python: `train(TrainConfig(data_dir=..., ...))`.
 """
 
+import gpt2modern  # noqa: F401  first, as it refuses a deleted working directory  # isort: skip
 import contextlib
 import functools
 import math

@@ -1,7 +1,15 @@
 """Provide the public Python API of GPT2-Modern. Each name is imported from its module when it is first used."""
 
 import importlib
+import os
+import sys
 from typing import Any
+
+try:
+    os.getcwd()
+except FileNotFoundError:  # to import torch would end the process, too, and transformers cannot be imported
+    print("error: the current folder was deleted; change to an existing one with cd", file=sys.stderr)
+    sys.exit(2)
 
 _MODULES = {
     "GPT2ModernError": "gpt2modern.errors",

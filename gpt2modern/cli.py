@@ -76,9 +76,6 @@ class _Parser(HfArgumentParser):
     def takes_a_list(self, flag: str) -> bool:
         return self._option_string_actions[flag].nargs == "+"
 
-    def has_choice(self, flag: str, choice: str) -> bool:
-        return choice in (self._option_string_actions[flag].choices or ())
-
     def error(self, message: str) -> NoReturn:
         raise GPT2ModernError(f"{message} (--help lists every flag)")
 
@@ -146,7 +143,13 @@ def find_recipe(name: str) -> Path:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Load YAML, but raise GPT2ModernError for a repeated key, of which other loaders silently use the last value."""
+    """Load YAML with values as text, to be parsed like flags: `1.10`, `no` and `2024-01-31` stay as they are typed.
+    Raises GPT2ModernError for a repeated key, of which other loaders silently use the last value."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key) for key, _ in node.value]
@@ -163,10 +166,10 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
         raise GPT2ModernError(f"--config {path}: {error}") from None
     except OSError as error:
         raise GPT2ModernError(f"--config {path} cannot be read ({error.strerror}); name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GPT2ModernError(f"--config {path} is not valid YAML: {error}") from None
     except RecursionError:
         raise GPT2ModernError(f"--config {path} is nested too deeply; write one 'flag: value' per line") from None
+    except Exception as error:  # yaml also lets out ValueError, KeyError, IndexError, ... of a value with a wrong tag
+        raise GPT2ModernError(f"--config {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         found = type(values).__name__
         raise GPT2ModernError(f"--config {path} must have 'flag: value' lines, but its content is of type {found}")
@@ -176,8 +179,6 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
     for key, value in values.items():
         if key not in known:
             raise GPT2ModernError(f"--config {path}: unknown key {key!r}{nearest(str(key), known)}")
-        if value is False and parser.has_choice(f"--{key}", "no"):
-            value = "no"  # YAML 1.1 reads a bare no as false
         is_list = parser.takes_a_list(f"--{key}")
         each = value if is_list and isinstance(value, list) else [value]
         if not each or any(one is None or isinstance(one, dict | list) for one in each):

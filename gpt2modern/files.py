@@ -98,6 +98,13 @@ def atomic_folder(path: Path, build_in: Path | None = None) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete the hidden `.tmp` files and folders that a killed process has left in a folder, as far as permitted."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def move_folder(source: Path, target: Path) -> None:
     """Flush a folder with all its files to disk, then rename it to `target` on the same file system."""
     for path in [*source.rglob("*"), source]:

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -108,3 +110,22 @@ def tensor_problem(model: PreTrainedModel, report: dict) -> str | None:
         if not parameter.isfinite().all():
             return f"tensor {name} has NaN or infinite values; use an earlier checkpoint"
     return None
+
+
+def read_tensors(path: Path, expected: dict[str, torch.Tensor], advice: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, on the CPU. Raises GPT2ModernError, which ends with `advice`, if it
+    cannot be read, or has other names, shapes or dtypes than `expected`, or NaN or infinite values."""
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; {advice}") from None
+    for name in sorted(saved.keys() | expected.keys()):
+        found, wanted = (
+            f"{tuple(d[name].shape)} {d[name].dtype}" if name in d else "missing" for d in (saved, expected)
+        )
+        if found != wanted:
+            problem = f"belongs to another model: tensor {name} is {found} in the file but {wanted} in this run"
+            raise GPT2ModernError(f"{path} {problem}; {advice}")
+        if not saved[name].isfinite().all():
+            raise GPT2ModernError(f"{path} has NaN or infinite values in tensor {name}; {advice}")
+    return saved

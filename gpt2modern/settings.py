@@ -32,12 +32,12 @@ def setting(
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
-def check_ranges(config: Any) -> None:
-    """Raise ValueError that names the flag of the first field whose value has another type than the field, is none of
-    its Literal type's choices, or is outside the range of its `setting`."""
+def check_ranges(config: Any, prefix: str = "--") -> None:
+    """Raise ValueError that names the first field, after `prefix`, whose value has another type than the field, is none
+    of its Literal type's choices, or is outside the range of its `setting`."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, hint, name = getattr(config, field.name), hints[field.name], f"--{field.name}"
+        value, hint, name = getattr(config, field.name), hints[field.name], f"{prefix}{field.name}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not (_has_type(value, hint) or (is_number and field.metadata.get("or_number"))):
             kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
@@ -53,6 +53,8 @@ def _has_type(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list | tuple) and all(_has_type(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_has_type(each, get_args(hint)[1]) for each in value.values())
     if get_args(hint):
         return any(_has_type(value, kind) for kind in get_args(hint))
     if isinstance(value, bool) or hint is bool:

@@ -244,6 +244,9 @@ class GPT2ModernConfig(PreTrainedConfig):
             value = kwargs.get(key)
             if value is not None and self.rope_parameters and self.rope_parameters.get(key) != value:
                 raise ValueError(f"{key}={value} contradicts rope_parameters={self.rope_parameters}; remove one")
+        for name in defaults:
+            if isinstance(value := getattr(self, name), int) and value >= 2**31:
+                raise ValueError(f"{name}={value} must be at most {2**31 - 1}")
         is_loaded = self.transformers_version is not None  # from a config.json
         self._refuse_unknown_keys(kwargs, is_loaded)
 
@@ -367,7 +370,8 @@ class GPT2ModernConfig(PreTrainedConfig):
         numbers = ("rope_theta", "factor", "attention_factor", "original_max_position_embeddings")
         for key in (*numbers, "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
             value = parameters.get(key)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+            is_given = value is not None or parameters.get("rope_theta", 1) is None
+            if is_given and not (isinstance(value, int | float) and 0 < value < 2.0**63):
                 raise ValueError(f"rope_parameters has {key}={value!r}; it must be a finite number above 0")
         count = int(self.head_dim * self.partial_rotary_factor) // 2
         for key in ("short_factor", "long_factor"):

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
 
 from eval import generate, perplexity
 from prepare_data import main as prepare
 from tests.support import bad_inputs
 from tests.support.bad_inputs import CONVERT, PAGE, PREPARE, TABLE, TRAIN, VERIFY
+from tests.support.folders import change_json, change_tensors
 from tests.support.models import export_fresh_model
 from tests.support.trainer import REPOSITORY
 
@@ -38,7 +38,13 @@ RECIPES = {
     "no_value.yaml": "seed:\n",
     "list_in_list.yaml": "sample_prompts: [[a], b]\n",
     "latin.yaml": b"project: caf\xe9\n",
-    "nan.yaml": "learning_rate: .nan\n",
+    "nan.yaml": "learning_rate: nan\n",
+    "digits.yaml": "seed: " + "9" * 5000,
+    "hexadecimal.yaml": "seed: 0x" + "f" * 5000,
+    "date.yaml": "seed: 2024-99-99\n",
+    "date_key.yaml": "2024-99-99: 1\n",
+    "no_digits.yaml": "seed: !!int ''\n",
+    "no_pairs.yaml": "seed: !!map [1]\n",
 }
 TEXTS = {
     "text.txt": "a cat\na mat\na hat\n",
@@ -48,18 +54,6 @@ TEXTS = {
     "broken.jsonl": "{oops\n",
     "body.jsonl": '{"body": "a"}\n',
 }
-
-
-def change_json(path: Path, change) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def change_tensors(path: Path, change) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def add_token(folder: Path) -> None:
@@ -142,13 +136,17 @@ def places(data_dir, tmp_path_factory) -> Path:
         folder / "damaged_tokenizer" / "tokenizer.json",
         lambda tokenizer: tokenizer["model"]["vocab"].update(zzz=4_000_000_000),
     )
-    for name in ("escaping_data", "cut_data"):
+    for name in ("escaping_data", "cut_data", "no_bytes", "odd_source"):
         shutil.copytree(data_dir, folder / name)
     shard = json.loads((data_dir / "manifest.json").read_text())["splits"]["validation"]["shards"][0]
     change_json(
         folder / "escaping_data" / "manifest.json",
         lambda manifest: manifest["files"].update({"../data/x.arrow": {"size": 1, "sha256": "0"}}),
     )
+    change_json(
+        folder / "no_bytes" / "manifest.json", lambda manifest: manifest["splits"]["validation"].update(bytes=0)
+    )
+    change_json(folder / "odd_source" / "manifest.json", lambda manifest: manifest["source"].update(name=[3]))
     os.truncate(folder / "cut_data" / shard["path"], 100)
     return folder
 
@@ -200,6 +198,26 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(case, places, capfd, kept_
     assert lines[-1].startswith("error: ") and case.error in lines[-1], lines[-1]
     assert errors.count("error: ") == 1 and "Traceback" not in errors + output
     assert tree(places) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train_accelerate.py --config demo", "prepare_data.py verify data", "-m eval.perplexity --model a --data b",
+        "-m eval.generate --model a --prompt b", "-m gpt2modern.conversion --model a --output_dir b",
+    ],
+)  # fmt: skip
+def test_a_deleted_working_directory_is_one_line(tmp_path, command):
+    """torch ends the process there with a message of MKL, transformers with a traceback."""
+    python = f"{sys.executable} {command.replace('train', f'{REPOSITORY}/train', 1)}"
+    python = python.replace(" prepare", f" {REPOSITORY}/prepare")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        ["sh", "-c", f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && exec {python}"],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == "error: the current folder was deleted; change to an existing one with cd\n"
 
 
 def test_the_page_is_the_table():

@@ -138,6 +138,10 @@ def saved_steps(run):
 def assert_ends_like(run, expected):
     assert_same_weights(run, expected)
     assert losses(run) == losses(expected)
+    evaluated = [
+        [(row["step"], row["eval_loss"]) for row in metrics(each) if "eval_loss" in row] for each in (run, expected)
+    ]
+    assert evaluated[0] == evaluated[1] and evaluated[0]
     assert [row["step"] for row in metrics(run)] == list(range(1, len(metrics(expected)) + 1))
     left = {path.name for path in [*run.iterdir(), *(run / "checkpoints").iterdir()] if path.name.startswith(".")}
     assert not left
@@ -327,7 +331,7 @@ def test_a_signal_at_an_awkward_moment_stops_in_order(
     if fault.startswith("signal_in_evaluation"):
         assert not any("eval_loss" in row for row in metrics(run))
     assert start(run, **changes).wait() == [0]
-    assert_ends_like(run, undisturbed())
+    assert_ends_like(run, undisturbed(**changes))
     fault_log("F7 a signal during a save, an evaluation, the last step")
 
 
@@ -404,7 +408,7 @@ def test_a_disk_that_fails_costs_a_warning(start, undisturbed, tmp_path, fault_l
             r"checkpoint 10 \([\d,]+ bytes\) cannot be written to " + str(run / "checkpoints"), trainer.output
         )
     assert saved_steps(run) == sorted({5, 10, 15, 20, 24} - set(missing))
-    assert_ends_like(run, undisturbed())
+    assert_ends_like(run, undisturbed(**changes))
     fault_log("F8 full disk; F10 read-only, vanished folder: a save fails, the run continues")
 
 

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from gpt2modern.cli import parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.training.checkpoints import (
-    Checkpoints,
     changed_settings,
     fixed_settings,
     list_checkpoints,
@@ -26,20 +25,9 @@ from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
 from gpt2modern.training.state import TrainState
 from tests.support.folders import write_prepared
-from tests.support.trainer import TINY
-from train_accelerate import build, no_callback, train
+from tests.support.trainer import TINY, built, checkpoints_of, config_of
+from train_accelerate import no_callback, train
 
-COMMON = {
-    "config_overrides": TINY,
-    "per_device_train_batch_size": "2",
-    "total_batch_size": 128,
-    "max_steps": 8,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "eval_steps": 0,
-    "eval_blocks": 3,
-    "save_steps": 0,
-}
 MUON = {"optimizer": "muon"}
 STABLE = {"lr_scheduler_type": "warmup_stable_decay", "decay_steps": 8}
 SINGLY = {"per_device_train_batch_size": "1", "total_batch_size": 256}
@@ -50,10 +38,6 @@ STEPS = 4
 
 class EnoughError(Exception):
     """Ends a run that has shown what a test needs."""
-
-
-def config_of(data_dir, output_dir, **changes):
-    return TrainConfig(**(COMMON | {"data_dir": str(data_dir), "output_dir": str(output_dir)} | changes))
 
 
 def losses(data_dir, output_dir, steps=STEPS, watch=no_callback, **changes):
@@ -70,21 +54,6 @@ def losses(data_dir, output_dir, steps=STEPS, watch=no_callback, **changes):
     with contextlib.suppress(EnoughError):
         train(config_of(data_dir, output_dir, **changes), callback)
     return values
-
-
-@contextlib.contextmanager
-def built(data_dir, output_dir, **changes):
-    """Give the parts of a run that has not begun."""
-    config = config_of(data_dir, output_dir, **changes)
-    with joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes):
-        parts = build(config, accelerator)._asdict()
-        yield SimpleNamespace(config=config, accelerator=accelerator, processes=processes, **parts)
-
-
-def checkpoints_of(run):
-    return Checkpoints(
-        run.config, run.accelerator, run.processes, run.unwrapped_model, run.optimizers, run.train_blocks, run.plan
-    )
 
 
 @pytest.fixture(scope="module")
@@ -300,9 +269,9 @@ def test_the_loss_scale_is_saved_and_restored(data_dir, tmp_path):
     with built(data_dir, tmp_path / "first") as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=96.0)
         checkpoints = checkpoints_of(run)
-        assert checkpoints.save(TrainState(step=1), no_callback)
+        assert checkpoints.save(TrainState(step=1, wall_time_s=1.0), no_callback)
         checkpoint = checkpoints.path(1)
-        assert read_trainer_state(checkpoint)["grad_scaler"]["scale"] == 96.0
+        assert read_trainer_state(checkpoint)[0].grad_scaler["scale"] == 96.0
     with built(data_dir, tmp_path / "second", resume_from_checkpoint=str(checkpoint)) as run:
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         assert checkpoints_of(run).restore().step == 1
@@ -343,22 +312,35 @@ def test_evaluations_and_saves_are_not_training_time(data_dir, tmp_path, monkeyp
     assert times == [5.0] * 4 and summary["wall_time_s"] == 20.0 and clock.now == 4020.0
 
 
-def test_processes_drop_out_different_units(data_dir, tmp_path, monkeypatch):
-    """All blocks are the same one, so that the masks alone tell the processes apart."""
-    rows = [list(range(33))] * 16
-    data = write_prepared(
-        tmp_path / "data", {"train": [rows], "validation": [rows]}, tokenizer_dir=data_dir / "tokenizer", block_size=32
-    )
+@pytest.fixture(scope="module")
+def equal_blocks(data_dir, tmp_path_factory):
+    """Data whose blocks are all the same one, so that only dropout tells steps and processes apart."""
+    folder, rows = tmp_path_factory.mktemp("equal") / "data", [list(range(33))] * 16
+    splits = {"train": [rows], "validation": [rows]}
+    return write_prepared(folder, splits, tokenizer_dir=data_dir / "tokenizer", block_size=32)
+
+
+def test_processes_drop_out_different_units(equal_blocks, tmp_path, monkeypatch):
     first_losses = {}
     for dropout in (0.0, 0.1):
         for process_index in (0, 1):
             flags = {"config_overrides": f"{TINY},hidden_dropout={dropout}"}
             with monkeypatch.context() as patch:
                 patch.setattr(Accelerator, "process_index", property(lambda self, index=process_index: index))
-                (loss,) = losses(data, tmp_path / f"{dropout}-{process_index}", steps=1, **flags)
+                (loss,) = losses(equal_blocks, tmp_path / f"{dropout}-{process_index}", steps=1, **flags)
             first_losses[dropout, process_index] = loss
     assert first_losses[0.0, 0] == first_losses[0.0, 1]
     assert first_losses[0.1, 0] != first_losses[0.1, 1]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_every_step_and_seed_drops_out_other_units(equal_blocks, model_dir, tmp_path, dropout):
+    """The weights are the same ones, and stay as they are: the learning rate is 0."""
+    found = {}
+    for seed in (1, 2):
+        flags = {"model_name_or_path": str(model_dir), "config_overrides": f"hidden_dropout={dropout}"}
+        found[seed] = losses(equal_blocks, tmp_path / str(seed), learning_rate=0.0, seed=seed, **flags)
+    assert len({*found[1], *found[2]}) == (2 * STEPS if dropout else 1)
 
 
 @pytest.mark.parametrize(

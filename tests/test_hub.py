@@ -88,7 +88,7 @@ def test_the_finished_model_arrives_with_its_card_and_records_and_nothing_else(f
     assert 'model="someone/run"' in upload.card and "license: mit" in upload.card
     output = capsys.readouterr()
     assert "uploaded to https://huggingface.co/someone/run" in output.out and not warnings_in(output.err)
-    assert not (tmp_path / "run" / ".hub_upload").exists()
+    assert not (tmp_path / "run" / ".hub_upload.tmp").exists()
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in written)
 

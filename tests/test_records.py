@@ -7,21 +7,54 @@ import pytest
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.records import RowLog, bar_numbers, on_one_line, plot_training_curves, read_rows
 
+NUMBERS = '{"step": 1, "tokens_seen": 2, '
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "[1]"])
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": 1}', "[1]", "3", '{"step": "1"}', '{"step": 1}', '{"step": true, "tokens_seen": 2}', "[" * 100_000,
+        '{"step": 1, "tokens_seen": null}', NUMBERS + '"loss": "x"}', NUMBERS + '"eval_loss": [1]}',
+        NUMBERS + '"loss": true}', NUMBERS + '"loss": NaN}', NUMBERS + '"loss": 1e999}',
+        NUMBERS + f'"loss": 1{"0" * 400}}}', NUMBERS + f'"loss": {"9" * 5000}}}', NUMBERS + '"peak_memory_gib": "x"}',
+    ],
+    ids=lambda content: content[:50],
+)  # fmt: skip
 def test_a_file_that_is_not_a_log_is_refused(tmp_path, content):
     (tmp_path / "metrics.jsonl").write_text(content + "\n")
     with pytest.raises(GPT2ModernError, match="is not a log of a training run"):
-        RowLog(tmp_path / "metrics.jsonl", resumed_step=0)
+        RowLog(tmp_path / "metrics.jsonl", {"tokens_seen": int}, resumed_step=0)
+
+
+@pytest.mark.parametrize(
+    "row", [{"step": 1}, {"step": 1, "prompt": "a", "text": 3}, {"step": 1, "prompt": None, "text": "b"}]
+)
+def test_a_file_of_other_samples_is_refused(tmp_path, row):
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(GPT2ModernError, match="is not a log of a training run"):
+        RowLog(tmp_path / "samples.jsonl", {"prompt": str, "text": str}, resumed_step=0)
+
+
+def test_a_row_without_a_learning_rate_is_drawn(tmp_path):
+    rows = [{"step": step, "tokens_seen": step, "loss": 3.0} for step in (1, 2)]
+    plot_training_curves(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_curves_that_cannot_be_written_leave_nothing(tmp_path):
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(OSError, match="curves"):
+        plot_training_curves([], tmp_path / "curves.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
 @pytest.mark.fault("F20 a log with a step twice or half a line")
 def test_a_resumed_log_has_no_step_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = RowLog(path, resumed_step=0)
+    log = RowLog(path, {}, resumed_step=0)
     for step in range(1, 6):
         log.add({"step": step})
-    resumed = RowLog(path, resumed_step=3)
+    resumed = RowLog(path, {}, resumed_step=3)
     assert resumed.last_step == 5
     resumed.add({"step": 4})
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]

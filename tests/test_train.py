@@ -231,7 +231,7 @@ def as_written_before(checkpoint, folder):
     old = shutil.copytree(checkpoint, folder / checkpoint.name)
     state = json.loads((old / "trainer_state.json").read_text())
     evaluation = state.pop("evaluation")
-    del state["nonfinite_steps"]
+    del state["nonfinite_steps"], state["format_version"], state["has_optimizer_state"]
     state |= {"eval_loss": evaluation.get("eval_loss"), "tokens_seen": 256 * state["step"]}
     (old / "trainer_state.json").write_text(json.dumps(state, indent=2))
     checksums = json.loads((old / "checksums.json").read_text())
@@ -256,6 +256,37 @@ def test_a_checkpoint_of_the_old_format_resumes_bit_identical(finished, data_dir
     summaries = [json.loads((run / "summary.json").read_text()) for run in (finished, resumed)]
     for name in ("steps", "tokens_seen", "eval_loss", "bits_per_byte"):
         assert summaries[0][name] == summaries[1][name]
+
+
+def hidden(folder):
+    return {path.name for path in [*folder.iterdir(), *(folder / "checkpoints").iterdir()] if path.name[0] == "."}
+
+
+@pytest.mark.fault("F8 full disk; F10 read-only, vanished folder: a save fails, the run continues")
+@pytest.mark.parametrize("name", ["model.safetensors", "training_curves.png", "README.md", "tokenizer.json"])
+def test_a_failed_export_leaves_nothing_half_written(data_dir, tmp_path, capsys, name):
+    """A folder has the name of a file that the run writes at its end."""
+    (tmp_path / name).mkdir()
+    (tmp_path / "resolved_config.yaml").write_text("")  # an earlier run made the folder
+    if name == "training_curves.png":
+        train(data_dir, tmp_path, max_steps=2, save_steps=0)
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            train(data_dir, tmp_path, max_steps=2, save_steps=0)
+    assert f"{name} cannot be written" in (text := capsys.readouterr().err) or "cannot be written to" in text
+    assert not hidden(tmp_path) and not list((tmp_path / name).iterdir())
+
+
+@pytest.mark.fault("F4 kill -9 while training, saving, resuming")
+def test_what_a_killed_run_left_is_removed_by_the_next(data_dir, tmp_path):
+    """Also by one that is stopped before it saves or exports anything."""
+    for name in (".export.tmp", "checkpoints/.step_0000001.tmp", ".hub_upload.tmp"):
+        (tmp_path / name / "folder").mkdir(parents=True)
+    for name in (f".{name}.{'0' * 32}.tmp" for name in ("metrics.jsonl", "training_curves.png", "summary.json")):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".gitignore").write_text("mine")
+    train_accelerate.train(config_for(data_dir, tmp_path, save_steps=0, max_train_time="0.001"))
+    assert hidden(tmp_path) <= {".gitignore"}
 
 
 def test_training_time_adds_up_over_restarts(finished, data_dir, tmp_path):

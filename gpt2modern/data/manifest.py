@@ -181,7 +181,8 @@ def _contradiction(manifest: dict) -> str | None:
     block_size, vocab_size, eos_token_id = _integers(manifest, "block_size", "vocab_size", "eos_token_id")
     if block_size < 1 or not 0 <= eos_token_id < vocab_size:
         return f"block_size {block_size}, eos_token_id {eos_token_id} and vocab_size {vocab_size} contradict each other"
-    _ = manifest["source"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
+    _ = manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
+    "".join(manifest["source"]["name"])  # a text or a list of texts
     for name, recorded in manifest["files"].items():
         _ = recorded["sha256"]
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -190,6 +191,8 @@ def _contradiction(manifest: dict) -> str | None:
         _integers(counts, "documents", "bytes", "cut_documents", "rows", "tokens", "padding")
         if unknown := {shard["path"] for shard in counts["shards"]} - set(manifest["files"]):
             return f"the file {min(unknown)!r} of the split {split} is not listed with its sha256"
+        if counts["tokens"] and not 0 < counts["bytes"] < 2**63:
+            return f"the split {split} has {counts['bytes']} bytes of text in {counts['tokens']} tokens"
         shards = [_integers(shard, "rows", "tokens") for shard in counts["shards"]]
         rows, tokens = (sum(shard[i] for shard in shards) for i in range(2))
         if (rows, tokens, rows * block_size - tokens) != (counts["rows"], counts["tokens"], counts["padding"]):

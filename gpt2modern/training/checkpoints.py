@@ -20,25 +20,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import apply_umask, atomic_folder, sha256_of
+from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.files import apply_umask, atomic_folder, remove_leftovers, sha256_of
+from gpt2modern.loading import read_tensors
+from gpt2modern.settings import check_ranges
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import Processes, is_sharded, shard_like, whole_model, whole_tensor
 from gpt2modern.training.export import save_model_folder
 from gpt2modern.training.models import has_adapters, load_adapters
+from gpt2modern.training.optimizers import init_state
 from gpt2modern.training.schedules import Schedule
-from gpt2modern.training.state import TrainState
+from gpt2modern.training.state import FORMAT_VERSION, SavedState, TrainState
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MODEL_FILE = "model.safetensors"
 CHECKSUM_FILE = "checksums.json"  # written last: a folder without it is not a checkpoint
+OTHERWISE = "resume from another checkpoint with --resume_from_checkpoint PATH, or start again with none"
 TRAINING_STATE_FILES = {STATE_FILE, OPTIMIZER_FILE, CHECKSUM_FILE}  # the rest of a checkpoint is a model folder
 
 
@@ -78,10 +82,8 @@ class Checkpoints:
         )
         if checkpoint is None:
             return TrainState()
-        saved = read_trainer_state(checkpoint)
-        state = TrainState.from_json(saved)
-        differing = changed_settings(saved["settings"], self.settings)
-        schedule = Schedule(**saved["schedule"])
+        state, schedule = read_trainer_state(checkpoint)
+        differing = changed_settings(state.settings, self.settings)
         if schedule.max_steps != self.schedule.max_steps and not schedule.gave_the_same(self.schedule, state.step):
             differing.append(f"max_steps was {schedule.max_steps}, is {self.schedule.max_steps}")
         if differing and not self.config.force_resume:
@@ -92,10 +94,14 @@ class Checkpoints:
             )
         if differing:
             self.accelerator.print(f"--force_resume true: resuming with changed settings: {'; '.join(differing)}")
-        same_optimizer = saved["settings"]["optimizer"] == self.config.optimizer
-        load_checkpoint(checkpoint, self.model, self.optimizers if same_optimizer else None)
-        if self.accelerator.scaler is not None and saved["grad_scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["grad_scaler"])
+        scaler, scale = self.accelerator.scaler, state.grad_scaler
+        if scaler is not None and scale is not None:
+            types, expected = ({name: type(value) for name, value in d.items()} for d in (scale, scaler.state_dict()))
+            if types != expected or not 0 < scale["scale"] < math.inf:
+                raise GPT2ModernError(f"{checkpoint / STATE_FILE} has the invalid grad_scaler {scale}; {OTHERWISE}")
+            scaler.load_state_dict(scale)
+        same_optimizer = state.settings.get("optimizer") == self.config.optimizer
+        load_checkpoint(checkpoint, self.model, self.optimizers if same_optimizer else None, state)
         self.accelerator.print(f"resumed from {checkpoint} at step {state.step}")
         return state
 
@@ -133,6 +139,8 @@ class Checkpoints:
                         "grad_scaler": scaler.state_dict() if scaler is not None else None,
                         "settings": self.settings,
                         "schedule": asdict(self.schedule),
+                        "format_version": FORMAT_VERSION,
+                        "has_optimizer_state": bool(tensors),
                     },
                     save_total_limit=config.save_total_limit,
                     num_bytes=num_bytes,
@@ -219,8 +227,7 @@ def save_checkpoint(
     if writing fails; the temporary folder is then removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left_by_a_kill in folder.glob(".step_*.tmp"):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(errno.ENOSPC, f"the disk has only {free:,} of {num_bytes:,} bytes free", str(folder))
@@ -317,38 +324,45 @@ def set_aside_later_checkpoints(folder: Path, step: int) -> None:
             path.rename(aside / path.name)
 
 
-def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the `trainer_state` that `save_checkpoint` has written into the checkpoint."""
-    return json.loads((checkpoint / STATE_FILE).read_text())
+def read_trainer_state(checkpoint: Path) -> tuple[SavedState, Schedule]:
+    """Return the state that a checkpoint has in trainer_state.json, and the schedule in it. Raises GPT2ModernError that
+    names a value which is missing, unknown, of another type, or contradicts another one."""
+    path = checkpoint / STATE_FILE
+    try:
+        state = SavedState.from_json(json.loads(path.read_text(encoding="utf-8")))
+        schedule = Schedule(**state.schedule)
+        check_ranges(schedule, prefix="schedule.")
+        schedule.factor(schedule.max_steps)
+        _ = {**state.settings, **state.settings["model"]}
+        named = re.fullmatch("step_([0-9]+)", checkpoint.name)
+        if state.step > schedule.max_steps or (named and int(named[1]) != state.step):
+            raise ValueError(f"step {state.step} is not that of the folder, or above max_steps {schedule.max_steps}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise GPT2ModernError(f"{path} is not the state of a run ({first_line(error)}); {OTHERWISE}") from None
+    return state, schedule
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None, state: SavedState
+) -> None:
     """Load the weights (or the LoRA adapters, if the model has any) and the optimizer state of a checkpoint in place.
 
-    With optimizers=None no optimizer state is loaded. Raises GPT2ModernError that names a tensor if the names or shapes
-    of the weights differ from those of `model`.
+    With optimizers=None no optimizer state is loaded. Raises GPT2ModernError that names a tensor if the names, shapes
+    or dtypes differ from those of model and optimizers, or if its values are impossible.
     """
+    if optimizers is not None and state.has_optimizer_state:
+        init_state(optimizers)  # first, as the weights change
     if has_adapters(model):
         load_adapters(model, checkpoint)
     else:
-        _load_weights(checkpoint, model)
+        advice = "use the model settings of the checkpoint, or another --output_dir"
+        parameters = dict(model.named_parameters())  # tied ones under the one name that is saved
+        saved = read_tensors(checkpoint / MODEL_FILE, parameters, advice)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(shard_like(saved[name], parameter))
     if optimizers is not None:
-        load_optimizer_state(optimizers, model, load_file(checkpoint / OPTIMIZER_FILE))
-
-
-def _load_weights(checkpoint: Path, model: nn.Module) -> None:
-    saved = load_file(checkpoint / MODEL_FILE)
-    parameters = dict(model.named_parameters())  # tied ones under the one name that is saved
-    for name in sorted(saved.keys() | parameters.keys()):
-        shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, parameters)]
-        if shapes[0] != shapes[1]:
-            raise GPT2ModernError(
-                f"{checkpoint / MODEL_FILE} belongs to another model: tensor {name} is {shapes[0]} in the file but "
-                f"{shapes[1]} in this run; use the model settings of the checkpoint, or another --output_dir"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(shard_like(saved[name], parameter))
+        load_optimizer_state(optimizers, model, checkpoint / OPTIMIZER_FILE, step=state.step)
 
 
 def optimizer_state(
@@ -359,32 +373,30 @@ def optimizer_state(
 
     For a sharded model every process must call this; processes with keep=False get an empty dict.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                value = whole_tensor(value.detach())
-                if keep:
-                    tensors[f"{names[parameter]}/{key}"] = value.cpu().contiguous()
+    for name, (state, key) in _states_by_name(optimizers, model).items():
+        value = whole_tensor(state[key].detach())
+        if keep:
+            tensors[name] = value.cpu().contiguous()
     return tensors
 
 
+def _states_by_name(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> dict[str, tuple[dict, str]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states = [item for optimizer in optimizers for item in optimizer.state.items()]
+    return {f"{names[parameter]}/{key}": (state, key) for parameter, state in states for key in state}
+
+
 def load_optimizer_state(
-    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, tensors: dict[str, torch.Tensor]
+    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, path: Path, *, step: int
 ) -> None:
-    """Load the tensors that `optimizer_state` returned into the optimizers, on each parameter's device (AdamW's step
-    counters included). A tensor with the shape of its parameter is sharded like the parameter."""
-    parameters = dict(model.named_parameters())
-    owner = {
-        parameter: optimizer
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    for key, value in tensors.items():
-        name, state_name = key.rsplit("/", 1)
-        parameter = parameters[name]
-        if value.shape == parameter.shape:
-            value = shard_like(value, parameter)
-        owner[parameter].state[parameter][state_name] = value.to(parameter.device, copy=True)
+    """Replace the state tensors of the optimizers, after `step` updates, by those of a safetensors file, on the same
+    devices and sharded alike. Raises GPT2ModernError that names a tensor if the file does not have just these, in the
+    same shapes and dtypes (a fused update would read beyond the end of others), or if a value is impossible."""
+    states = _states_by_name(optimizers, model)
+    expected = {name: state[key] for name, (state, key) in states.items()}
+    for name, tensor in read_tensors(path, expected, OTHERWISE).items():
+        state, key = states[name]
+        if (key in ("step", "exp_avg_sq") and tensor.min() < 0) or (key == "step" and tensor > step):
+            raise GPT2ModernError(f"{path} has impossible values in tensor {name} for step {step}; {OTHERWISE}")
+        state[key] = shard_like(tensor, state[key])

@@ -1,7 +1,7 @@
 """Write a model folder that can be uploaded to the Hub: weights, config, model code, tokenizer, generation settings."""
 
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -38,14 +38,12 @@ def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks)
 
     The names are those at the top level, without the subfolder of adapters. Each file appears complete or not at all.
     """
-    temporary = output_dir / ".export.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(".tmp", ".export-", output_dir, ignore_cleanup_errors=True) as name:
+        temporary = Path(name)
         save_model_folder(model, temporary, blocks)
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
         for path in files:
             (output_dir / path).parent.mkdir(exist_ok=True)
             (temporary / path).replace(output_dir / path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [path.name for path in files if len(path.parts) == 1]

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from gpt2modern.cli import nearest
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.loading import load_config, load_model
+from gpt2modern.loading import load_config, load_model, read_tensors
 from gpt2modern.training.config import TrainConfig
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
@@ -142,8 +142,8 @@ def parse_config_overrides(text: str | None) -> dict[str, Any]:
             raise GPT2ModernError(f"--config_overrides: the model has no setting {key!r}{close}")
         try:
             overrides[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError):
-            raise GPT2ModernError(f"--config_overrides: cannot read the value of {key!r}: {value!r}") from None
+        except Exception:  # YAMLError, RecursionError; ValueError, ... of a number or date that does not exist
+            raise GPT2ModernError(f"--config_overrides: cannot read the value of {key!r}: {value[:80]!r}") from None
     return overrides
 
 
@@ -203,22 +203,18 @@ def load_adapters(model: GPT2ModernForCausalLM, checkpoint: Path) -> None:
         raise GPT2ModernError(
             f"{checkpoint} has no LoRA adapters; omit --lora_rank, or start a new run in another --output_dir"
         )
-    saved, parameters = load_file(path), _adapter_tensors(model)
-    for name in sorted(saved.keys() | parameters.keys()):
-        if name not in saved or name not in parameters or saved[name].shape != parameters[name].shape:
-            raise GPT2ModernError(
-                f"{path} belongs to another model: tensor {name} is missing or has another shape; use the --lora_rank "
-                "and --lora_target_modules of the checkpoint, or another --output_dir"
-            )
+    parameters = _adapter_tensors(model)
+    advice = "use the --lora_rank and --lora_target_modules of the checkpoint, or another --output_dir"
+    saved = read_tensors(path, parameters, advice)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    expected = merged(model).state_dict()
-    for name, weight in load_file(checkpoint / "model.safetensors").items():
+    advice = "give the --model_name_or_path that it was trained on, or another --output_dir"
+    expected = dict(merged(model).named_parameters())
+    for name, weight in read_tensors(checkpoint / "model.safetensors", expected, advice).items():
         if not torch.allclose(weight, expected[name].cpu(), rtol=1e-4, atol=1e-5):  # another device adds differently
             raise GPT2ModernError(
-                f"{checkpoint} was trained on another --model_name_or_path: tensor {name} differs; give the model that "
-                "it was trained on, or another --output_dir"
+                f"{checkpoint} was trained on another --model_name_or_path: tensor {name} differs; {advice}"
             )
 
 

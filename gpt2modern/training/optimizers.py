@@ -118,6 +118,16 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     return [adamw, *further]
 
 
+def init_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Create the state tensors that the first update of each optimizer creates, by an update: the weights change."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def state_bytes(model: nn.Module, optimizer: str) -> int:
     """Return how many bytes the optimizer state of all trainable parameters of `model` takes under --optimizer."""
     kind = optimizer_kind(optimizer)

@@ -153,7 +153,7 @@ class HubUploader:
         Must not be called while `is_busy`. Warns, and uploads nothing, if the folder cannot be written.
         """
         assert not self.is_busy
-        folder = self.output_dir / ".hub_upload"
+        folder = self.output_dir / ".hub_upload.tmp"
         try:
             stage_files(files, folder)
             (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Record a run during training: metrics.jsonl, samples.jsonl, training_curves.png, trackers, the progress bar."""
 
 import json
-import os
+import math
 import platform
 import sys
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.files import write_file
+from gpt2modern.files import atomic_file, remove_leftovers, write_file
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
 from gpt2modern.training.config import TrainConfig
@@ -39,6 +39,8 @@ def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: in
                 )
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        for folder in (output_dir, checkpoints):
+            remove_leftovers(folder)
         set_aside_later_checkpoints(checkpoints, state.step)
         _write_settings(output_dir / SETTINGS_FILE, config.chosen(), num_processes)
     except OSError as error:
@@ -68,10 +70,10 @@ class Records:
         self.is_main = is_main
         if is_main:
             open_output_dir(config, state, num_processes=plan.num_processes)
-        self.metrics = RowLog(self.output_dir / "metrics.jsonl", resumed_step=state.step, is_on=is_main)
-        self.samples = RowLog(
-            self.output_dir / "samples.jsonl", resumed_step=state.step, is_on=is_main and bool(config.sample_prompts)
-        )
+        metrics, samples = (self.output_dir / name for name in ("metrics.jsonl", "samples.jsonl"))
+        self.metrics = RowLog(metrics, {"tokens_seen": int}, resumed_step=state.step, is_on=is_main)
+        is_on = is_main and bool(config.sample_prompts)
+        self.samples = RowLog(samples, {"prompt": str, "text": str}, resumed_step=state.step, is_on=is_on)
         self.trackers = Trackers(
             config.report_to if is_main else [],
             project=config.project,
@@ -134,12 +136,14 @@ class Records:
 class RowLog:
     """Write a file of JSON lines in the order of steps; rows later than `resumed_step` are removed at the start.
 
-    `last_step` is the highest step that the file had before that. If the file cannot be written later on, one warning
-    is printed, and the rows are kept in memory until it can. is_on: if False, nothing is read or written.
+    needed: type of each value that all rows have, besides `step`; their other values are numbers. `last_step` is
+    the highest step that the file had before that. If the file cannot be written later on, one warning is printed, and
+    the rows are kept in memory until it can. is_on: if False, nothing is read or written.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int, is_on: bool = True):
+    def __init__(self, path: Path, needed: dict[str, type], *, resumed_step: int, is_on: bool = True):
         self.path = path
+        self.needed = {"step": int} | needed
         self.is_on = is_on
         self.rows: list[dict[str, Any]] = []
         self.last_step = 0
@@ -150,13 +154,22 @@ class RowLog:
     def _read(self, resumed_step: int) -> None:
         try:
             rows = read_rows(self.path)
+            for row in rows:
+                self._check(row)
             self.last_step = max((row["step"] for row in rows), default=0)
             self.rows = [row for row in rows if row["step"] <= resumed_step]
             self._write_all()
         except OSError as error:
             raise GPT2ModernError(f"{self.path} cannot be written ({error.strerror}); make it writable") from None
-        except (KeyError, TypeError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise GPT2ModernError(f"{self.path} is not a log of a training run ({error!r}); move it away") from None
+
+    def _check(self, row: dict[str, Any]) -> None:
+        for name in self.needed.keys() | row.keys():
+            value, kind = row[name], self.needed.get(name)
+            is_number = value is None or (type(value) in (int, float) and math.isfinite(value))
+            if not (is_number if kind is None else type(value) is kind):
+                raise TypeError(f"{name} is {value!r}")
 
     def add(self, row: dict[str, Any], *, amend: bool = True) -> None:
         """Append `row` to the file, or add its values to the last row if `amend` and that row has the same step."""
@@ -220,8 +233,8 @@ def on_one_line(sample: dict[str, Any], width: int = 100) -> str:
 def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the losses (nats/token) and the learning rate in `rows` of metrics.jsonl over tokens seen, as a PNG file.
     Raises OSError if it cannot be written."""
-    train = [(row["tokens_seen"], row["loss"], row["learning_rate"]) for row in rows if row.get("loss") is not None]
-    evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    train = [(row["tokens_seen"], row["loss"], row.get("learning_rate")) for row in rows if row.get("loss") is not None]
+    evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 6), layout="constrained")
     loss_axis, rate_axis = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     if train:
@@ -240,6 +253,5 @@ def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
     rate_axis.set_ylabel("learning rate")
     rate_axis.set_xlabel("tokens seen")
     rate_axis.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

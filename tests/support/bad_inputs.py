@@ -77,6 +77,7 @@ def environment(name: str, value: str, error: str, advice: str = "") -> BadInput
     return train("", error, advice, environment={name: value})
 
 
+HUGE = 10**23
 FLAGS = [
     train("--max_stepss 3", "unknown argument '--max_stepss' (did you mean '--max_steps'?)"),
     train("--max_steps many", "--max_steps: invalid int value: 'many'"),
@@ -150,6 +151,15 @@ SETTINGS_OF_THE_MODEL = [
         "rope_parameters='{rope_type: longrope, factor: 2, short_factor: [1], long_factor: [1]}'",
         "short_factor=[1]; it must be a list of 8 numbers",
     ),
+    overrides("rope_theta=null", "rope_parameters has rope_theta=None; it must be a finite number above 0"),
+    overrides(f"rope_theta={HUGE}", f"rope_parameters has rope_theta={HUGE}; it must be a finite number above 0"),
+    train(f"--config_overrides hidden_size={HUGE}", f"hidden_size={HUGE} must be at most 2147483647"),
+    train(f"--config_overrides num_hidden_layers={2**63 - 1}", "num_hidden_layers=9223372036854775807 must be at most"),
+    overrides(f"head_dim={HUGE}", f"head_dim={HUGE} must be at most 2147483647"),
+    overrides(f"sliding_window={HUGE}", f"sliding_window={HUGE} must be at most 2147483647"),
+    overrides(f"final_logit_softcapping={HUGE}", f"final_logit_softcapping={HUGE} must be at most 2147483647"),
+    overrides(f"max_position_embeddings={'9' * 5000}", "cannot read the value of 'max_position_embeddings'"),
+    overrides("max_position_embeddings=2024-99-99", "cannot read the value of 'max_position_embeddings': '2024-99-99'"),
     overrides("eos_token_id=99999", "eos_token_id=99999 must be between 0 and 319", "omit it: the data has it"),
     overrides("pad_token_id=-1", "pad_token_id=-1 must be between 0 and 319"),
 ]
@@ -173,12 +183,20 @@ RECIPES = [
     ),
     train("--config latin.yaml", "--config latin.yaml is not valid YAML: 'utf-8' codec", "save it as UTF-8"),
     train("--config nan.yaml", "--learning_rate nan must be a finite number"),
+    train("--config digits.yaml", "--config digits.yaml: argument --seed: invalid int value: '99999999999"),
+    train("--config hexadecimal.yaml", "--config hexadecimal.yaml: argument --seed: invalid int value: '0xfffff"),
+    train("--config date.yaml", "--config date.yaml: argument --seed: invalid int value: '2024-99-99'"),
+    train("--config date_key.yaml", "--config date_key.yaml: unknown key '2024-99-99'"),
+    train("--config no_digits.yaml", "--config no_digits.yaml is not valid YAML: string index out of range"),
+    train("--config no_pairs.yaml", "--config no_pairs.yaml is not valid YAML"),
 ]
 
 PLACES = [
     train("--data_dir nowhere", "nowhere/manifest.json: no such file; name a folder that prepare_data.py has written"),
     train("--data_dir model", "model/manifest.json: no such file"),
     train("--data_dir loop", "loop/manifest.json: no such file"),
+    train("--data_dir no_bytes", "no_bytes/manifest.json: the split validation has 0 bytes of text in"),
+    train("--data_dir odd_source", "odd_source/manifest.json: a value is missing or not of its type (TypeError"),
     train("--data_dir a/b", "a/b: no such folder, and it cannot be downloaded from the Hub"),
     train("--output_dir ''", "--output_dir '' is empty"),
     train("--output_dir data", "--output_dir data is the --data_dir or inside it; use another folder"),
@@ -296,6 +314,7 @@ MODELS = [
     BadInput(PERPLEXITY, "--output text.txt/x", "text.txt is a file, not a folder; choose another path"),
     BadInput(PERPLEXITY, "--model other_tokenizer", "was prepared with another tokenizer than"),
     BadInput(PERPLEXITY, "--model learned --block_size 64", "use --block_size 32"),
+    BadInput(PERPLEXITY, "--data no_bytes", "the split validation has 0 bytes of text in"),
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(CONVERT, "--model lost_tensor", "tensor model.norm.weight is missing"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value, load_from_disk
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from prepare_data import main
@@ -15,6 +16,18 @@ from prepare_data import main
 EOS = 0
 WORDS = ["the", "cat", "sat", "on", "a", "mat\nand;", "saw", "1984", "birds", "over\tthere", "<|endoftext|>"]
 WORDS += ["\u00e9t\u00e9", "\u6771\u4eac", "\U0001f642"]
+
+
+def change_json(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def change_tensors(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def described(path: Path) -> dict:

@@ -1,15 +1,20 @@
 """Train a tiny model in this process or in others, and read what the run has left."""
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import train_accelerate
+from gpt2modern.training.checkpoints import Checkpoints
+from gpt2modern.training.distributed import joined_processes
+from train_accelerate import TrainConfig, build
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
@@ -84,3 +89,36 @@ def damage(path, how):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+
+
+# What a TrainConfig needs that is made without a command line.
+COMMON = {
+    "config_overrides": TINY,
+    "per_device_train_batch_size": "2",
+    "total_batch_size": 128,
+    "max_steps": 8,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "eval_steps": 0,
+    "eval_blocks": 3,
+    "save_steps": 0,
+}
+
+
+def config_of(data_dir, output_dir, **changes):
+    return TrainConfig(**(COMMON | {"data_dir": str(data_dir), "output_dir": str(output_dir)} | changes))
+
+
+@contextlib.contextmanager
+def built(data_dir, output_dir, **changes):
+    """Give the parts of a run that has not begun."""
+    config = config_of(data_dir, output_dir, **changes)
+    with joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes):
+        parts = build(config, accelerator)._asdict()
+        yield SimpleNamespace(config=config, accelerator=accelerator, processes=processes, **parts)
+
+
+def checkpoints_of(run):
+    return Checkpoints(
+        run.config, run.accelerator, run.processes, run.unwrapped_model, run.optimizers, run.train_blocks, run.plan
+    )
