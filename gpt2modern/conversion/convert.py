@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.conversion.architectures import ARCHITECTURES, in_the_way
@@ -32,6 +33,8 @@ from modeling_gpt2modern.layers_gpt2modern import build_norm
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# How the settings end that do not change the logits of a finished model.
+NOT_IN_THE_LOGITS = ("_dropout", "_token_id", "_range", "_projections", "use_cache")
 
 
 def add_neutral_weights(weights: Weights, config: GPT2ModernConfig) -> Weights:
@@ -99,29 +102,68 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
     return _build(stock_class, stock_class.config_class(**settings), weights, model)
 
 
-def from_native(model: PreTrainedModel | str | os.PathLike) -> GPT2ModernForCausalLM:
+def from_native(
+    model: PreTrainedModel | str | os.PathLike, *, like: PreTrainedConfig | str | None = None, **place: Any
+) -> GPT2ModernForCausalLM:
     """Return a new GPT2ModernForCausalLM, in evaluation mode, with the same logits as `model`: a stock model of
-    transformers, or the folder of one. The weights keep their dtype, and the generation configuration is copied.
+    transformers, or the folder or Hub name of one. The weights keep their dtype, and the generation configuration is
+    copied. like: a configuration with which the model will be loaded. place: for `from_pretrained` (revision, ...).
 
-    Raises ValueError if the architecture is not in ARCHITECTURES or a setting has no counterpart in GPT2-Modern, and
-    GPT2ModernError if the folder cannot be read.
+    Raises ValueError if the architecture is not in ARCHITECTURES, or if a setting has no counterpart in GPT2-Modern or
+    contradicts the configuration `like`, and GPT2ModernError if the folder cannot be read.
     """
-    if not isinstance(model, PreTrainedModel):
-        model = load_model(str(model), dtype="auto")
-    name = type(model).__name__
-    if name not in ARCHITECTURES:
-        raise ValueError(f"a {name} cannot be converted to GPT2-Modern; supported are {', '.join(ARCHITECTURES)}")
-    settings: dict[str, Any] = {}
-    try:
-        for trait in ARCHITECTURES[name]:
-            settings |= trait.our_settings(model.config)
-        config = GPT2ModernConfig(**settings)
-    except ValueError as error:
-        raise ValueError(f"this {name} cannot be imported: {error}") from error
+    name = None if isinstance(model, PreTrainedModel) else str(model)
+    if name is not None:
+        our_settings(PreTrainedConfig.get_config_dict(name, **place)[0], name)  # before the weights are read
+        model = load_model(name, flag="the model", dtype="auto", **place)
+    architecture = type(model).__name__
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"a {architecture} cannot be converted to GPT2-Modern; supported are {', '.join(ARCHITECTURES)}"
+        )
+    config = _our_config(model.config, architecture)
+    for key in GPT2ModernConfig.__annotations__ if isinstance(like, PreTrainedConfig) else ():
+        here, wanted = getattr(config, key), getattr(like, key)
+        if here != wanted and not key.endswith(NOT_IN_THE_LOGITS):
+            raise ValueError(f"{name} has {key}={here!r}, but the given configuration has {key}={wanted!r}; omit it")
     weights = _in_full_precision(model)
-    for trait in reversed(ARCHITECTURES[name]):
+    for trait in reversed(ARCHITECTURES[architecture]):
         weights = trait.our_weights(weights, config)
     return _build(GPT2ModernForCausalLM, config, add_neutral_weights(weights, config), model)
+
+
+def our_settings(settings: dict[str, Any], name: str | os.PathLike) -> dict[str, Any]:
+    """Translate the contents of a stock model's config.json to that of the GPT2-Modern model with the same logits.
+
+    Raises ValueError, with the model's `name`, if the architecture or a setting has no counterpart in GPT2-Modern.
+    """
+    model_type = settings["model_type"]
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"{name}: a model of type {model_type} has no counterpart in GPT2-Modern; supported are {known}"
+        )
+    try:
+        return _our_config(CONFIG_MAPPING[model_type].from_dict(settings), architecture).to_dict()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _our_config(stock: PreTrainedConfig, architecture: str) -> GPT2ModernConfig:
+    """Return the GPT2-Modern configuration with the same logits as this stock one; raises ValueError if none has."""
+    settings: dict[str, Any] = {}
+    try:
+        for trait in ARCHITECTURES[architecture]:
+            settings |= trait.our_settings(stock)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = settings[key] if isinstance(settings[key], list) else [settings[key]]
+            # GPT2Config has 50256 as BOS and EOS, whatever its vocab_size.
+            kept = [token for token in ids if token is not None and 0 <= token < settings["vocab_size"]]
+            settings[key] = settings[key] if kept == ids else (kept or None)
+        return GPT2ModernConfig(**settings)
+    except ValueError as error:
+        raise ValueError(f"this {architecture} cannot be imported: {error}") from error
 
 
 def _in_full_precision(model: PreTrainedModel) -> Weights:

@@ -100,7 +100,7 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     """Return the model of --model_name_or_path in fp32, without its weights if load_weights is False; raises
     GPT2ModernError if the data does not fit the model."""
     name, flag = config.model_name_or_path, "--model_name_or_path"
-    model_config = pretrained_config(name)
+    model_config = load_config(name, flag=flag)
     overrides = parse_config_overrides(config.config_overrides)
     if fixed := sorted(overrides.keys() - set(DROPOUTS)):
         raise GPT2ModernError(f"--config_overrides cannot set {fixed[0]} with {flag}; set only {', '.join(DROPOUTS)}")
@@ -113,17 +113,6 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     if load_weights:
         return load_model(name, flag=flag, **arguments)
     return GPT2ModernForCausalLM._from_config(**arguments)
-
-
-def pretrained_config(name: str) -> GPT2ModernConfig:
-    """Return the configuration of the model `name`; raises GPT2ModernError if it is not a GPT2-Modern model."""
-    config = load_config(name, flag="--model_name_or_path")
-    if not isinstance(config, GPT2ModernConfig):
-        raise GPT2ModernError(
-            f"--model_name_or_path {name} is a {config.model_type} model; convert it first with python -m "
-            f"gpt2modern.conversion --model {name} --output_dir CONVERTED"
-        )
-    return config
 
 
 def parse_config_overrides(text: str | None) -> dict[str, Any]:
