@@ -1,5 +1,6 @@
 """Write a model folder that can be uploaded to the Hub: weights, config, model code, tokenizer, generation settings."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
     model.generation_config = GenerationConfig(
         bos_token_id=blocks.eos_token_id,
         eos_token_id=blocks.eos_token_id,
-        pad_token_id=blocks.eos_token_id,
+        pad_token_id=_pad_token_id(blocks),
         do_sample=True,  # greedy decoding of a base model soon repeats itself
         temperature=0.8,
         top_k=50,
@@ -31,6 +32,16 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
     for name, content in blocks.tokenizer_files.items():
         (folder / name).write_bytes(content)
     apply_umask(folder)
+
+
+def _pad_token_id(blocks: PackedBlocks) -> int:
+    """Return the id of the pad token of the data's tokenizer, or of its EOS if it has none (in older prepared data)."""
+    settings, vocabulary = (
+        json.loads(blocks.tokenizer_files.get(name, b"{}")) for name in ("tokenizer_config.json", "tokenizer.json")
+    )
+    ids = {token["content"]: token["id"] for token in vocabulary.get("added_tokens", [])}
+    pad = settings.get("pad_token")
+    return ids.get(pad["content"] if isinstance(pad, dict) else pad, blocks.eos_token_id)
 
 
 def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks) -> list[str]:
