@@ -13,7 +13,7 @@ import huggingface_hub
 
 from gpt2modern.data.config import PrepareConfig
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.files import is_hub_name, sha256_of
+from gpt2modern.files import is_hub_name, public_name, sha256_of
 
 FORMAT_VERSION = 2
 CHOICES = {"dtype": ("uint16", "uint32"), "packing": ("concat", "best_fit")}
@@ -75,7 +75,9 @@ def build_manifest(
             "files": files,
         },
         "source": {
-            "name": config.dataset_name or [Path(name).name for name in config.train_file or []] or "dataset",
+            "name": (config.dataset_name and public_name(config.dataset_name))
+            or [Path(name).name for name in config.train_file or []]
+            or "dataset",
             "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
             "documents": sum(each["read_documents"] for each in shards),
             "empty_documents": sum(each["empty_documents"] for each in [*shards, validation]),

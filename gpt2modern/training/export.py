@@ -1,6 +1,5 @@
 """Write a model folder that can be uploaded to the Hub: weights, config, model code, tokenizer, generation settings."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
     model.generation_config = GenerationConfig(
         bos_token_id=blocks.eos_token_id,
         eos_token_id=blocks.eos_token_id,
-        pad_token_id=_pad_token_id(blocks),
+        pad_token_id=blocks.eos_token_id,
         do_sample=True,  # greedy decoding of a base model soon repeats itself
         temperature=0.8,
         top_k=50,
@@ -34,21 +33,9 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
     apply_umask(folder)
 
 
-def _pad_token_id(blocks: PackedBlocks) -> int:
-    """Return the id of the pad token of the data's tokenizer, or of its EOS if it has none (in older prepared data)."""
-    settings, vocabulary = (
-        json.loads(blocks.tokenizer_files.get(name, b"{}")) for name in ("tokenizer_config.json", "tokenizer.json")
-    )
-    ids = {token["content"]: token["id"] for token in vocabulary.get("added_tokens", [])}
-    pad = settings.get("pad_token")
-    return ids.get(pad["content"] if isinstance(pad, dict) else pad, blocks.eos_token_id)
-
-
 def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks) -> list[str]:
-    """Write the files of the model folder into `output_dir`, next to the run's records, and return their names.
-
-    The names are those at the top level, without the subfolder of adapters. Each file appears complete or not at all.
-    """
+    """Write the files of the model folder into `output_dir`, next to the run's records, and return their paths in it.
+    Each file appears complete or not at all."""
     temporary = output_dir / ".export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -59,4 +46,4 @@ def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks)
             (temporary / path).replace(output_dir / path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return [path.name for path in files if len(path.parts) == 1]
+    return [path.as_posix() for path in files]
