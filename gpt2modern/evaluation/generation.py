@@ -82,7 +82,8 @@ def generate_samples(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type != "cpu" else []
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             return [
                 {
                     "prompt": prompt,
