@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,15 @@ def test_a_stock_model_has_the_loss_of_its_import(data_dir, tmp_path):
     GPT2ModernForCausalLM.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
     expected = evaluated(tmp_path / "ours", data_dir, tmp_path)
     assert evaluated(tmp_path / "stock", data_dir, tmp_path) == pytest.approx(expected, rel=1e-6)
+
+
+def test_data_with_more_ids_than_a_padded_model_is_refused(data_dir, model_dir, tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "padded")
+    config = json.loads((model_dir / "config.json").read_text()) | {"unpadded_vocab_size": 299}
+    (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path / "padded", data_dir, tmp_path)
+    assert "padded is only 299; prepare the data with the model's tokenizer" in capsys.readouterr().err
 
 
 def test_dropout_is_off_during_evaluation(data_dir):

@@ -87,7 +87,7 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
     except (ValueError, TypeError) as error:
         raise GPT2ModernError(f"--model_preset {config.model_preset} with --config_overrides: {error}") from None
     if isinstance(data, PackedBlocks):
-        refuse_larger_vocabulary("the model", model_config.vocab_size, data)
+        refuse_larger_vocabulary("the model", model_config.unpadded_vocab_size or model_config.vocab_size, data)
     _refuse_longer_blocks("--config_overrides", model_config, data)
     try:
         return GPT2ModernForCausalLM._from_config(model_config, attn_implementation=config.attn_implementation)
