@@ -58,9 +58,12 @@ def load_config(name: str, *, flag: str = "--model") -> GPT2ModernConfig:
 def load_tokenizer(name: str | Path, *, flag: str = "--model") -> PreTrainedTokenizerBase:
     """Load the tokenizer of the folder or Hub repository `name`. Raises GPT2ModernError if that fails."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with its files
         raise GPT2ModernError(f"{flag} {name} has no tokenizer that can be loaded: {loading_problem(error)}") from error
+    for name_of_this_call in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name_of_this_call, None)  # otherwise they are saved
+    return tokenizer
 
 
 def best_device() -> torch.device:

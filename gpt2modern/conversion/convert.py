@@ -24,7 +24,7 @@ from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.conversion.architectures import ARCHITECTURES, in_the_way
 from gpt2modern.conversion.architectures import __doc__ as table_of_architectures
 from gpt2modern.conversion.traits import Weights, of_layers
-from gpt2modern.errors import GPT2ModernError
+from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder
 from gpt2modern.loading import load_model, load_tokenizer
 from gpt2modern.settings import setting
@@ -99,7 +99,10 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
         settings |= trait.stock_settings(config)
         weights = trait.stock_weights(weights, config)
     stock_class = getattr(transformers, name)
-    return _build(stock_class, stock_class.config_class(**settings), weights, model)
+    stock_config = stock_class.config_class(**settings)
+    for key in settings.keys() - vars(stock_config).keys() - set(stock_config.attribute_map):
+        setattr(stock_config, key, settings[key])  # an older name, which the class reads but does not keep
+    return _build(stock_class, stock_config, weights, model)
 
 
 def from_native(
@@ -247,6 +250,12 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
         converted = to_native(original, architecture) if is_export else from_native(original)
     except ValueError as error:
         raise GPT2ModernError(f"--model {model_dir}: {error}") from None
+    window = getattr(converted.config, "sliding_window", None)
+    if is_export and window and type(converted).__name__ != "Phi3ForCausalLM":
+        warn(
+            f"llama.cpp ignores the sliding window of a {type(converted).__name__} ({window} tokens): after more than "
+            f"{window} tokens its logits differ; transformers and vLLM apply it"
+        )
     facts = {"name": output_dir.name, "source": model_dir.resolve().name}
     facts |= {"source_class": type(original).__name__, "architecture": type(converted).__name__}
     tags = ["gpt2-modern", "text-generation"] if is_export else ["gpt2-modern", "text-generation", "custom_code"]
