@@ -95,10 +95,8 @@ def _as_value_error(method: Callable) -> Callable:
 
 
 def load_conversion(name: str | os.PathLike, model_type: str) -> ModuleType:
-    """Return the module that imports stock models. Raises ValueError if the package gpt2-modern is not installed.
-
-    name, model_type: folder or Hub name of the stock model and the value in its config.json, for the message.
-    """
+    """Return the module that imports stock models. Raises ValueError, with the model's name and type, if the package
+    gpt2-modern is not installed."""
     try:  # this file travels with every saved model, also to where nothing else of GPT2-Modern is installed
         from gpt2modern import conversion  # noqa: PLC0415  optional: needed only for stock models
     except ImportError as error:
@@ -242,7 +240,7 @@ class GPT2ModernConfig(PreTrainedConfig):
         settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if (model_type := settings.get("model_type", cls.model_type)) != cls.model_type:
             conversion = load_conversion(pretrained_model_name_or_path, model_type)
-            settings = conversion.our_settings(settings, pretrained_model_name_or_path)
+            settings = conversion.our_config(settings, pretrained_model_name_or_path).to_dict()
         return settings, kwargs
 
     def __post_init__(self, **kwargs):

@@ -158,9 +158,9 @@ def test_folder_of_a_base_model_is_imported_with_a_tied_head(folders):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("mamba", "mamba has no counterpart"),
-        ("bloom", "bloom has no counterpart"),
-        ("t5", "t5 has no counterpart"),
+        ("mamba", "a mamba model has no counterpart"),
+        ("bloom", "a bloom model has no counterpart"),
+        ("t5", "a t5 model has no counterpart"),
         ("neox", "use_parallel_residual=True has no counterpart"),
     ],
 )
@@ -205,4 +205,4 @@ def test_trainer_refuses_a_folder_without_a_counterpart(folders, data_dir, tmp_p
         train(data_dir, tmp_path / "run", model_name_or_path=folders / "bloom", config_overrides="")
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and error[-1].startswith("error: --model_name_or_path")
-    assert "bloom has no counterpart" in error[-1] and not (tmp_path / "run").exists()
+    assert "a bloom model has no counterpart" in error[-1] and not (tmp_path / "run").exists()

@@ -33,6 +33,7 @@ from modeling_gpt2modern.layers_gpt2modern import build_norm
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SUPPORTED = ", ".join(ARCHITECTURES)
 # How the settings end that do not change the logits of a finished model.
 NOT_IN_THE_LOGITS = ("_dropout", "_token_id", "_range", "_projections", "use_cache")
 
@@ -80,7 +81,7 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
     if type(model).__name__ != GPT2ModernForCausalLM.__name__:
         raise ValueError(f"a {type(model).__name__} cannot be exported; only a {GPT2ModernForCausalLM.__name__} can")
     if architecture not in (None, *ARCHITECTURES):
-        raise ValueError(f"architecture={architecture!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture={architecture!r} is unknown; choose from {SUPPORTED}")
     weights, config = rewrite(_in_full_precision(model), model.config)
     candidates = []
     for added in ([], ["attention_bias"], ["mlp_bias"], ["attention_bias", "mlp_bias"]):
@@ -115,16 +116,13 @@ def from_native(
     Raises ValueError if the architecture is not in ARCHITECTURES, or if a setting has no counterpart in GPT2-Modern or
     contradicts the configuration `like`, and GPT2ModernError if the folder cannot be read.
     """
-    name = None if isinstance(model, PreTrainedModel) else str(model)
-    if name is not None:
-        our_settings(PreTrainedConfig.get_config_dict(name, **place)[0], name)  # before the weights are read
+    name = f"this {type(model).__name__}" if isinstance(model, PreTrainedModel) else str(model)
+    if not isinstance(model, PreTrainedModel):
+        our_config(PreTrainedConfig.get_config_dict(name, **place)[0], name)  # before the weights are read
         model = load_model(name, flag="the model", dtype="auto", **place)
-    architecture = type(model).__name__
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"a {architecture} cannot be converted to GPT2-Modern; supported are {', '.join(ARCHITECTURES)}"
-        )
-    config = _our_config(model.config, architecture)
+    if (architecture := type(model).__name__) not in ARCHITECTURES:
+        raise ValueError(f"a {architecture} cannot be converted to GPT2-Modern; supported are {SUPPORTED}")
+    config = our_config(model.config.to_dict(), name)
     for key in GPT2ModernConfig.__annotations__ if isinstance(like, PreTrainedConfig) else ():
         here, wanted = getattr(config, key), getattr(like, key)
         if here != wanted and not key.endswith(NOT_IN_THE_LOGITS):
@@ -135,38 +133,27 @@ def from_native(
     return _build(GPT2ModernForCausalLM, config, add_neutral_weights(weights, config), model)
 
 
-def our_settings(settings: dict[str, Any], name: str | os.PathLike) -> dict[str, Any]:
-    """Translate the contents of a stock model's config.json to that of the GPT2-Modern model with the same logits.
+def our_config(settings: dict[str, Any], name: str | os.PathLike) -> GPT2ModernConfig:
+    """Return the GPT2-Modern configuration with the same logits as a stock model with these `settings` (config.json).
 
     Raises ValueError, with the model's `name`, if the architecture or a setting has no counterpart in GPT2-Modern.
     """
-    model_type = settings["model_type"]
+    model_type, translated = settings["model_type"], {}
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(
-            f"{name}: a model of type {model_type} has no counterpart in GPT2-Modern; supported are {known}"
-        )
     try:
-        return _our_config(CONFIG_MAPPING[model_type].from_dict(settings), architecture).to_dict()
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _our_config(stock: PreTrainedConfig, architecture: str) -> GPT2ModernConfig:
-    """Return the GPT2-Modern configuration with the same logits as this stock one; raises ValueError if none has."""
-    settings: dict[str, Any] = {}
-    try:
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"a {model_type} model has no counterpart in GPT2-Modern; supported are {SUPPORTED}")
+        stock = CONFIG_MAPPING[model_type].from_dict(settings)
         for trait in ARCHITECTURES[architecture]:
-            settings |= trait.our_settings(stock)
+            translated |= trait.our_settings(stock)
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = settings[key] if isinstance(settings[key], list) else [settings[key]]
+            ids = translated[key] if isinstance(translated[key], list) else [translated[key]]
             # GPT2Config has 50256 as BOS and EOS, whatever its vocab_size.
-            kept = [token for token in ids if token is not None and 0 <= token < settings["vocab_size"]]
-            settings[key] = settings[key] if kept == ids else (kept or None)
-        return GPT2ModernConfig(**settings)
+            if not all(token is None or 0 <= token < stock.vocab_size for token in ids):
+                translated[key] = None
+        return GPT2ModernConfig(**translated)
     except ValueError as error:
-        raise ValueError(f"this {architecture} cannot be imported: {error}") from error
+        raise ValueError(f"{name} cannot be imported: {error}") from error
 
 
 def _in_full_precision(model: PreTrainedModel) -> Weights:

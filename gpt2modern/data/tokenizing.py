@@ -27,7 +27,6 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import move_folder, sha256_of
 
 END_OF_TEXT = "<|endoftext|>"
-PADDING = {"padding_side": "left"}  # a generated text continues the end of its row
 CHECKED_DOCUMENTS = 16  # in each shard
 CHECKED_CHARACTERS = 2_000  # of each document: `tokenizers` encodes about 1.5 MB/s per core
 
@@ -47,20 +46,20 @@ def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_lengt
         few = f"the text is enough for only {bpe.get_vocab_size()} tokenizer entries"
         print(f"note: {few}, fewer than --train_tokenizer {vocab_size}")
     # EOS also pads, as is usual for GPT-2: a pad token of its own would be an embedding that is never trained.
-    settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | PADDING
+    settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | {"padding_side": "left"}
     settings |= {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **settings)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or the Hub; EOS becomes its pad token if it has none. Raises GPT2ModernError
-    unless it is fast, has EOS and is undamaged."""
+    """Load a tokenizer from a folder or the Hub, and let it pad on the left, as generation needs, with EOS if it has no
+    pad token. Raises GPT2ModernError unless it is fast, has EOS and is undamaged."""
     folder = Path(name)
     saved = all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     try:
         # AutoTokenizer is looked up only when needed, because it imports torch, which takes 2 s.
         tokenizer_class = PreTrainedTokenizerFast if saved else transformers.AutoTokenizer
-        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, **PADDING)
+        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, padding_side="left")
     except Exception as error:  # OSError, ValueError, KeyError, ... by what is missing
         raise GPT2ModernError(
             f"--tokenizer_name {name} is not a tokenizer ({cause_of(error)}); give a folder with tokenizer.json and "

@@ -198,10 +198,8 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
 
 
 def _assumed_data(config: TrainConfig) -> DataShape:
-    name = config.model_name_or_path
-    preset = GPT2ModernConfig.from_preset(config.model_preset)
-    if name is not None:
-        preset = load_config(name, flag="--model_name_or_path")
+    name, preset = config.model_name_or_path, config.model_preset
+    preset = load_config(name, flag="--model_name_or_path") if name else GPT2ModernConfig.from_preset(preset)
     return DataShape(
         preset.unpadded_vocab_size or preset.vocab_size,
         preset.eos_token_id,

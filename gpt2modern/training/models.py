@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from gpt2modern.cli import nearest
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.files import public_name
 from gpt2modern.loading import load_config, load_model
 from gpt2modern.training.config import TrainConfig
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
@@ -159,7 +160,7 @@ def _add_adapters(model: GPT2ModernForCausalLM, config: TrainConfig) -> None:
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         target_modules=sorted(config.lora_target_modules or known),
-        base_model_name_or_path=config.model_name_or_path,
+        base_model_name_or_path=config.model_name_or_path and public_name(config.model_name_or_path),
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(lora, model, ADAPTER_NAME)

@@ -4,7 +4,6 @@ The model folder, its card, its curves and its records are uploaded, but never t
 """
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, hub_problem, warn
-from gpt2modern.files import public_name, write_file, write_json
+from gpt2modern.files import write_file, write_json
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.card import model_card, public_settings, summarize
 from gpt2modern.training.checkpoints import TRAINING_STATE_FILES
@@ -171,9 +170,7 @@ class HubUploader:
 
     def _stage(self, files: dict[str, Path], texts: dict[str, str]) -> bool:
         try:
-            stage_files(files, self.folder)
-            for name, text in texts.items():
-                (self.folder / name).write_text(text, encoding="utf-8")
+            stage_files(files, texts, self.folder)
         except OSError as error:
             self._report(f"{self.folder} cannot be written ({error.strerror})")
             return False
@@ -217,9 +214,9 @@ class HubUploader:
         self.problem = problem
 
 
-def stage_files(files: dict[str, Path], folder: Path) -> None:
-    """Replace `folder` by a new one with copies of those `files` that exist, by their name in it: training may later
-    change or delete them. The base model of adapters becomes a name without a path.
+def stage_files(files: dict[str, Path], texts: dict[str, str], folder: Path) -> None:
+    """Replace `folder` by a new one with copies of those `files` that exist, by their name in it, because training may
+    later change or delete them; write `texts` too, which replace files.
 
     Weight files (.safetensors) are hard-linked where the file system allows it: training never changes their content.
     """
@@ -234,8 +231,5 @@ def stage_files(files: dict[str, Path], folder: Path) -> None:
                 os.link(path, folder / name)
                 continue
         shutil.copy2(path, folder / name)
-    if (configuration := folder / ADAPTER_FOLDER / "adapter_config.json").exists():
-        adapter = json.loads(configuration.read_text())
-        write_json(
-            configuration, adapter | {"base_model_name_or_path": public_name(adapter["base_model_name_or_path"])}
-        )
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")

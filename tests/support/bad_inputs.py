@@ -228,7 +228,7 @@ def finetune(flags: str, error: str, advice: str = "") -> BadInput:
 
 MODELS = [
     finetune("--model_name_or_path data", "--model_name_or_path data is not a model folder: it has no config.json"),
-    finetune("--model_name_or_path bloom", "a model of type bloom has no counterpart in GPT2-Modern; supported"),
+    finetune("--model_name_or_path bloom", "a bloom model has no counterpart in GPT2-Modern; supported"),
     finetune("--model_name_or_path gpt2_config", "gpt2_config cannot be loaded"),
     finetune("--model_name_or_path other_tokenizer", "another tokenizer than"),
     finetune("--model_name_or_path no_weights", "--model_name_or_path no_weights cannot be loaded: Error no file"),
@@ -237,7 +237,7 @@ MODELS = [
     finetune("--model_name_or_path not_numbers", "has NaN or infinite values; use an earlier checkpoint"),
     finetune(
         "--model_name_or_path own_code",
-        "a model of type evil has no counterpart in GPT2-Modern",
+        "a evil model has no counterpart in GPT2-Modern",
         "convert it to an architecture of transformers: code in a model folder is never run",
     ),
     finetune("--model_name_or_path model --output_dir model", "--output_dir model is the --model_name_or_path"),
