@@ -29,8 +29,9 @@ def hub_problem(error: Exception) -> str:
     cause = error
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__
-    parts = (f"{type(each).__name__}: {' '.join(str(each).split())}" for each in dict.fromkeys([error, cause]))
+    both = dict.fromkeys([error, cause])
+    parts = (f"{type(each).__name__}: {' '.join(str(each).split())}" for each in both)
     text = f"{', caused by '.join(parts)} (endpoint {constants.ENDPOINT})"
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-        text += "; run `hf auth login` or set HF_TOKEN to a token that may write there"
+    if any(getattr(getattr(each, "response", None), "status_code", None) in (401, 403) for each in both):
+        text += "; run `hf auth login` or set HF_TOKEN to a token with the right to do this"
     return text.replace(token, "hf_...") if (token := get_token()) else text

@@ -237,6 +237,13 @@ def test_an_invalid_token_for_a_dataset_is_answered_likewise(endpoint, data_dir,
     assert_says_how_to_log_in(str(refusal.value), endpoint)
 
 
+def test_private_data_is_answered_likewise(endpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GPT2ModernError, match="someone/blocks: no such folder, and it cannot be downloaded") as refusal:
+        PackedBlocks("someone/blocks", "train")
+    assert_says_how_to_log_in(str(refusal.value), endpoint)
+
+
 @pytest.fixture
 def adapted(fake, data_dir, tmp_path):
     """Upload a LoRA run, its checkpoint and its finished model, from a place whose names nobody else should read."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
 from gpt2modern.files import is_hub_name, public_name, sha256_of
 
 FORMAT_VERSION = 2
@@ -42,7 +42,7 @@ def local_folder(data_dir: str | Path) -> Path:
         raise
     except Exception as error:  # the network, the Hub or the disk failed
         raise GPT2ModernError(
-            f"{data_dir}: no such folder, and it cannot be downloaded from the Hub ({first_line(error)}); prepare the "
+            f"{data_dir}: no such folder, and it cannot be downloaded from the Hub: {hub_problem(error)}; prepare the "
             "data with prepare_data.py, or check the name and the network"
         ) from None
 
