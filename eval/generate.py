@@ -37,18 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(GenerateConfig, argv, __doc__)
         model, tokenizer = load_model(config.model).to(best_device()), load_tokenizer(config.model)
+        sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
         rows = []
         for prompt in config.prompt:
-            text = generate_text(
-                model,
-                tokenizer,
-                prompt,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                seed=config.seed,
-            )
+            text = generate_text(model, tokenizer, prompt, **sampling)
             rows.append({"prompt": prompt, "text": text})
             print(f"--- {prompt!r}\n{prompt}{text}\n")
         if config.output:

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
         blocks = PackedBlocks(config.data, config.split, config.block_size)
         refuse_other_tokenizer(config.model, blocks)
         model = load_model(config.model).to(best_device())
-        refuse_larger_vocabulary(config.model, model.config.vocab_size, blocks)
+        vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+        refuse_larger_vocabulary(config.model, vocab_size, blocks)
         longest = longest_sequence(model)
         if longest is not None and blocks.block_size > longest:
             raise GPT2ModernError(

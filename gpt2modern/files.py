@@ -25,6 +25,11 @@ def is_hub_name(name: str | Path | None) -> bool:
     return bool(name) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) is not None and not Path(name).exists()
 
 
+def public_name(name: str | Path) -> str:
+    """Return a Hub name as it is, and of a path only its last part: the folders before it tell who the user is."""
+    return str(name) if is_hub_name(name) else os.path.basename(os.path.abspath(name))
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as a hexadecimal string. Raises OSError if the file cannot be read."""
     with path.open("rb") as file:

@@ -6,19 +6,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import modeling_gpt2modern  # noqa: F401  registers the architecture with the Auto classes
 from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import is_hub_name
+from modeling_gpt2modern import GPT2ModernConfig  # the import registers the architecture with the Auto classes
 
 
 def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrainedModel:
@@ -29,6 +22,7 @@ def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrained
     be loaded, or a tensor is missing, unexpected, of another shape, NaN or infinite.
     """
     check_model_name(name, flag)
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a damaged file is reported below, in one line
     transformers_logging.disable_progress_bar()
     try:
@@ -41,27 +35,32 @@ def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrained
         )
     except Exception as error:  # OSError, KeyError, UnpicklingError, ... by what is wrong with the folder
         raise GPT2ModernError(f"{flag} {name} cannot be loaded: {loading_problem(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     if problem := tensor_problem(model, report):
         raise GPT2ModernError(f"{flag} {name} cannot be loaded: {problem}")
     return model.eval()
 
 
-def load_config(name: str, *, flag: str = "--model") -> PreTrainedConfig:
-    """Load the configuration of the model folder or Hub repository `name`. Raises GPT2ModernError if that fails."""
+def load_config(name: str, *, flag: str = "--model") -> GPT2ModernConfig:
+    """Load the configuration of the model folder or Hub repository `name`, translated if it is that of a stock model.
+    Raises GPT2ModernError if that fails, or if GPT2-Modern has no counterpart of the model."""
+    check_model_name(name, flag)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return GPT2ModernConfig.from_pretrained(name)
     except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with the folder
-        raise GPT2ModernError(
-            f"{flag} {name} has no configuration that can be loaded: {loading_problem(error)}"
-        ) from error
+        raise GPT2ModernError(f"{flag} {name} cannot be loaded: {loading_problem(error)}") from error
 
 
 def load_tokenizer(name: str | Path, *, flag: str = "--model") -> PreTrainedTokenizerBase:
     """Load the tokenizer of the folder or Hub repository `name`. Raises GPT2ModernError if that fails."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with its files
         raise GPT2ModernError(f"{flag} {name} has no tokenizer that can be loaded: {loading_problem(error)}") from error
+    for name_of_this_call in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name_of_this_call, None)  # otherwise they are saved
+    return tokenizer
 
 
 def best_device() -> torch.device:

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
@@ -95,6 +96,19 @@ def _as_value_error(method: Callable) -> Callable:
             raise ValueError(" ".join(str(error.__cause__ or error).split())) from error
 
     return wrapped
+
+
+def load_conversion(name: str | os.PathLike, model_type: str) -> ModuleType:
+    """Return the module that imports stock models. Raises ValueError, with the model's name and type, if the package
+    gpt2-modern is not installed."""
+    try:  # this file travels with every saved model, also to where nothing else of GPT2-Modern is installed
+        from gpt2modern import conversion  # noqa: PLC0415  optional: needed only for stock models
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is a {model_type} model, which only the package gpt2-modern can import ({error}); load it with "
+            "AutoModelForCausalLM, or pip install gpt2-modern"
+        ) from error
+    return conversion
 
 
 @strict
@@ -231,6 +245,16 @@ class GPT2ModernConfig(PreTrainedConfig):
             derived = {"unpadded_vocab_size"} | {key for key, row in GPT2_TOKENS.items() if row >= fields["vocab_size"]}
             fields = {key: value for key, value in fields.items() if key in overrides or key not in derived}
         return cls(**fields)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Read config.json as transformers does, and translate the settings of a stock architecture (GPT-2, Llama, ...)
+        to those with the same logits. Raises ValueError for an architecture or a setting without a counterpart."""
+        settings, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (model_type := settings.get("model_type", cls.model_type)) != cls.model_type:
+            conversion = load_conversion(pretrained_model_name_or_path, model_type)
+            settings = conversion.our_config(settings, pretrained_model_name_or_path).to_dict()
+        return settings, kwargs
 
     def __post_init__(self, **kwargs):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}

@@ -5,7 +5,9 @@ turns each choice of the configuration into a module; no `forward` reads a flag.
 Llama. Norms, MLPs and the rotary embedding are in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
 
+import contextlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -34,7 +37,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_gpt2modern import GPT2ModernConfig
+from .configuration_gpt2modern import GPT2ModernConfig, load_conversion
 from .layers_gpt2modern import (
     NORMS,
     EmbeddingResidual,
@@ -62,6 +65,8 @@ except ImportError:  # transformers 5.17 does not have it
 
 
 logger = logging.get_logger(__name__)
+# Arguments of from_pretrained that say where the files are.
+PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "variant")
 
 MASKS: dict[str, Callable] = {
     "full_attention": create_causal_mask,
@@ -232,6 +237,27 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # Saving copies the file of `self.__module__`, but FSDP2 replaces the class by one that torch defines.
         self.__module__ = type(self).__module__
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs):
+        """Load a model as transformers does. A model of a stock architecture (GPT-2, Llama, ...) is imported with the
+        same logits; raises ValueError if it has no counterpart, or if a given `config` contradicts it."""
+        name, place = pretrained_model_name_or_path, {key: kwargs[key] for key in PLACE if key in kwargs}
+        model_type = None
+        with contextlib.suppress(OSError):  # a folder without config.json: transformers says what is missing
+            if name is not None and kwargs.get("gguf_file") is None:
+                model_type = PreTrainedConfig.get_config_dict(name, **place)[0].get("model_type")
+        if model_type in (None, cls.config_class.model_type):
+            return super().from_pretrained(name, *args, **kwargs)
+        source = load_conversion(name, model_type).from_native(name, like=kwargs.get("config"), **place)
+        weights = {
+            key: weight for key, weight in source.state_dict().items() if key not in source.all_tied_weights_keys
+        }
+        changes = {"config": kwargs.get("config") or name, "state_dict": weights, "output_loading_info": True}
+        model, report = super().from_pretrained(None, *args, **(kwargs | changes))
+        model.name_or_path = model.config.name_or_path = str(name)
+        model.generation_config = source.generation_config
+        return (model, report) if kwargs.get("output_loading_info") else model
 
     @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args, **kwargs) -> nn.Module:

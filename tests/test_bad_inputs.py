@@ -80,7 +80,7 @@ def need_own_code(folder: Path) -> None:
 
 
 SPOILED_MODELS = {
-    "llama": lambda folder: change_json(folder / "config.json", lambda config: config.update(model_type="llama")),
+    "bloom": lambda folder: change_json(folder / "config.json", lambda config: config.update(model_type="bloom")),
     "gpt2_config": lambda folder: change_json(folder / "config.json", lambda config: config.update(model_type="gpt2")),
     "other_tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
     "no_tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],

@@ -543,6 +543,45 @@ def test_the_exported_folder_keeps_its_tokenizer_and_generation_configuration(ex
     assert GenerationConfig.from_pretrained(root / "native").top_k == 7
 
 
+def test_the_exported_tokenizer_says_nothing_about_this_call(exported):
+    settings = json.loads((exported[1] / "native" / "tokenizer_config.json").read_text())
+    assert settings["eos_token"] == "<|endoftext|>" and not {"is_local", "local_files_only", "name_or_path"} & set(
+        settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "warned"),
+    [
+        ("MistralForCausalLM", WINDOW, True),
+        ("Qwen2ForCausalLM", MIXED, True),
+        ("Phi3ForCausalLM", WINDOW, False),
+        ("MistralForCausalLM", {}, False),
+    ],
+)
+def test_a_window_that_llama_cpp_would_drop_is_warned_of(architecture, overrides, warned, tmp_path, capsys):
+    fit_for(architecture, ours(**overrides)).save_pretrained(tmp_path / "mine")
+    capsys.readouterr()
+    main(["--model", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "native"), "--architecture", architecture])
+    errors = capsys.readouterr().err
+    warning = f"warning: llama.cpp ignores the sliding window of a {architecture} (4 tokens): after more than 4 tokens"
+    assert (warning in errors) == warned and errors.count("warning:") == warned
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}], ids=str)
+def test_gpt_neox_is_also_described_as_older_readers_expect_it(rope, tmp_path):
+    """llama.cpp and transformers 4 read rotary_pct and rotary_emb_base, and take 0.25 and 10000 without them."""
+    to_native(ours(**LAYERNORM, mlp_type="gelu", **ALL_BIASES, **rope), "GPTNeoXForCausalLM").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    older = {"rotary_pct": saved["rotary_pct"], "rotary_emb_base": saved["rotary_emb_base"]}
+    assert transformers.GPTNeoXConfig(**older).rope_parameters == saved["rope_parameters"]
+    assert older == (
+        {"rotary_pct": 0.5, "rotary_emb_base": 5e5} if rope else {"rotary_pct": 1.0, "rotary_emb_base": 1e4}
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_logits(from_native(reloaded), reloaded)
+
+
 def test_the_card_says_where_the_model_came_from(exported):
     card = (exported[1] / "native" / "README.md").read_text()
     assert "`mine` (GPT2ModernForCausalLM) in the layout of LlamaForCausalLM" in card

@@ -2,16 +2,20 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval import generate, perplexity
+from gpt2modern.conversion import convert_folder
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.evaluation.loss import bits_per_byte, evaluate_loss
 from gpt2modern.loading import load_model
+from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import export_fresh_model
 
 
@@ -63,6 +67,40 @@ def test_perplexity_agrees_with_logits_computed_one_block_at_a_time(data_dir, mo
     expected = result["loss"] / math.log(2) * counts["tokens"] / counts["bytes"]
     assert result["bits_per_byte"] == pytest.approx(expected)
     assert json.loads(capsys.readouterr().out) == result
+
+
+def evaluated(model, data_dir, tmp_path, *flags):
+    run(perplexity.main, "--model", model, "--data", data_dir, "--output", tmp_path / "result.json", *flags)
+    return json.loads((tmp_path / "result.json").read_text())["loss"]
+
+
+def test_a_stock_export_has_the_loss_of_its_original(data_dir, model_dir, tmp_path):
+    convert_folder(model_dir, tmp_path / "stock")
+    assert json.loads((tmp_path / "stock" / "config.json").read_text())["model_type"] == "llama"
+    expected = evaluated(model_dir, data_dir, tmp_path)
+    assert evaluated(tmp_path / "stock", data_dir, tmp_path) == pytest.approx(expected, rel=1e-6)
+    assert evaluated(tmp_path / "stock", data_dir, tmp_path, "--per_device_eval_batch_size", 3) == pytest.approx(
+        expected
+    )
+
+
+def test_a_stock_model_has_the_loss_of_its_import(data_dir, tmp_path):
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "stock"
+    )
+    GPT2ModernForCausalLM.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
+    expected = evaluated(tmp_path / "ours", data_dir, tmp_path)
+    assert evaluated(tmp_path / "stock", data_dir, tmp_path) == pytest.approx(expected, rel=1e-6)
+
+
+def test_data_with_more_ids_than_a_padded_model_is_refused(data_dir, model_dir, tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "padded")
+    config = json.loads((model_dir / "config.json").read_text()) | {"unpadded_vocab_size": 299}
+    (tmp_path / "padded" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        evaluated(tmp_path / "padded", data_dir, tmp_path)
+    assert "padded is only 299; prepare the data with the model's tokenizer" in capsys.readouterr().err
 
 
 def test_dropout_is_off_during_evaluation(data_dir):

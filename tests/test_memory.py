@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.generation import generate_samples
 from gpt2modern.evaluation.loss import batch_loss
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
@@ -137,6 +138,42 @@ def test_trying_leaves_weights_gradients_and_random_numbers_as_they_were(acceler
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
     assert torch.equal(random_state, torch.get_rng_state())
+
+
+@pytest.fixture
+def mps(monkeypatch):
+    """The generator of an Apple GPU, without the GPU: what is read from it and what is written back."""
+    asked = []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: asked.append(("read", device.type)) or "state")
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state, device: asked.append((state, device.type)))
+    return asked
+
+
+class OnMps(torch.nn.Linear):
+    """A model on an Apple GPU, whose memory is too small for anything."""
+
+    device = torch.device("mps")
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.config = SimpleNamespace(vocab_size=300, position_embedding_type="rope", model_type="gpt2modern")
+
+    def num_parameters(self):
+        return 6
+
+    def to(self, device):
+        raise torch.OutOfMemoryError("MPS backend out of memory")
+
+
+def test_the_generator_of_an_apple_gpu_is_kept_while_sizes_are_tried(mps):
+    accelerator = SimpleNamespace(device=torch.device("mps"), num_processes=1)
+    assert not fits_by_trying(CONFIG, accelerator, OnMps(), 2, 16, None)
+    assert mps == [("read", "mps"), ("state", "mps")]
+
+
+def test_the_generator_of_an_apple_gpu_is_kept_while_samples_are_drawn(mps, tokenizer_dir):
+    assert generate_samples(OnMps(), tokenizer_dir, ["the"], max_new_tokens=2, seeds=[1]) == []
+    assert mps == [("read", "mps"), ("state", "mps")]
 
 
 def test_on_a_cpu_half_of_the_free_memory_is_the_limit(accelerator, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_failing_upload_is_one_line_and_leaves_the_folder_whole(tmp_path, corp
     UnreachableHub.calls = []
     flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data")
     line = refusal(capsys, *flags, "--push_to_hub", "--hub_dataset_id", "someone/blocks")
-    assert "someone/blocks: the upload failed (ConnectionError: the network is down)" in line
+    assert "someone/blocks: the upload failed: ConnectionError: the network is down and stays so (endpoint " in line
     main(["verify", str(tmp_path / "data")])
 
 
@@ -127,6 +127,27 @@ def test_only_a_dataset_of_the_hub_is_named_as_the_source_of_another(prepared):
 
     assert sources("HuggingFaceFW/fineweb-edu") == ["HuggingFaceFW/fineweb-edu"]
     assert sources("stdlib") is None and sources(["a.jsonl"]) is None
+
+
+def test_what_is_uploaded_holds_names_and_no_paths(hub, tmp_path, capsys):
+    """The source is a folder in somebody's home, once as files and once as a dataset."""
+    home = tmp_path / "secretuser"
+    (home / "corpus").mkdir(parents=True)
+    corpus = write_jsonl(home / "corpus" / "train.jsonl", make_texts(60))
+    run(home / "files", "--train_file", corpus, "--train_tokenizer", 300, "--block_size", 16)
+    named = ("--tokenizer_name", home / "files" / "tokenizer", "--block_size", 16)
+    manifest = run(home / "dataset", "--dataset_name", home / "corpus", *named)
+    assert manifest["source"]["name"] == "corpus"
+    for folder in (home / "files", home / "dataset"):
+        flags = ("--train_file", corpus, "--train_tokenizer", 300, "--block_size", 16)
+        flags = flags if folder.name == "files" else ("--dataset_name", home / "corpus", *named)
+        run(folder, *flags, "--push_to_hub", "--hub_dataset_id", "someone/blocks")
+        contents = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert "README.md" in contents and not [name for name in contents if b"secretuser" in contents[name]]
+    capsys.readouterr()
+    other = home / "elsewhere" / "corpus"
+    shutil.copytree(home / "corpus", other)
+    assert "dataset_name was " in refusal(capsys, "--dataset_name", other, *named, "--output_dir", home / "dataset")
 
 
 # The page

@@ -5,11 +5,17 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
+from transformers import GPT2LMHeadModel
 
 import train_accelerate
+from gpt2modern.conversion import to_native
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.training.models import parse_config_overrides
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+from tests.support.trainer import TINY, train
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -44,18 +50,43 @@ def test_every_number_of_a_recipe_says_what_it_counts(recipe):
 @pytest.mark.parametrize(
     ("name", "tokens", "parameters"),
     [
-        ("gpt2-124m-fineweb-edu", 9_999_745_024, 124_439_808),
+        ("gpt2-124m-fineweb-edu", 9_999_745_024, 124_439_808 + 47 * 768),
         ("modern-124m-fineweb-edu", 9_999_745_024, None),
         ("speedrun-124m-fineweb", 1_572_864_000, None),
-        ("gpt2-medium-fineweb-edu", None, 354_823_168),
-        ("gpt2-large-fineweb-edu", None, 774_030_080),
-        ("gpt2-xl-fineweb-edu", None, 1_557_611_200),
+        ("gpt2-medium-fineweb-edu", None, 354_823_168 + 47 * 1024),
+        ("gpt2-large-fineweb-edu", None, 774_030_080 + 47 * 1280),
+        ("gpt2-xl-fineweb-edu", None, 1_557_611_200 + 47 * 1600),
     ],
 )
 def test_published_sizes(name, tokens, parameters):
     _, facts = dry_run("--config", next(path for path in RECIPES if path.stem == name))
     assert tokens is None or facts["tokens"].startswith(f"{tokens:,} ")
     assert parameters is None or facts["parameters"] == f"{parameters:,}"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES[0].parent.glob("gpt2-*.yaml")), ids=lambda path: path.stem)
+def test_padded_vocabulary_of_gpt2_is_exported_without_the_padding(recipe):
+    """The recipe's own settings, at a small width: all that differs from the models of 2019 is the padding."""
+    given = yaml.safe_load(recipe.read_text())
+    settings = parse_config_overrides(given["config_overrides"])
+    settings |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GPT2ModernConfig.from_preset(given["model_preset"], **settings)
+    assert (config.vocab_size % 128, config.unpadded_vocab_size) == (0, 50257)
+    model = GPT2ModernForCausalLM(config).eval()
+    native = to_native(model)
+    assert type(native) is GPT2LMHeadModel and native.config.vocab_size == len(native.lm_head.weight) == 50257
+    input_ids = torch.tensor([[0, 50256, 17]])
+    with torch.no_grad():
+        logits = model(input_ids).logits[..., :50257]
+        torch.testing.assert_close(native(input_ids).logits, logits, atol=1e-5, rtol=0)
+
+
+def test_data_with_more_ids_than_a_padded_model_is_refused(data_dir, tmp_path, capsys):
+    """Rows of padding are no room for ids: their probability is 0."""
+    flags = {"config_overrides": f"{TINY},vocab_size=320,unpadded_vocab_size=299"}
+    with pytest.raises(SystemExit):
+        train(data_dir, tmp_path / "run", **flags)
+    assert "the data has 300 token ids, but the vocab_size of the model is only 299" in capsys.readouterr().err
 
 
 def test_adapters_are_counted_as_what_is_trained():

@@ -120,8 +120,9 @@ ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
         Renamed({"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"}),
     ),
     "GPTNeoXForCausalLM": (
-        *USUAL, Rotary(partial=True), *layernorm("layer_norm_eps"), UNGATED, NO_QK_NORM, UNGROUPED, USUAL_HEAD_SIZE,
-        Same("attention_bias", "hidden_dropout"), Ours(mlp_bias=True), FULL, Theirs(use_parallel_residual=False),
+        *USUAL, Rotary(partial=True, older_names=True), *layernorm("layer_norm_eps"), UNGATED, NO_QK_NORM, UNGROUPED,
+        USUAL_HEAD_SIZE, Same("attention_bias", "hidden_dropout"), Ours(mlp_bias=True), FULL,
+        Theirs(use_parallel_residual=False),
         Fused(QKV, "self_attn.query_key_value", per_head=True),
         Renamed({
             "model.embed_tokens": "gpt_neox.embed_in", "model.layers": "gpt_neox.layers",

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.conversion.architectures import ARCHITECTURES, in_the_way
 from gpt2modern.conversion.architectures import __doc__ as table_of_architectures
 from gpt2modern.conversion.traits import Weights, of_layers
-from gpt2modern.errors import GPT2ModernError
+from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder
 from gpt2modern.loading import load_model, load_tokenizer
 from gpt2modern.settings import setting
@@ -32,6 +33,9 @@ from modeling_gpt2modern.layers_gpt2modern import build_norm
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernForCausalLM
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SUPPORTED = ", ".join(ARCHITECTURES)
+# How the settings end that do not change the logits of a finished model.
+NOT_IN_THE_LOGITS = ("_dropout", "_token_id", "_range", "_projections", "use_cache")
 
 
 def add_neutral_weights(weights: Weights, config: GPT2ModernConfig) -> Weights:
@@ -77,7 +81,7 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
     if type(model).__name__ != GPT2ModernForCausalLM.__name__:
         raise ValueError(f"a {type(model).__name__} cannot be exported; only a {GPT2ModernForCausalLM.__name__} can")
     if architecture not in (None, *ARCHITECTURES):
-        raise ValueError(f"architecture={architecture!r} is unknown; choose from {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"architecture={architecture!r} is unknown; choose from {SUPPORTED}")
     weights, config = rewrite(_in_full_precision(model), model.config)
     candidates = []
     for added in ([], ["attention_bias"], ["mlp_bias"], ["attention_bias", "mlp_bias"]):
@@ -96,32 +100,60 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
         settings |= trait.stock_settings(config)
         weights = trait.stock_weights(weights, config)
     stock_class = getattr(transformers, name)
-    return _build(stock_class, stock_class.config_class(**settings), weights, model)
+    stock_config = stock_class.config_class(**settings)
+    for key in settings.keys() - vars(stock_config).keys() - set(stock_config.attribute_map):
+        setattr(stock_config, key, settings[key])  # an older name, which the class reads but does not keep
+    return _build(stock_class, stock_config, weights, model)
 
 
-def from_native(model: PreTrainedModel | str | os.PathLike) -> GPT2ModernForCausalLM:
+def from_native(
+    model: PreTrainedModel | str | os.PathLike, *, like: PreTrainedConfig | str | None = None, **place: Any
+) -> GPT2ModernForCausalLM:
     """Return a new GPT2ModernForCausalLM, in evaluation mode, with the same logits as `model`: a stock model of
-    transformers, or the folder of one. The weights keep their dtype, and the generation configuration is copied.
+    transformers, or the folder or Hub name of one. The weights keep their dtype, and the generation configuration is
+    copied. like: a configuration with which the model will be loaded. place: for `from_pretrained` (revision, ...).
 
-    Raises ValueError if the architecture is not in ARCHITECTURES or a setting has no counterpart in GPT2-Modern, and
-    GPT2ModernError if the folder cannot be read.
+    Raises ValueError if the architecture is not in ARCHITECTURES, or if a setting has no counterpart in GPT2-Modern or
+    contradicts the configuration `like`, and GPT2ModernError if the folder cannot be read.
     """
+    name = f"this {type(model).__name__}" if isinstance(model, PreTrainedModel) else str(model)
     if not isinstance(model, PreTrainedModel):
-        model = load_model(str(model), dtype="auto")
-    name = type(model).__name__
-    if name not in ARCHITECTURES:
-        raise ValueError(f"a {name} cannot be converted to GPT2-Modern; supported are {', '.join(ARCHITECTURES)}")
-    settings: dict[str, Any] = {}
-    try:
-        for trait in ARCHITECTURES[name]:
-            settings |= trait.our_settings(model.config)
-        config = GPT2ModernConfig(**settings)
-    except ValueError as error:
-        raise ValueError(f"this {name} cannot be imported: {error}") from error
+        our_config(PreTrainedConfig.get_config_dict(name, **place)[0], name)  # before the weights are read
+        model = load_model(name, flag="the model", dtype="auto", **place)
+    if (architecture := type(model).__name__) not in ARCHITECTURES:
+        raise ValueError(f"a {architecture} cannot be converted to GPT2-Modern; supported are {SUPPORTED}")
+    config = our_config(model.config.to_dict(), name)
+    for key in GPT2ModernConfig.__annotations__ if isinstance(like, PreTrainedConfig) else ():
+        here, wanted = getattr(config, key), getattr(like, key)
+        if here != wanted and not key.endswith(NOT_IN_THE_LOGITS):
+            raise ValueError(f"{name} has {key}={here!r}, but the given configuration has {key}={wanted!r}; omit it")
     weights = _in_full_precision(model)
-    for trait in reversed(ARCHITECTURES[name]):
+    for trait in reversed(ARCHITECTURES[architecture]):
         weights = trait.our_weights(weights, config)
     return _build(GPT2ModernForCausalLM, config, add_neutral_weights(weights, config), model)
+
+
+def our_config(settings: dict[str, Any], name: str | os.PathLike) -> GPT2ModernConfig:
+    """Return the GPT2-Modern configuration with the same logits as a stock model with these `settings` (config.json).
+
+    Raises ValueError, with the model's `name`, if the architecture or a setting has no counterpart in GPT2-Modern.
+    """
+    model_type, translated = settings["model_type"], {}
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    try:
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"a {model_type} model has no counterpart in GPT2-Modern; supported are {SUPPORTED}")
+        stock = CONFIG_MAPPING[model_type].from_dict(settings)
+        for trait in ARCHITECTURES[architecture]:
+            translated |= trait.our_settings(stock)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = translated[key] if isinstance(translated[key], list) else [translated[key]]
+            # GPT2Config has 50256 as BOS and EOS, whatever its vocab_size.
+            if not all(token is None or 0 <= token < stock.vocab_size for token in ids):
+                translated[key] = None
+        return GPT2ModernConfig(**translated)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be imported: {error}") from error
 
 
 def _in_full_precision(model: PreTrainedModel) -> Weights:
@@ -205,6 +237,12 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
         converted = to_native(original, architecture) if is_export else from_native(original)
     except ValueError as error:
         raise GPT2ModernError(f"--model {model_dir}: {error}") from None
+    window = getattr(converted.config, "sliding_window", None)
+    if is_export and window and type(converted).__name__ != "Phi3ForCausalLM":
+        warn(
+            f"llama.cpp ignores the sliding window of a {type(converted).__name__} ({window} tokens): after more than "
+            f"{window} tokens its logits differ; transformers and vLLM apply it"
+        )
     facts = {"name": output_dir.name, "source": model_dir.resolve().name}
     facts |= {"source_class": type(original).__name__, "architecture": type(converted).__name__}
     tags = ["gpt2-modern", "text-generation"] if is_export else ["gpt2-modern", "text-generation", "custom_code"]

@@ -116,10 +116,12 @@ class Needs(Trait):
 @dataclass(frozen=True)
 class Rotary(Trait):
     """Translate the RoPE settings. partial: the stock class can rotate a fraction of each head only. rope_types: those
-    that compute the same in the stock class as in GPT2-Modern; all others are refused."""
+    that compute the same in the stock class as in GPT2-Modern; all others are refused. older_names: write GPT-NeoX's
+    older names too, without which llama.cpp and transformers 4 assume a fraction of 0.25."""
 
     partial: bool = False
     rope_types: tuple[str, ...] = ROPE_TYPES
+    older_names: bool = False
 
     def in_the_way(self, config, weights):
         if config.position_embedding_type != "rope":
@@ -131,7 +133,9 @@ class Rotary(Trait):
         return [*names, "partial_rotary_factor"] if is_partial and not self.partial else names
 
     def stock_settings(self, config):
-        return {"rope_parameters": dict(config.rope_parameters)}
+        parameters = dict(config.rope_parameters)
+        older = {"rotary_pct": config.partial_rotary_factor, "rotary_emb_base": parameters["rope_theta"]}
+        return {"rope_parameters": parameters} | (older if self.older_names else {})
 
     def our_settings(self, stock):
         parameters = dict(stock.rope_parameters)

@@ -22,7 +22,7 @@ from gpt2modern.data.manifest import TOKENIZER_FILES, find_problems, read_manife
 from gpt2modern.data.sources import AnyDataset, expand
 from gpt2modern.data.tokenizing import read_template
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import locked, write_file, write_json
+from gpt2modern.files import locked, public_name, write_file, write_json
 
 WORKSPACE = ".preparing"  # folder in the output folder, until that is finished
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,6 +39,9 @@ def settings_of(config: PrepareConfig, dataset: AnyDataset | None = None) -> dic
         kinds.add(FILES)
     fields = [field for field in dataclasses.fields(config) if field.metadata.get("identity") in kinds]
     settings = {field.name: getattr(config, field.name) for field in fields}
+    if HUB in kinds and config.dataset_name and Path(config.dataset_name).exists():  # manifests get published
+        digest = hashlib.sha256(os.path.abspath(config.dataset_name).encode()).hexdigest()
+        settings["dataset_name"] = f"{public_name(config.dataset_name)} (sha256 of its path: {digest[:16]})"
     settings |= {"train_file": _described_files(config.train_file)}
     settings |= {"validation_file": _described_files(config.validation_file)}
     if config.validation_file is None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import huggingface_hub
 
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.files import described, is_hub_name, sha256_of
+from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
+from gpt2modern.files import described, is_hub_name, public_name, sha256_of
 
 FORMAT_VERSION = 3
 CHOICES = {"dtype": ("uint16", "uint32"), "packing": ("concat", "best_fit")}
@@ -42,7 +42,7 @@ def local_folder(data_dir: str | Path) -> Path:
         raise
     except Exception as error:  # the network, the Hub or the disk failed
         raise GPT2ModernError(
-            f"{data_dir}: no such folder, and it cannot be downloaded from the Hub ({first_line(error)}); prepare the "
+            f"{data_dir}: no such folder, and it cannot be downloaded from the Hub: {hub_problem(error)}; prepare the "
             "data with prepare_data.py, or check the name and the network"
         ) from None
 
@@ -77,7 +77,9 @@ def build_manifest(
             "sha256": files["tokenizer/tokenizer.json"]["sha256"],
         },
         "source": {
-            "name": config.dataset_name or [Path(name).name for name in config.train_file or []] or "dataset",
+            "name": (config.dataset_name and public_name(config.dataset_name))
+            or [Path(name).name for name in config.train_file or []]
+            or "dataset",
             "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
             "documents": sum(each["read_documents"] for each in shards),
             **{

@@ -6,8 +6,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import DatasetCardData
 
-from gpt2modern.data.formats.reading import cause_of
-from gpt2modern.errors import GPT2ModernError
+from gpt2modern.errors import GPT2ModernError, hub_problem
 from gpt2modern.files import write_file
 
 COLUMNS = ("split", "documents", "bytes", "tokens", "bytes/token", "cut documents", "padding", "blocks", "shards")
@@ -95,10 +94,10 @@ def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) ->
         api.upload_folder(**place, folder_path=folder, commit_message="Packed token blocks", ignore_patterns=[".*"])
     except Exception as error:  # the network, the token or the name
         raise GPT2ModernError(
-            f"--hub_dataset_id {repo_id}: the upload failed ({cause_of(error)}); {folder} is finished, so run the same "
-            "command again to retry only the upload"
+            f"--hub_dataset_id {repo_id}: the upload failed: {hub_problem(error)}; {folder} is finished, so run the "
+            "same command again to retry only the upload"
         ) from error
-    print(f"uploaded to https://huggingface.co/datasets/{repo_id}")
+    print(f"uploaded to {huggingface_hub.constants.ENDPOINT}/datasets/{repo_id}")
 
 
 def _summary(manifest: dict) -> str:

@@ -49,7 +49,7 @@ SPECIAL, UNEQUAL = 1, 2  # marks of token ids; see `_marks_of_ids`
 
 
 def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer like GPT-2's, with `<|endoftext|>` (id 0) as BOS and EOS, and return it.
+    """Train a byte-level BPE tokenizer like GPT-2's, with `<|endoftext|>` (id 0) as BOS, EOS and padding.
 
     If the texts are too few for `vocab_size` entries, the tokenizer has fewer, and a note with the number is printed.
     """
@@ -62,18 +62,21 @@ def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_lengt
     if bpe.get_vocab_size() < vocab_size:
         few = f"the text is enough for only {bpe.get_vocab_size()} tokenizer entries"
         print(f"note: {few}, fewer than --train_tokenizer {vocab_size}")
-    ends = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=model_max_length, **ends)
+    # EOS also pads, as is usual for GPT-2: a pad token of its own would be an embedding that is never trained.
+    settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT) | {"padding_side": "left"}
+    settings |= {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **settings)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or the Hub. Raises GPT2ModernError unless it is fast, has EOS and is undamaged."""
+    """Load a tokenizer from a folder or the Hub, and let it pad on the left, as generation needs, with EOS if it has no
+    pad token. Raises GPT2ModernError unless it is fast, has EOS and is undamaged."""
     folder = Path(name)
     saved = all((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
     try:
         # AutoTokenizer is looked up only when needed, because it imports torch, which takes 2 s.
         tokenizer_class = PreTrainedTokenizerFast if saved else transformers.AutoTokenizer
-        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False)
+        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, padding_side="left")
     except Exception as error:  # OSError, ValueError, KeyError, ... by what is missing
         raise GPT2ModernError(
             f"--tokenizer_name {name} is not a tokenizer ({cause_of(error)}); give a folder with tokenizer.json and "
@@ -81,6 +84,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         ) from error
     for name_of_this_call in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name_of_this_call, None)  # otherwise they are saved
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     problem = None
     if not tokenizer.is_fast:
         problem = "has no fast version (tokenizer.json); choose another tokenizer"

@@ -35,12 +35,7 @@ def generate_text(
             f"the tokenizer returns token id {input_ids.max()}, but the model's vocab_size is only {vocab_size}; use "
             "the tokenizer that the model was trained with"
         )
-    longest = longest_sequence(model)
-    if longest is not None and input_ids.shape[1] + max_new_tokens > longest:
-        raise GPT2ModernError(
-            f"the prompt's {input_ids.shape[1]} tokens and --max_new_tokens {max_new_tokens} are in total more than "
-            f"the model's {longest} positions; shorten the prompt or lower --max_new_tokens"
-        )
+    refuse_longer(f"the prompt {prompt[:30]!r}", input_ids.shape[1], max_new_tokens, model)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     torch.manual_seed(seed)
     output_ids = model.generate(
@@ -53,21 +48,25 @@ def generate_text(
     return tokenizer.decode(output_ids[0, input_ids.shape[1] :], skip_special_tokens=True)
 
 
+def refuse_longer(prompt: str, length: int, max_new_tokens: int, model: PreTrainedModel) -> None:
+    """Raise GPT2ModernError if `length` tokens of the prompt and `max_new_tokens` exceed the model's learned positions.
+    Does nothing for a model without learned position embeddings."""
+    longest = longest_sequence(model)
+    if longest is not None and length + max_new_tokens > longest:
+        raise GPT2ModernError(
+            f"{prompt}: its {length} tokens and {max_new_tokens} new ones are in total more than the model's {longest} "
+            "positions; shorten the prompt or generate fewer tokens"
+        )
+
+
 def check_prompts(
     prompts: Sequence[str] | None, max_new_tokens: int, tokenizer_path: Path, model: PreTrainedModel
 ) -> None:
-    """Raise GPT2ModernError if a prompt of --sample_prompts and `max_new_tokens` exceed the model's learned positions.
-    Does nothing for a model without learned position embeddings, or without prompts."""
-    longest = longest_sequence(model)
-    if prompts and longest is not None:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-        for prompt in prompts:
-            length = max(1, len(tokenizer(prompt).input_ids))
-            if length + max_new_tokens > longest:
-                raise GPT2ModernError(
-                    f"--sample_prompts {prompt[:30]!r}: its {length} tokens and --sample_max_new_tokens "
-                    f"{max_new_tokens} are in total more than the model's {longest} positions; shorten one of them"
-                )
+    """Raise GPT2ModernError if a prompt and `max_new_tokens` are in total more than the model's learned positions."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path) if prompts else None
+    for prompt in prompts or ():
+        length = max(1, len(tokenizer(prompt).input_ids))
+        refuse_longer(f"--sample_prompts {prompt[:30]!r}", length, max_new_tokens, model)
 
 
 def generate_samples(
@@ -82,7 +81,8 @@ def generate_samples(
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type != "cpu" else []
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
             return [
                 {
                     "prompt": prompt,

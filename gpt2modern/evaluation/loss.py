@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from gpt2modern.data.blocks import PackedBlocks
+from modeling_gpt2modern import GPT2ModernConfig
 
 
 def batch_loss(
@@ -39,6 +41,13 @@ def batch_loss(
         **({"z_loss_coefficient": z_loss} if z_loss else {}),
     )
     return output.loss, output.loss.detach() - output.z_loss if z_loss else output.loss.detach()
+
+
+def loss_from_logits(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the next-token losses (nats) of `batch`, (sequences, block_size + 1), for any causal language
+    model of transformers. All logits of the batch are in memory at once."""
+    logits = model(input_ids=batch[:, :-1].clamp(min=0), use_cache=False).logits  # (sequences, block_size, vocab_size)
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
 def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
@@ -101,6 +110,7 @@ def evaluate_loss(
     mine = chosen[process_index::num_processes]
     passes = -(-len(chosen[::num_processes]) // batch_size)  # of process 0, which has the most blocks
     device = next(model.parameters()).device
+    is_stock = isinstance(model, PreTrainedModel) and model.config.model_type != GPT2ModernConfig.model_type
     losses = []
     was_training = model.training
     model.eval()
@@ -110,7 +120,8 @@ def evaluate_loss(
                 if should_stop is not None and should_stop():
                     return None
                 part = mine[index * batch_size : (index + 1) * batch_size]
-                loss, _ = batch_loss(model, blocks.__getitems__(part or chosen[:1]).to(device))
+                batch = blocks.__getitems__(part or chosen[:1]).to(device)
+                loss = loss_from_logits(model, batch) if is_stock else batch_loss(model, batch)[0]
                 if part:
                     losses.append(loss)
     finally:

@@ -1,13 +1,12 @@
 """Make the contents of a run's summary.json and model card (README.md): data, settings, results, how to load it."""
 
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.evaluation.loss import METRICS, evaluated_blocks
-from gpt2modern.files import is_hub_name
+from gpt2modern.files import is_hub_name, public_name
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.state import TrainState
@@ -44,6 +43,14 @@ instructions unless it was trained on conversations.
 {% endfor %}
 ![training curves](training_curves.png)
 
+{% if adapted -%}
+## LoRA adapters
+
+The weights include the adapters. `adapter/` holds them alone: load `{{ adapted }}` with
+`base = GPT2ModernForCausalLM.from_pretrained("{{ adapted }}")`, and add them with
+`PeftModel.from_pretrained(base, "{{ name }}", subfolder="adapter")`.
+
+{% endif -%}
 {% if samples -%}
 ## Samples
 
@@ -107,6 +114,13 @@ def summarize(
     }
 
 
+def public_settings(config: TrainConfig, *, card: bool = False) -> dict[str, Any]:
+    """Return the settings that `config.chosen` returns, with names in place of paths, so that anyone may read them."""
+    places = ("data_dir", "output_dir", "model_name_or_path", "resume_from_checkpoint")
+    settings = config.chosen(card=card)
+    return settings | {name: public_name(settings[name]) for name in places if name in settings}
+
+
 def _evaluated(config: TrainConfig, blocks: PackedBlocks) -> list[int]:
     from_start = config.eval_blocks_at == "start"
     return evaluated_blocks(len(blocks), max_blocks=config.eval_blocks, from_start=from_start)
@@ -128,8 +142,9 @@ def model_card(
     the last step are shown; manifest: of the prepared data; num_eval_blocks: size of the validation split in blocks.
     """
     source = _source_name(manifest)
-    dataset_id, base_id = source if is_hub_name(source) else None, base_model if is_hub_name(base_model) else None
-    eval_results = _eval_results(dataset_id, manifest, summary)
+    datasets = [each for each in (source, config.data_dir) if is_hub_name(each)]
+    base = base_model and public_name(base_model)
+    eval_results = _eval_results(datasets[0] if datasets else None, manifest, summary)
     every, used = num_eval_blocks, summary["eval_blocks"]
     where = "the first" if config.eval_blocks_at == "start" else "at equal distances"
     card = ModelCard.from_template(
@@ -138,15 +153,16 @@ def model_card(
             pipeline_tag="text-generation",
             tags=["gpt2-modern", "custom_code"],
             license=config.license,
-            datasets=dataset_id,
-            base_model=base_id,
+            datasets=datasets or None,
+            base_model=base if is_hub_name(base_model) else None,
             model_name=name if eval_results else None,  # a key of the results' own
             eval_results=eval_results,
         ),
         template_str=TEMPLATE,
         name=name,
         title=name.split("/")[-1],
-        description=_description(config, base_model, manifest, summary),
+        description=_description(config, base, manifest, summary),
+        adapted=base if config.lora_rank else None,
         prompt=repr("def " if source == "stdlib" else "The"),
         results=[
             *((metric.label, _rounded(summary[key])) for key, metric in METRICS.items()),
@@ -162,7 +178,7 @@ def model_card(
             if sample["step"] == samples[-1]["step"]
         ],
         data=_data(manifest, summary),
-        settings=sorted((config.chosen(card=True) | {"num_processes": summary["num_processes"]}).items()),
+        settings=sorted((public_settings(config, card=True) | {"num_processes": summary["num_processes"]}).items()),
         licence=f"The weights: {config.license}." if config.license else "The weights have no stated licence.",
     )
     return str(card)
@@ -173,7 +189,7 @@ def _description(config: TrainConfig, base_model: str | None, manifest: dict[str
     if base_model is None:
         kind += f" (preset `{config.model_preset}`)"
     else:
-        kind += f", trained further from `{base_model if is_hub_name(base_model) else Path(base_model).name}`"
+        kind += f", trained further from `{base_model}`"
     is_stdlib = _source_name(manifest) == "stdlib"
     corpus = "the source code of Python's standard library" if is_stdlib else f"`{_source_name(manifest)}`"
     text = f"{kind}, trained with GPT2-Modern on {corpus}."
@@ -184,7 +200,7 @@ def _description(config: TrainConfig, base_model: str | None, manifest: dict[str
 
 def _source_name(manifest: dict[str, Any]) -> str:
     name_or_files = manifest["source"]["name"]
-    return name_or_files if isinstance(name_or_files, str) else ", ".join(name_or_files)
+    return public_name(name_or_files) if isinstance(name_or_files, str) else ", ".join(name_or_files)
 
 
 def _data(manifest: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:

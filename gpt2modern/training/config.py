@@ -47,7 +47,7 @@ class TrainConfig:
         None, "model settings that replace those of the preset: hidden_size=64,num_hidden_layers=2", may_be_empty=True
     )
     model_name_or_path: str | None = model(
-        None, "GPT2-Modern model to fine-tune instead of training a new one: a folder or a name on the Hub"
+        None, "model to fine-tune instead of training a new one: a folder or a name on the Hub; also GPT-2, Llama, ..."
     )
     lora_rank: int = model_decides(0, "train only LoRA adapters of this rank (PEFT); 0: train all weights", least=0)
     lora_alpha: float | None = model_decides(

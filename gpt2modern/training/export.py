@@ -34,10 +34,8 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
 
 
 def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks) -> list[str]:
-    """Write the files of the model folder into `output_dir`, next to the run's records, and return their names.
-
-    The names are those at the top level, without the subfolder of adapters. Each file appears complete or not at all.
-    """
+    """Write the files of the model folder into `output_dir`, next to the run's records, and return their paths in it.
+    Each file appears complete or not at all."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(".tmp", ".export-", output_dir, ignore_cleanup_errors=True) as name:
         temporary = Path(name)
@@ -46,4 +44,4 @@ def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks)
         for path in files:
             (output_dir / path).parent.mkdir(exist_ok=True)
             (temporary / path).replace(output_dir / path)
-    return [path.name for path in files if len(path.parts) == 1]
+    return [path.as_posix() for path in files]

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss
+from gpt2modern.loading import load_config
 from gpt2modern.training.batches import BatchPlan, plan_batches
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.models import DataShape, build_model, pretrained_config
+from gpt2modern.training.models import DataShape, build_model
 from gpt2modern.training.optimizers import state_bytes
 from gpt2modern.training.speed import model_flops_per_token
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
@@ -197,8 +198,8 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
 
 
 def _assumed_data(config: TrainConfig) -> DataShape:
-    name = config.model_name_or_path
-    preset = GPT2ModernConfig.from_preset(config.model_preset) if name is None else pretrained_config(name)
+    name, preset = config.model_name_or_path, config.model_preset
+    preset = load_config(name, flag="--model_name_or_path") if name else GPT2ModernConfig.from_preset(preset)
     return DataShape(
         preset.unpadded_vocab_size or preset.vocab_size,
         preset.eos_token_id,

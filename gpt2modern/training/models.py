@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from gpt2modern.cli import nearest
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.files import public_name
 from gpt2modern.loading import load_config, load_model, read_tensors
 from gpt2modern.training.config import TrainConfig
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
@@ -87,7 +88,7 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
     except (ValueError, TypeError) as error:
         raise GPT2ModernError(f"--model_preset {config.model_preset} with --config_overrides: {error}") from None
     if isinstance(data, PackedBlocks):
-        refuse_larger_vocabulary("the model", model_config.vocab_size, data)
+        refuse_larger_vocabulary("the model", model_config.unpadded_vocab_size or model_config.vocab_size, data)
     _refuse_longer_blocks("--config_overrides", model_config, data)
     try:
         return GPT2ModernForCausalLM._from_config(model_config, attn_implementation=config.attn_implementation)
@@ -100,7 +101,7 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     """Return the model of --model_name_or_path in fp32, without its weights if load_weights is False; raises
     GPT2ModernError if the data does not fit the model."""
     name, flag = config.model_name_or_path, "--model_name_or_path"
-    model_config = pretrained_config(name)
+    model_config = load_config(name, flag=flag)
     overrides = parse_config_overrides(config.config_overrides)
     if fixed := sorted(overrides.keys() - set(DROPOUTS)):
         raise GPT2ModernError(f"--config_overrides cannot set {fixed[0]} with {flag}; set only {', '.join(DROPOUTS)}")
@@ -113,17 +114,6 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     if load_weights:
         return load_model(name, flag=flag, **arguments)
     return GPT2ModernForCausalLM._from_config(**arguments)
-
-
-def pretrained_config(name: str) -> GPT2ModernConfig:
-    """Return the configuration of the model `name`; raises GPT2ModernError if it is not a GPT2-Modern model."""
-    config = load_config(name, flag="--model_name_or_path")
-    if not isinstance(config, GPT2ModernConfig):
-        raise GPT2ModernError(
-            f"--model_name_or_path {name} is a {config.model_type} model; convert it first with python -m "
-            f"gpt2modern.conversion --model {name} --output_dir CONVERTED"
-        )
-    return config
 
 
 def parse_config_overrides(text: str | None) -> dict[str, Any]:
@@ -170,7 +160,7 @@ def _add_adapters(model: GPT2ModernForCausalLM, config: TrainConfig) -> None:
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         target_modules=sorted(config.lora_target_modules or known),
-        base_model_name_or_path=config.model_name_or_path,
+        base_model_name_or_path=config.model_name_or_path and public_name(config.model_name_or_path),
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(lora, model, ADAPTER_NAME)

@@ -3,36 +3,36 @@
 The model folder, its card, its curves and its records are uploaded, but never the state of optimizers and trainer.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.errors import GPT2ModernError, warn
+from gpt2modern.errors import GPT2ModernError, hub_problem, warn
 from gpt2modern.files import write_file, write_json
 from gpt2modern.training.batches import BatchPlan
-from gpt2modern.training.card import model_card, summarize
+from gpt2modern.training.card import model_card, public_settings, summarize
 from gpt2modern.training.checkpoints import TRAINING_STATE_FILES
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.export import export_model
 from gpt2modern.training.models import ADAPTER_FOLDER, has_adapters
-from gpt2modern.training.records import CURVES_FILE, SETTINGS_FILE, Records
+from gpt2modern.training.records import CURVES_FILE, SETTINGS_FILE, Records, settings_text
 from gpt2modern.training.state import TrainState
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 WAIT_S = 600.0  # how long a finished run waits at most for its last upload
 # Files that are uploaded in addition to the model and its card, if the run has them.
-RECORDS = ("summary.json", "metrics.jsonl", "samples.jsonl", CURVES_FILE, SETTINGS_FILE)
+RECORDS = ("summary.json", "metrics.jsonl", "samples.jsonl", CURVES_FILE)
 
 
 @dataclass
@@ -80,16 +80,19 @@ class Publisher:
         if self.uploader is None or strategy == "end" or self.uploader.is_busy or state.step == self.config.max_steps:
             return
         self.records.draw_curves()
-        model_files = [
-            path for path in checkpoint.iterdir() if path.is_file() and path.name not in TRAINING_STATE_FILES
-        ]
-        records = [self.output_dir / name for name in RECORDS if name != "summary.json"]
+        paths = (path for path in checkpoint.rglob("*") if path.name not in TRAINING_STATE_FILES)
         self.uploader.upload(
-            [*model_files, *(path for path in records if path.exists())],
-            self.card(self.summary(state)),
+            {path.relative_to(checkpoint).as_posix(): path for path in paths}
+            | {name: self.output_dir / name for name in RECORDS if name != "summary.json"},
+            self.texts(self.summary(state)),
             message=f"Checkpoint of step {state.step}",
             path_in_repo="last-checkpoint" if strategy == "checkpoint" else None,
         )
+
+    def texts(self, summary: dict[str, Any]) -> dict[str, str]:
+        """Return the text files, by name, that are made for the Hub: the card, and the settings without local paths."""
+        settings = settings_text(public_settings(self.config), self.plan.num_processes)
+        return {"README.md": self.card(summary), SETTINGS_FILE: settings}
 
     def export(self, summary: dict[str, Any], model: GPT2ModernForCausalLM, blocks: PackedBlocks) -> None:
         """Write the finished model with its code, tokenizer, card and summary to --output_dir, and print where it is.
@@ -115,13 +118,8 @@ class Publisher:
         """Upload the exported model, wait at most `WAIT_S` seconds, and print its URL or how to upload it by hand.
         Does nothing without --push_to_hub."""
         if self.uploader is not None:
-            paths = [self.output_dir / name for name in (*self.model_files, *RECORDS)]
-            message = self.uploader.finish(
-                [path for path in paths if path.exists()],
-                self.card(summary),
-                message=f"Model after {summary['steps']} steps",
-            )
-            print(message)
+            files = {name: self.output_dir / name for name in (*self.model_files, *RECORDS)}
+            print(self.uploader.finish(files, self.texts(summary), message=f"Model after {summary['steps']} steps"))
 
 
 class HubUploader:
@@ -132,7 +130,7 @@ class HubUploader:
 
     def __init__(self, config: TrainConfig, output_dir: Path):
         """Start to create the repository in the background, so that a wrong name or token is reported early."""
-        self.output_dir = output_dir
+        self.folder = output_dir / ".hub_upload.tmp"
         self.repo_id = config.hub_model_id or output_dir.resolve().name  # with its owner once the Hub has answered
         self.private = config.hub_private_repo
         self.revision = config.hub_revision
@@ -147,29 +145,22 @@ class HubUploader:
     def is_busy(self) -> bool:
         return self._thread.is_alive()
 
-    def upload(self, files: Iterable[Path], card: str, *, message: str, path_in_repo: str | None = None) -> None:
-        """Copy `files` and `card` to a temporary folder and start to upload it in the background.
-
-        Must not be called while `is_busy`. Warns, and uploads nothing, if the folder cannot be written.
-        """
+    def upload(self, files: dict[str, Path], texts: dict[str, str], *, message: str, path_in_repo: str | None = None):
+        """Copy `files` and `texts`, by their names in the repository, to a folder and start to upload it in the
+        background. Must not be called while `is_busy`. Warns, and uploads nothing, if the folder cannot be written."""
         assert not self.is_busy
-        folder = self.output_dir / ".hub_upload.tmp"
-        try:
-            stage_files(files, folder)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        except OSError as error:
-            self._report(f"{folder} cannot be written ({error.strerror})")
-            return
-        self._thread = self._start(folder, path_in_repo, message)
+        if self._stage(files, texts):
+            self._thread = self._start(self.folder, path_in_repo, message)
 
-    def finish(self, files: Iterable[Path], card: str, *, message: str) -> str:
+    def finish(self, files: dict[str, Path], texts: dict[str, str], *, message: str) -> str:
         """Upload the finished run and wait at most `WAIT_S` seconds in total. Returns a message with the URL or, if the
-        upload failed, with the cause and the command that uploads it by hand."""
+        upload failed, with the cause and the command that uploads it by hand from the folder that is then kept."""
         deadline = time.monotonic() + WAIT_S
         self._thread.join(WAIT_S)
         self.warns = False  # the returned message reports a failure
-        if not self.is_busy:
-            self.upload(files, card, message=message)
+        self.folder = self.folder.with_name(".hub_upload_final")  # the other one may still be in use
+        if self._stage(files, texts) and not self.is_busy:
+            self._thread = self._start(self.folder, None, message)
             self._thread.join(max(0.0, deadline - time.monotonic()))
         if self.is_busy:
             self.problem = f"the upload was not finished after {WAIT_S:.0f} s"
@@ -177,11 +168,18 @@ class HubUploader:
             return f"model uploaded to {self.url}"
         return f"the model was not uploaded to the Hub ({self.problem}); upload it with: {self._command_by_hand()}"
 
+    def _stage(self, files: dict[str, Path], texts: dict[str, str]) -> bool:
+        try:
+            stage_files(files, texts, self.folder)
+        except OSError as error:
+            self._report(f"{self.folder} cannot be written ({error.strerror})")
+            return False
+        return True
+
     def _command_by_hand(self) -> str:
         options = ["--revision", self.revision] if self.revision else []
         options += {True: ["--private"], False: ["--no-private"], None: []}[self.private]
-        excluded = ["--exclude", "checkpoints/*", "--exclude", "tensorboard/*"]
-        return shlex.join(["hf", "upload", self.repo_id, str(self.output_dir), ".", *excluded, *options])
+        return shlex.join(["hf", "upload", self.repo_id, str(self.folder), ".", *options])
 
     def _start(self, folder: Path | None, path_in_repo: str | None, message: str) -> threading.Thread:
         thread = threading.Thread(target=self._work, args=(folder, path_in_repo, message), daemon=True)
@@ -205,9 +203,9 @@ class HubUploader:
                 self.url = str(commit.repo_url)
             self.problem = None
         except Exception as error:
-            self._report(without_token(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"))
+            self._report(hub_problem(error))
         finally:
-            if folder is not None:
+            if folder is not None and (self.problem is None or self.warns):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _report(self, problem: str) -> None:
@@ -216,24 +214,22 @@ class HubUploader:
         self.problem = problem
 
 
-def without_token(text: str) -> str:
-    """Return `text`, an error message of the Hub, with the user's token replaced by "hf_..."."""
-    token = get_token()
-    return text.replace(token, "hf_...") if token else text
-
-
-def stage_files(files: Iterable[Path], folder: Path) -> None:
-    """Replace `folder` by a new one with copies of `files`, which training may later change or delete.
+def stage_files(files: dict[str, Path], texts: dict[str, str], folder: Path) -> None:
+    """Replace `folder` by a new one with copies of those `files` that exist, by their name in it, because training may
+    later change or delete them; write `texts` too, which replace files.
 
     Weight files (.safetensors) are hard-linked where the file system allows it: training never changes their content.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for path in files:
+    for name, path in files.items():
+        if not path.is_file():
+            continue
+        (folder / name).parent.mkdir(exist_ok=True)
         if path.suffix == ".safetensors":
-            try:
-                os.link(path, folder / path.name)
+            with contextlib.suppress(OSError):
+                os.link(path, folder / name)
                 continue
-            except OSError:
-                pass
-        shutil.copy2(path, folder / path.name)
+        shutil.copy2(path, folder / name)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")

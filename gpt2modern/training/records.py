@@ -15,6 +15,7 @@ from tqdm import tqdm
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import atomic_file, remove_leftovers, write_file
 from gpt2modern.training.batches import BatchPlan
+from gpt2modern.training.card import public_settings
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.nonfinite import spike_warning
@@ -42,19 +43,19 @@ def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: in
         for folder in (output_dir, checkpoints):
             remove_leftovers(folder)
         set_aside_later_checkpoints(checkpoints, state.step)
-        _write_settings(output_dir / SETTINGS_FILE, config.chosen(), num_processes)
+        settings = settings_text(config.chosen(), num_processes, command=" ".join(sys.argv))
+        write_file(output_dir / SETTINGS_FILE, settings)
     except OSError as error:
         message = f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder"
         raise GPT2ModernError(message) from None
 
 
-def _write_settings(path: Path, settings: dict[str, Any], num_processes: int) -> None:
-    """Write all settings as a YAML file for `--config`; comments give package versions, processes and command line."""
+def settings_text(settings: dict[str, Any], num_processes: int, **facts: str) -> str:
+    """Return all settings as YAML for `--config`; comments give package versions, processes and the given facts."""
     versions = {package: version(package) for package in ("torch", "transformers", "accelerate")}
-    header = {"python": platform.python_version(), **versions, "num_processes": num_processes}
-    header["command"] = " ".join(sys.argv)
+    header = {"python": platform.python_version(), **versions, "num_processes": num_processes, **facts}
     comments = "".join(f"# {name}: {value}\n" for name, value in header.items())
-    write_file(path, comments + yaml.safe_dump(settings, sort_keys=False))
+    return comments + yaml.safe_dump(settings, sort_keys=False)
 
 
 class Records:
@@ -80,7 +81,7 @@ class Records:
             run_name=config.run_name or f"{self.output_dir.resolve().name}-{state.run_id}",
             run_id=state.run_id,
             tensorboard_dir=self.output_dir / "tensorboard",
-            settings=config.chosen(),
+            settings=public_settings(config),
             resumed_step=state.step,
             logged_step=self.metrics.last_step if state.step else 0,
         )

@@ -245,10 +245,9 @@ def finetune(flags: str, error: str, advice: str = "") -> BadInput:
 
 
 MODELS = [
-    finetune(
-        "--model_name_or_path data", "--model_name_or_path data has no configuration that can be loaded: Unrecognized"
-    ),
-    finetune("--model_name_or_path llama", "llama is a llama model; convert it first"),
+    finetune("--model_name_or_path data", "--model_name_or_path data is not a model folder: it has no config.json"),
+    finetune("--model_name_or_path bloom", "a bloom model has no counterpart in GPT2-Modern; supported"),
+    finetune("--model_name_or_path gpt2_config", "gpt2_config cannot be loaded"),
     finetune("--model_name_or_path other_tokenizer", "another tokenizer than"),
     finetune("--model_name_or_path no_weights", "--model_name_or_path no_weights cannot be loaded: Error no file"),
     finetune("--model_name_or_path half_weights", "--model_name_or_path half_weights cannot be loaded"),
@@ -256,8 +255,8 @@ MODELS = [
     finetune("--model_name_or_path not_numbers", "has NaN or infinite values; use an earlier checkpoint"),
     finetune(
         "--model_name_or_path own_code",
-        "code from the folder is never run",
-        "convert it to an architecture of transformers",
+        "a evil model has no counterpart in GPT2-Modern",
+        "convert it to an architecture of transformers: code in a model folder is never run",
     ),
     finetune("--model_name_or_path model --output_dir model", "--output_dir model is the --model_name_or_path"),
     finetune("--model_name_or_path model --block_size 64", "is longer than max_position_embeddings=32"),
@@ -352,7 +351,9 @@ PREPARATION = [
         "--validation_split_percentage nan",
         "--validation_split_percentage nan must be greater than 0 and less than 100",
     ),
-    prepare("--train_file /dev/null", "/dev/null is a pipe or a device, which can be read only once; save it as a file"),
+    prepare(
+        "--train_file /dev/null", "/dev/null is a pipe or a device, which can be read only once; save it as a file"
+    ),
     prepare("--train_file ''", "--train_file '' is empty"),
     prepare("--train_file missing.txt", "missing.txt: no such file"),
     prepare("--train_file table.xyz", "table.xyz has an unknown extension; known are"),
