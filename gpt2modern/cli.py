@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,38 @@ from gpt2modern.errors import GPT2ModernError
 Arguments = TypeVar("Arguments")
 
 
+class _Output(io.FileIO):
+    """Write to an open file as far as it takes the bytes: a full disk, a closed pipe or terminal is no error."""
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content) or len(content)
+        except OSError:
+            return len(content)
+
+
+def never_fail_to_print() -> None:
+    """Let the program, and Python at its exit, continue when stdout or stderr cannot be written; the text is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        elif type(stream) is io.TextIOWrapper:  # not what a test or a notebook has put there
+            with contextlib.suppress(OSError):
+                stream.flush()
+            output = _Output(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(
+                output if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(output),  # the first: python -u
+                stream.encoding, "backslashreplace",  # of what the encoding lacks
+                line_buffering=stream.line_buffering, write_through=stream.write_through,
+            ))  # fmt: skip
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a GPT2ModernError (exit code 2) or Ctrl-C (130) of the `with` block into one printed line and an exit."""
+    """Turn a GPT2ModernError (exit code 2) or Ctrl-C (130) of the `with` block into one printed line and an exit.
+    From then on, output that cannot be printed is lost and no error."""
+    never_fail_to_print()
     try:
         yield
     except GPT2ModernError as error:

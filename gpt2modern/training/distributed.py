@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -21,6 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 from gpt2modern.errors import GPT2ModernError, first_line, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
+# Variables with which a launcher tells a process its place, and torchrun that and how often it starts a run again.
+PLACE = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+ELASTIC = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+UNKNOWN_HOST_S = 10.0  # the name of a cluster's first node may be unknown while that node starts
 _RUNNING = threading.Lock()  # runs of one process would share torch's random numbers and Accelerate's state
 
 
@@ -59,29 +64,29 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    launched = os.environ.get("WORLD_SIZE", "1")
-    if not launched.isdigit():
-        raise GPT2ModernError(f"WORLD_SIZE={launched!r} in the environment is not a number: unset this variable")
+    launched = refuse_launch_variables()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible not in ("", "-1") and torch.version.cuda and not torch.cuda.is_available():
         warn(f"no GPU is usable (CUDA_VISIBLE_DEVICES={visible} may be wrong, or no driver): training on the CPU")
     _refuse_other_engines()
-    _join_after_restart(ddp_timeout)
     try:
+        if launched > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+            _wait_for_address(ddp_timeout)
+        _join_after_restart(ddp_timeout)
         # Accelerate joins CPU processes only with cpu=True; otherwise each would train alone.
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=mixed_precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
         )
+    except torch.distributed.DistError as error:
+        raise GPT2ModernError(_why_not_joined(error, ddp_timeout)) from None
     except (ValueError, AssertionError, RuntimeError) as error:
-        if isinstance(error, torch.distributed.DistError):
-            raise
         raise GPT2ModernError(
             f"cannot set up {launched} process(es) with mixed precision {mixed_precision}: {first_line(error)}; check "
             "the environment variables (ACCELERATE_*, RANK, MASTER_ADDR, ...), or start with accelerate launch"
         ) from None
-    if int(launched) != accelerator.num_processes:
+    if launched != accelerator.num_processes:
         raise GPT2ModernError(
             f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
             f"{accelerator.num_processes}: each would train its own model; use --config_file with the file of "
@@ -96,6 +101,79 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         _set_up_fsdp(accelerator)
     return accelerator
+
+
+def refuse_launch_variables() -> int:
+    """Return the number of processes of this launch: WORLD_SIZE of the environment, or 1 if that is not set.
+
+    Raises GPT2ModernError for variables of the launcher that are missing, not numbers, or contradict each other: with
+    them this process would wait for processes that do not exist.
+    """
+    advice = "start with accelerate launch or torchrun, or unset the variables that a launcher has left"
+    given = {name: os.environ[name] for name in (*PLACE, *ELASTIC) if name in os.environ}
+    for name, text in given.items():
+        if not (text.isascii() and text.isdigit()):
+            raise GPT2ModernError(f"{name}={text!r} in the environment is not a number; {advice}")
+    number = {name: int(text) for name, text in given.items()}
+    size = number.get("WORLD_SIZE", 1)
+    local_size = number.get("LOCAL_WORLD_SIZE", size)
+    for name, (least, most) in {
+        "WORLD_SIZE": (1, math.inf),
+        "RANK": (0, size - 1),
+        "LOCAL_WORLD_SIZE": (1, size),
+        "LOCAL_RANK": (0, local_size - 1),
+        "MASTER_PORT": (1, 65535),
+    }.items():
+        if not least <= number.get(name, least) <= most:
+            sizes = f"WORLD_SIZE={size} and LOCAL_WORLD_SIZE={local_size}"
+            raise GPT2ModernError(f"{name}={number[name]} in the environment is out of range with {sizes}; {advice}")
+    needed = {*PLACE, "MASTER_ADDR"} - {"LOCAL_WORLD_SIZE"}
+    missing = sorted(name for name in needed if not os.environ.get(name))
+    if missing and (size > 1 or any(number.get(name) for name in ELASTIC)):
+        raise GPT2ModernError(f"the environment has variables of a launcher, but no {', '.join(missing)}; {advice}")
+    return size
+
+
+def _wait_for_address(ddp_timeout: int) -> None:
+    """Wait until the first process of the launch, or the launcher, listens at MASTER_ADDR and MASTER_PORT. Raises
+    GPT2ModernError if the host stays unknown or nothing listens. torch would not say what it waits for."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    started, told = time.monotonic(), False
+    is_first = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while True:
+        try:
+            if is_first:
+                socket.getaddrinfo(host, port)
+            else:
+                socket.create_connection((host, port), timeout=5).close()
+            return
+        except (OSError, UnicodeError) as error:
+            waited = time.monotonic() - started
+            is_unknown = isinstance(error, socket.gaierror | UnicodeError)
+            if waited > (min(ddp_timeout, UNKNOWN_HOST_S) if is_unknown else ddp_timeout):
+                raise GPT2ModernError(
+                    f"cannot reach the first process at MASTER_ADDR={host} MASTER_PORT={port} from "
+                    f"{socket.gethostname()}: {error}; give every node the first node's address (accelerate launch "
+                    "--main_process_ip, torchrun --master_addr), start all nodes, and open the port"
+                ) from None
+            if waited > 5 and not told:
+                warn(f"{host}:{port} does not answer yet ({error}); waiting for it up to --ddp_timeout {ddp_timeout} s")
+                told = True
+        time.sleep(0.5)
+
+
+def _why_not_joined(error: Exception, ddp_timeout: int) -> str:
+    """Return the message of an error with which torch's processes did not meet."""
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"{place} is in use on {socket.gethostname()}, perhaps by another run; choose another port (accelerate "
+            "launch --main_process_port, torchrun --master_port)"
+        )
+    return (
+        f"the {os.environ['WORLD_SIZE']} processes did not meet at {place} in --ddp_timeout {ddp_timeout} s "
+        f"({first_line(error)}); start this command on every node, each with its own rank"
+    )
 
 
 def _refuse_precision(accelerator: Accelerator) -> None:

@@ -1,5 +1,6 @@
 """Record a run during training: metrics.jsonl, samples.jsonl, training_curves.png, trackers, the progress bar."""
 
+import contextlib
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.files import write_file
+from gpt2modern.files import only_user, write_file
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
 from gpt2modern.training.config import TrainConfig
@@ -22,6 +23,21 @@ from gpt2modern.training.state import TrainState
 from gpt2modern.training.trackers import Trackers
 
 SETTINGS_FILE, CURVES_FILE = "resolved_config.yaml", "training_curves.png"
+
+
+def reserve_output_dir(output_dir: str, held: contextlib.ExitStack) -> None:
+    """Keep other runs out of --output_dir until `held` is closed. Raises GPT2ModernError that names the process which
+    uses it already, or if it cannot be written."""
+    try:
+        held.enter_context(only_user(Path(output_dir)))
+    except BlockingIOError as error:
+        raise GPT2ModernError(
+            f"--output_dir {output_dir} is in use by another run ({error}); wait until that one ends, stop it, or "
+            "choose another folder"
+        ) from None
+    except OSError as error:
+        message = f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder"
+        raise GPT2ModernError(message) from None
 
 
 def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: int) -> None:
