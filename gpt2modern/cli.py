@@ -39,7 +39,7 @@ def never_fail_to_print() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif type(stream) is io.TextIOWrapper:  # not what a test or a notebook has put there
             with contextlib.suppress(OSError):
                 stream.flush()

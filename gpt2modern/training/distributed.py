@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils.logging import disable_progress_bar
@@ -79,7 +80,7 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
             mixed_precision=mixed_precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
         )
-    except torch.distributed.DistError as error:
+    except DistError as error:
         raise GPT2ModernError(_why_not_joined(error, ddp_timeout)) from None
     except (ValueError, AssertionError, RuntimeError) as error:
         raise GPT2ModernError(
@@ -275,6 +276,7 @@ class Processes:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ddp_timeout))
             self.store = _launcher_store("roll_call")
             self.store.set(f"host/{self.index}", socket.gethostname())
+            self.hosts = [self.store.get(f"host/{index}").decode() for index in range(self.count)]
 
     def largest(self, number: int) -> int:
         """Return the largest of the numbers that all processes pass; every process must call this."""
@@ -312,29 +314,37 @@ class Processes:
         if self.count == 1:
             return
         self.roll_calls += 1
-        self.store.set(f"{self.roll_calls}/{self.index}", "here")
-        self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # every process has read it by now
-        keys = [f"{self.roll_calls}/{index}" for index in range(self.count)]
+        keys, lost = [f"{self.roll_calls}/{index}" for index in range(self.count)], []
         try:
-            self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
-        except torch.distributed.DistStoreError:
+            self.store.set(keys[self.index], "here")
+            self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # every process has read it by now
+            lost = [index for index in range(self.count) if self.store.check([f"failed/{index}"])]
+            if not lost:
+                self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
+        except DistNetworkError:  # the store is in process 0, if no launcher holds it
+            lost = [0]
+        except DistStoreError:
             lost = [index for index, key in enumerate(keys) if not self.store.check([key])]
-            if lost:
-                names = ", ".join(f"{index} on {self.store.get(f'host/{index}').decode()}" for index in lost)
-                raise GPT2ModernError(
-                    f"of {self.count} processes these did not answer in --ddp_timeout {self.ddp_timeout} s: {names}; "
-                    "start all again to resume from the newest checkpoint"
-                ) from None
+        if lost:
+            names = ", ".join(f"{index} on {self.hosts[index]}" for index in lost)
+            raise GPT2ModernError(
+                f"of {self.count} processes these have ended or do not answer: {names}; start all again to resume from "
+                "the newest checkpoint"
+            )
 
     @contextlib.contextmanager
     def lost_ones_named(self) -> Iterator[None]:
         """Replace the error of a collective that fails in this block by a GPT2ModernError that names the processes
-        which do not answer. If all of them answer, the original error is raised."""
+        which do not answer. If all of them answer, the original error is raised. An error that is not of a collective
+        ends the other processes at their next one."""
         try:
             yield
-        except RuntimeError as error:
-            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-                self.call_roll(wait_s=1 + self.ddp_timeout / 10)  # the others have failed, or will soon
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error)):
+                self.call_roll(wait_s=min(30, 1 + self.ddp_timeout / 10))  # the others have failed, or will soon
+            elif self.count > 1:
+                with contextlib.suppress(RuntimeError):
+                    self.store.set(f"failed/{self.index}", "")
             raise
 
 
