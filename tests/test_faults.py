@@ -109,7 +109,7 @@ def start(context, data_dir):
     trainers = []
 
     def begin(output_dir, *given, **changes):
-        trainers.append(Trainer(context, data_dir, output_dir, *(given or [""]), **changes))
+        trainers.append(Trainer(context, changes.pop("data_dir", data_dir), output_dir, *(given or [""]), **changes))
         return trainers[-1]
 
     yield begin
@@ -305,7 +305,7 @@ def test_an_error_ends_the_process_while_data_is_read_ahead(start, tmp_path, fau
     trainer = start(tmp_path / "run", f"{fault} freeze@3", dataloader_num_workers=2)
     (process,) = trainer.processes
     wait_until_frozen(process)
-    assert not [file.read_text() for file in Path(f"/proc/{process.pid}/task").glob("*/children") if file.read_text()]
+    assert not any(file.read_text() for file in Path(f"/proc/{process.pid}/task").glob("*/children"))
     os.kill(process.pid, signal.SIGCONT)
     assert trainer.wait(30) == [1], trainer.output
     assert "ValueError: this process is broken" in trainer.output

@@ -114,7 +114,7 @@ def refuse_launch_variables() -> int:
     given = {name: os.environ[name] for name in (*PLACE, *ELASTIC) if name in os.environ}
     for name, text in given.items():
         if not (text.isascii() and text.isdigit()):
-            raise GPT2ModernError(f"{name}={text!r} in the environment is not a number; {advice}")
+            raise GPT2ModernError(f"{name}={text!r} in the environment is not a whole number; {advice}")
     number = {name: int(text) for name, text in given.items()}
     size = number.get("WORLD_SIZE", 1)
     local_size = number.get("LOCAL_WORLD_SIZE", size)
@@ -131,7 +131,7 @@ def refuse_launch_variables() -> int:
     needed = {*PLACE, "MASTER_ADDR"} - {"LOCAL_WORLD_SIZE"}
     missing = sorted(name for name in needed if not os.environ.get(name))
     if missing and (size > 1 or any(number.get(name) for name in ELASTIC)):
-        raise GPT2ModernError(f"the environment has variables of a launcher, but no {', '.join(missing)}; {advice}")
+        raise GPT2ModernError(f"the environment has variables of a launcher, but not {', '.join(missing)}; {advice}")
     return size
 
 
