@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ from gpt2modern.training.models import build_model
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
-from gpt2modern.training.records import Records, reserve_output_dir
+from gpt2modern.training.records import Records, reserved_output_dir
 from gpt2modern.training.speed import Stopwatch, step_metrics
 from gpt2modern.training.state import TrainState
 from gpt2modern.training.stopping import StopRequest, describe, exit_code_of_stop
@@ -99,7 +100,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         config = replace(config, mixed_precision=accelerator.mixed_precision)  # the launcher's, if no flag is given
         with processes.errors_of_main():
             if accelerator.is_main_process:
-                reserve_output_dir(config.output_dir, held)
+                held.enter_context(reserved_output_dir(Path(config.output_dir)))
         model, unwrapped_model, optimizers, train_blocks, eval_blocks, plan = build(config, accelerator)
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
         checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, optimizers, train_blocks, plan)

@@ -35,20 +35,13 @@ class _Output(io.FileIO):
 
 
 def never_fail_to_print() -> None:
-    """Let the program, and Python at its exit, continue when stdout or stderr cannot be written; the text is lost."""
+    """Let the program, and Python at its exit, continue where stdout or stderr cannot be written; the text is lost."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif type(stream) is io.TextIOWrapper:  # not what a test or a notebook has put there
-            with contextlib.suppress(OSError):
-                stream.flush()
-            output = _Output(stream.fileno(), "w", closefd=False)
-            setattr(sys, name, io.TextIOWrapper(
-                output if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(output),  # the first: python -u
-                stream.encoding, "backslashreplace",  # of what the encoding lacks
-                line_buffering=stream.line_buffering, write_through=stream.write_through,
-            ))  # fmt: skip
+        if stream is None or type(stream) is io.TextIOWrapper:  # not what a test or a notebook has put there
+            output = io.BufferedWriter(_Output(os.devnull if stream is None else os.dup(stream.fileno()), "w"))
+            encoding = "utf-8" if stream is None else stream.encoding
+            setattr(sys, name, io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=True))
 
 
 @contextlib.contextmanager
@@ -80,7 +73,7 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *flags, **metadata):
         """Add one flag to its group. Of the field's metadata, only what argparse knows is passed to argparse."""
-        known = {
+        known = [
             "help",
             "type",
             "default",
@@ -92,7 +85,7 @@ class _Parser(HfArgumentParser):
             "dest",
             "metavar",
             "version",
-        }
+        ]
         keywords = {name: value for name, value in metadata.items() if name in known}
         place = super()
         if metadata.get("group"):

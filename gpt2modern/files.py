@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import stat
 import time
 import uuid
@@ -108,15 +107,15 @@ def apply_umask(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> Iterator[int | None]:
+def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> Iterator[None]:
     """Lock `path` against other processes that call this function, until the `with` block ends (flock).
 
-    path: a folder, or a file that is created if it is missing; NFS locks only files. shared: several processes may hold
-    a shared lock. Yields the open file's descriptor. Raises BlockingIOError after waiting for `seconds`. Locks nothing
-    where locks are unsupported (Windows, some file systems).
+    path: a folder, or a file that is created if it is missing and may be deleted by the process that has locked it; NFS
+    locks only files. shared: several processes may hold a shared lock. Raises BlockingIOError after waiting for
+    `seconds`. Locks nothing where locks are unsupported (Windows, some file systems).
     """
     if fcntl is None:
-        yield None
+        yield
         return
     waited = 0.0
     while True:
@@ -132,55 +131,18 @@ def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> It
                 continue
             except OSError:  # a file system without locks
                 pass
-            if is_open_at(descriptor, path):  # otherwise its last user has deleted it meanwhile
-                yield descriptor
+            if _is_open_at(descriptor, path):  # otherwise its last user has deleted it meanwhile
+                yield
                 return
         finally:
             os.close(descriptor)
 
 
-def is_open_at(descriptor: int, path: Path) -> bool:
+def _is_open_at(descriptor: int, path: Path) -> bool:
     """Return whether the open file `descriptor` is the file that `path` names now."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
-
-
-@contextlib.contextmanager
-def only_user(folder: Path) -> Iterator[None]:
-    """Keep other processes, also of other machines, from using `folder` in the same way until the `with` block ends.
-
-    A missing folder is created, and removed in the end if it is still empty. The file `.in_use` in it says who uses it;
-    what counts is the kernel's lock on it, which vanishes with the process. Raises BlockingIOError whose message says
-    who uses the folder (host, process, since when), or OSError if it cannot be written.
-    """
-    path, missing = folder / ".in_use", [each for each in (folder, *folder.parents) if not each.exists()]
-    with contextlib.ExitStack() as held:
-        for each in reversed(missing):
-            held.callback(_remove_if_empty, each)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = held.enter_context(locked(path, seconds=0))
-        except BlockingIOError:
-            raise BlockingIOError(path.read_text(errors="replace") or "another process") from None
-        if descriptor is not None:
-            held.callback(_remove_if_open, path, descriptor)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}".encode())
-            os.fsync(descriptor)  # so that it can be read through NFS
-        yield
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _remove_if_open(path: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        if is_open_at(descriptor, path):
-            path.unlink()
 
 
 def check_writable_folder(flag: str, path: str | None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import socket
 import threading
 import time
@@ -23,9 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from gpt2modern.errors import GPT2ModernError, first_line, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
-# Variables with which a launcher tells a process its place, and torchrun that and how often it starts a run again.
-PLACE = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-ELASTIC = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+ADVICE = "start with accelerate launch or torchrun, or unset the variables that a launcher has left"
 UNKNOWN_HOST_S = 10.0  # the name of a cluster's first node may be unknown while that node starts
 _RUNNING = threading.Lock()  # runs of one process would share torch's random numbers and Accelerate's state
 
@@ -65,14 +64,14 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    launched = refuse_launch_variables()
+    launched = launched_processes()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible not in ("", "-1") and torch.version.cuda and not torch.cuda.is_available():
         warn(f"no GPU is usable (CUDA_VISIBLE_DEVICES={visible} may be wrong, or no driver): training on the CPU")
     _refuse_other_engines()
     try:
         if launched > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-            _wait_for_address(ddp_timeout)
+            _wait_for_first_process(ddp_timeout)
         _join_after_restart(ddp_timeout)
         # Accelerate joins CPU processes only with cpu=True; otherwise each would train alone.
         accelerator = Accelerator(
@@ -81,7 +80,12 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
         )
     except DistError as error:
-        raise GPT2ModernError(_why_not_joined(error, ddp_timeout)) from None
+        raise GPT2ModernError(
+            f"{launched} processes cannot meet at MASTER_ADDR={os.environ['MASTER_ADDR']} "
+            f"MASTER_PORT={os.environ['MASTER_PORT']} (--ddp_timeout {ddp_timeout}): {first_line(error)}; start this "
+            "command on every node, each with its own rank, or, if the port is in use, choose another one (accelerate "
+            "launch --main_process_port, torchrun --master_port)"
+        ) from None
     except (ValueError, AssertionError, RuntimeError) as error:
         raise GPT2ModernError(
             f"cannot set up {launched} process(es) with mixed precision {mixed_precision}: {first_line(error)}; check "
@@ -104,77 +108,55 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     return accelerator
 
 
-def refuse_launch_variables() -> int:
+def launched_processes() -> int:
     """Return the number of processes of this launch: WORLD_SIZE of the environment, or 1 if that is not set.
 
-    Raises GPT2ModernError for variables of the launcher that are missing, not numbers, or contradict each other: with
-    them this process would wait for processes that do not exist.
+    Raises GPT2ModernError if a variable of the launcher is missing, no number or out of range: this process would then
+    wait for processes that do not exist.
     """
-    advice = "start with accelerate launch or torchrun, or unset the variables that a launcher has left"
-    given = {name: os.environ[name] for name in (*PLACE, *ELASTIC) if name in os.environ}
-    for name, text in given.items():
-        if not (text.isascii() and text.isdigit()):
-            raise GPT2ModernError(f"{name}={text!r} in the environment is not a whole number; {advice}")
-    number = {name: int(text) for name, text in given.items()}
-    size = number.get("WORLD_SIZE", 1)
-    local_size = number.get("LOCAL_WORLD_SIZE", size)
-    for name, (least, most) in {
-        "WORLD_SIZE": (1, math.inf),
-        "RANK": (0, size - 1),
-        "LOCAL_WORLD_SIZE": (1, size),
-        "LOCAL_RANK": (0, local_size - 1),
-        "MASTER_PORT": (1, 65535),
-    }.items():
-        if not least <= number.get(name, least) <= most:
-            sizes = f"WORLD_SIZE={size} and LOCAL_WORLD_SIZE={local_size}"
-            raise GPT2ModernError(f"{name}={number[name]} in the environment is out of range with {sizes}; {advice}")
-    needed = {*PLACE, "MASTER_ADDR"} - {"LOCAL_WORLD_SIZE"}
-    missing = sorted(name for name in needed if not os.environ.get(name))
-    if missing and (size > 1 or any(number.get(name) for name in ELASTIC)):
-        raise GPT2ModernError(f"the environment has variables of a launcher, but not {', '.join(missing)}; {advice}")
+    size = _launch_number("WORLD_SIZE", 1, least=1)
+    local_size = _launch_number("LOCAL_WORLD_SIZE", size, least=1, most=size)
+    _launch_number("RANK", 0, most=size - 1)
+    _launch_number("LOCAL_RANK", 0, most=local_size - 1)
+    _launch_number("MASTER_PORT", 1, least=1, most=65535)
+    restarts = _launch_number("TORCHELASTIC_RESTART_COUNT", 0) + _launch_number("TORCHELASTIC_MAX_RESTARTS", 0)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing and (size > 1 or restarts or "TORCHELASTIC_RUN_ID" in os.environ):
+        raise GPT2ModernError(f"the environment has variables of a launcher, but not {', '.join(missing)}; {ADVICE}")
     return size
 
 
-def _wait_for_address(ddp_timeout: int) -> None:
-    """Wait until the first process of the launch, or the launcher, listens at MASTER_ADDR and MASTER_PORT. Raises
-    GPT2ModernError if the host stays unknown or nothing listens. torch would not say what it waits for."""
-    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    started, told = time.monotonic(), False
-    is_first = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+def _launch_number(name: str, default: int, *, least: int = 0, most: int = 10**9) -> int:
+    text = os.environ.get(name, str(default))
+    if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
+        raise GPT2ModernError(f"{name}={text:.20} in the environment is not a number from {least} to {most}; {ADVICE}")
+    return int(text)
+
+
+def _wait_for_first_process(ddp_timeout: int) -> None:
+    """Wait until the first process of the launch, or the launcher, listens at MASTER_ADDR and MASTER_PORT; torch would
+    not say what it waits for. Raises GPT2ModernError if the host stays unknown or does not answer."""
+    host, port, started, warned = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], time.monotonic(), False
     while True:
         try:
-            if is_first:
-                socket.getaddrinfo(host, port)
+            if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                socket.getaddrinfo(host, port)  # this is the first process
             else:
                 socket.create_connection((host, port), timeout=5).close()
             return
         except (OSError, UnicodeError) as error:
             waited = time.monotonic() - started
             is_unknown = isinstance(error, socket.gaierror | UnicodeError)
-            if waited > (min(ddp_timeout, UNKNOWN_HOST_S) if is_unknown else ddp_timeout):
+            if waited > min(ddp_timeout, UNKNOWN_HOST_S if is_unknown else math.inf):
                 raise GPT2ModernError(
                     f"cannot reach the first process at MASTER_ADDR={host} MASTER_PORT={port} from "
-                    f"{socket.gethostname()}: {error}; give every node the first node's address (accelerate launch "
-                    "--main_process_ip, torchrun --master_addr), start all nodes, and open the port"
+                    f"{socket.gethostname()}: {error}; start it, and give every node its address (accelerate launch "
+                    "--main_process_ip, torchrun --master_addr)"
                 ) from None
-            if waited > 5 and not told:
+            if waited > 5 and not warned:
+                warned = True
                 warn(f"{host}:{port} does not answer yet ({error}); waiting for it up to --ddp_timeout {ddp_timeout} s")
-                told = True
         time.sleep(0.5)
-
-
-def _why_not_joined(error: Exception, ddp_timeout: int) -> str:
-    """Return the message of an error with which torch's processes did not meet."""
-    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-    if "EADDRINUSE" in str(error):
-        return (
-            f"{place} is in use on {socket.gethostname()}, perhaps by another run; choose another port (accelerate "
-            "launch --main_process_port, torchrun --master_port)"
-        )
-    return (
-        f"the {os.environ['WORLD_SIZE']} processes did not meet at {place} in --ddp_timeout {ddp_timeout} s "
-        f"({first_line(error)}); start this command on every node, each with its own rank"
-    )
 
 
 def _refuse_precision(accelerator: Accelerator) -> None:
@@ -276,7 +258,7 @@ class Processes:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ddp_timeout))
             self.store = _launcher_store("roll_call")
             self.store.set(f"host/{self.index}", socket.gethostname())
-            self.hosts = [self.store.get(f"host/{index}").decode() for index in range(self.count)]
+            self.hosts = self.store.multi_get([f"host/{index}" for index in range(self.count)])
 
     def largest(self, number: int) -> int:
         """Return the largest of the numbers that all processes pass; every process must call this."""
@@ -318,15 +300,16 @@ class Processes:
         try:
             self.store.set(keys[self.index], "here")
             self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # every process has read it by now
-            lost = [index for index in range(self.count) if self.store.check([f"failed/{index}"])]
-            if not lost:
+            if self.store.check(["failed"]):
+                lost = [int(self.store.get("failed"))]
+            else:
                 self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
         except DistNetworkError:  # the store is in process 0, if no launcher holds it
             lost = [0]
         except DistStoreError:
             lost = [index for index, key in enumerate(keys) if not self.store.check([key])]
         if lost:
-            names = ", ".join(f"{index} on {self.hosts[index]}" for index in lost)
+            names = ", ".join(f"{index} on {self.hosts[index].decode()}" for index in lost)
             raise GPT2ModernError(
                 f"of {self.count} processes these have ended or do not answer: {names}; start all again to resume from "
                 "the newest checkpoint"
@@ -344,7 +327,7 @@ class Processes:
                 self.call_roll(wait_s=min(30, 1 + self.ddp_timeout / 10))  # the others have failed, or will soon
             elif self.count > 1:
                 with contextlib.suppress(RuntimeError):
-                    self.store.set(f"failed/{self.index}", "")
+                    self.store.set("failed", str(self.index))
             raise
 
 
