@@ -1,6 +1,6 @@
 """A run stops or continues after a fault as it says, and its weights end as if nothing had happened.
 
-The rows F1 to F24 of the table that `make test-faults` prints are tested all over this folder; here are those of the
+The rows F1 to F26 of the table that `make test-faults` prints are tested all over this folder; here are those of the
 trainer. Its processes are forked from one that has imported everything (tests/support/faults.py).
 """
 
@@ -320,7 +320,7 @@ def test_data_that_is_cut_while_training_is_one_line(start, data_dir, tmp_path, 
     assert trainer.wait() == [2], trainer.output
     (line,) = [line for line in trainer.output.splitlines() if "error" in line.lower()]
     assert line.startswith(f"error: {data}/train/") and "Traceback" not in trainer.output
-    fault_log("F9 data cut while training")
+    fault_log("F26 data cut while training")
 
 
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(start, undisturbed, tmp_path, fault_log):
@@ -339,7 +339,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(st
     assert start(run).wait() == [0]
     assert_ends_like(run, undisturbed())
     assert start(run).wait() == [0]  # the finished run, started again
-    fault_log("F24 two runs in one folder", steps_again=2)
+    fault_log("F25 two runs in one folder", steps_again=2)
 
 
 @pytest.fixture

@@ -122,7 +122,9 @@ def launched_processes() -> int:
     restarts = _launch_number("TORCHELASTIC_RESTART_COUNT", 0) + _launch_number("TORCHELASTIC_MAX_RESTARTS", 0)
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing and (size > 1 or restarts or "TORCHELASTIC_RUN_ID" in os.environ):
-        raise GPT2ModernError(f"the environment has variables of a launcher, but not {', '.join(missing)}; {ADVICE}")
+        raise GPT2ModernError(
+            f"WORLD_SIZE={size}: the environment has variables of a launcher, but not {', '.join(missing)}; {ADVICE}"
+        )
     return size
 
 
