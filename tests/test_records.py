@@ -68,9 +68,9 @@ def test_one_run_at_a_time_has_the_folder(tmp_path):
     """Also within a process; folders that were made for it are removed if nothing was written."""
     folder = tmp_path / "out" / "run"
     with reserved_output_dir(folder):
-        with pytest.raises(GPT2ModernError, match=f"in use by another run \\(process {os.getpid()} on "):
-            with reserved_output_dir(folder):
-                raise AssertionError("both have it")
+        refusal = pytest.raises(GPT2ModernError, match=f"in use by another run \\(process {os.getpid()} on ")
+        with refusal, reserved_output_dir(folder):
+            raise AssertionError("both have it")
         assert (folder / ".in_use").exists()
     assert not list(tmp_path.iterdir())
     folder.mkdir(parents=True)
