@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import platform
 import socket
 import sys
