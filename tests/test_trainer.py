@@ -122,17 +122,25 @@ def load(name, cache_dir=None):
 """
 
 
-def run_example(script: str, model_dir: Path, folder: Path, *flags: str) -> str:
-    """Train and evaluate the model in `model_dir` on a text with a script of transformers, and return its output."""
+def run_example(script: str, model_dir: Path, folder: Path, *flags: str, data: Path | None = None) -> str:
+    """Train and evaluate the model in `model_dir` with a script of transformers, and return its output.
+
+    data: a prepared folder, instead of a text. What the script does to make rows of tokens out of text is then cut out.
+    """
     text = (Path(sysconfig.get_path("stdlib")) / "json" / "encoder.py").read_text().splitlines()
     (folder / "train.txt").write_text("\n".join(text[:200]))
     (folder / "validation.txt").write_text("\n".join(text[200:260]))
     (folder / "evaluate.py").write_text(METRIC)
     # Released accelerate has no DistributedType.TPU any more, which the script asks for before it trains any model.
     source = (Path(EXAMPLES) / script).read_text().replace("DistributedType.TPU", "DistributedType.XLA")
-    (folder / script).write_text(source)
     arguments = ["--model_name_or_path", model_dir, "--trust_remote_code", "--block_size", "32"]
-    arguments += ["--train_file", folder / "train.txt", "--validation_file", folder / "validation.txt"]
+    if data is None:
+        arguments += ["--train_file", folder / "train.txt", "--validation_file", folder / "validation.txt"]
+    else:
+        before, rest = source.split("    # Preprocessing the datasets.\n")
+        source = f"{before}    lm_datasets = raw_datasets\n    train_dataset = {rest.split('train_dataset = ', 1)[1]}"
+        arguments += ["--dataset_name", data]
+    (folder / script).write_text(source)
     arguments += ["--per_device_train_batch_size", "4", "--output_dir", folder / "out", *flags]
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "ACCELERATE_USE_CPU": "true"}
     finished = subprocess.run(
@@ -171,3 +179,13 @@ def test_run_clm_no_trainer_trains_and_evaluates(data_dir, tmp_path):
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert 1 < results["perplexity"] < 300
     assert (tmp_path / "out" / "step_2").is_dir() and (tmp_path / "out" / "modeling_gpt2modern.py").exists()
+
+
+@NEEDS_EXAMPLES
+def test_run_clm_no_trainer_takes_a_prepared_folder(data_dir, tmp_path):
+    model_dir = export_fresh_model(data_dir, tmp_path / "model", "gpt2")
+    flags = ["--max_train_steps", "4", "--learning_rate", "0.01"]
+    output = run_example("run_clm_no_trainer.py", model_dir, tmp_path, *flags, data=data_dir)
+    assert "epoch 0: perplexity:" in output
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert 1 < results["perplexity"] < 300
