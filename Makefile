@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-faults lint install bench-data clean
+.PHONY: demo test test-all test-faults lint install bench-data clean
 
 install: $(INSTALLED)
 
@@ -33,7 +33,10 @@ demo: $(INSTALLED)
 	@echo "A real run:           README.md, section 'Train'"
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not (fault and slow)"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not (fault and slow) and not exhaustive"
+
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --durations=10
 
 # Every fault, the slow ones too, and a table of how often each was tried and what was lost.
 test-faults: $(INSTALLED)

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
 from gpt2modern.files import is_hub_name
 from modeling_gpt2modern import GPT2ModernConfig  # the import registers the architecture with the Auto classes
 
@@ -92,6 +93,8 @@ def loading_problem(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
         return "its architecture is neither GPT2-Modern nor one of transformers, and code from the folder is never run"
+    if isinstance(error.__cause__, HfHubHTTPError):
+        return hub_problem(error.__cause__)
     if "Couldn't instantiate the backend tokenizer" in text:
         return "it has no tokenizer.json; save the tokenizer in the model folder"
     return first_line(error)

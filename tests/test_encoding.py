@@ -163,14 +163,14 @@ def test_engines_agree_on_every_character(tmp_path):
     assert_every_character_agrees(tokenizer_that_shows_words(tmp_path, "gpt2"), codes, ["a{}1{}!{}'s "])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", WORDS)
 def test_engines_agree_on_every_character_in_every_place(tmp_path, name):
     places = PLACES + MARKED * (name == "qwen2")
     assert_every_character_agrees(tokenizer_that_shows_words(tmp_path, name), list(range(0x110000)), places)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_engines_agree_on_every_character_with_the_vocabulary_of_gpt2(text_dir):
     assert_every_character_agrees(
         text_dir / "gpt2-tokenizer" / "tokenizer.json", list(range(0x110000)), ["{}", *PLACES]

@@ -21,6 +21,7 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.data.manifest import read_manifest
 from gpt2modern.data.publishing import push_to_hub as push_dataset
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.loading import load_config, load_model, load_tokenizer
 from gpt2modern.training import publish
 from gpt2modern.training.card import model_card
 from modeling_gpt2modern import GPT2ModernForCausalLM
@@ -203,7 +204,7 @@ def endpoint(monkeypatch):
             self.end_headers()
             self.wfile.write(answer)
 
-        do_GET = do_POST
+        do_GET = do_HEAD = do_POST
 
         def log_message(self, *arguments):
             pass
@@ -212,6 +213,8 @@ def endpoint(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield url
@@ -242,6 +245,14 @@ def test_private_data_is_answered_likewise(endpoint, tmp_path, monkeypatch):
     with pytest.raises(GPT2ModernError, match="someone/blocks: no such folder, and it cannot be downloaded") as refusal:
         PackedBlocks("someone/blocks", "train")
     assert_says_how_to_log_in(str(refusal.value), endpoint)
+
+
+@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer])
+def test_a_private_model_is_answered_likewise(endpoint, load):
+    with pytest.raises(GPT2ModernError, match="someone/model") as refusal:
+        load("someone/model")
+    assert "401" in str(refusal.value) and "run `hf auth login` or set HF_TOKEN" in str(refusal.value)
+    assert "\n" not in str(refusal.value) and TOKEN not in str(refusal.value)
 
 
 @pytest.fixture
