@@ -46,7 +46,7 @@ from gpt2modern.data.formats.reading import check_unchanged
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import dataset_card, print_summary, push_to_hub, report_page
 from gpt2modern.data.rows import schema_of
-from gpt2modern.data.shards import Job, number_filled_shards, write_validation
+from gpt2modern.data.shards import Job, keep_filled_shards, write_validation
 from gpt2modern.data.sources import AnyDataset, open_source, open_validation, stats_of_files
 from gpt2modern.data.splits import choose_rule
 from gpt2modern.data.tokenizing import Encoder, get_tokenizer, named_tokenizer, vocabulary_size
@@ -141,7 +141,7 @@ def write_folder(
     if validation is None:
         held_out = write_validation(job, None)
     sizes = {"dtype": encoder.dtype, "vocab_size": vocabulary_size(tokenizer), "eos_token_id": encoder.eos_token_id}
-    shards = number_filled_shards(job)
+    shards = keep_filled_shards(job)
     schema = schema_of(encoder.dtype, config.packing)
     write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)

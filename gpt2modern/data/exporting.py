@@ -1,5 +1,6 @@
 """Export a prepared folder to the token files that nanoGPT and the speedrun repositories read."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,22 +38,21 @@ def export(config: ExportConfig) -> None:
     if output_dir.exists():
         raise GPT2ModernError(f"--output_dir {output_dir} exists; choose a new folder, or remove this one")
     splits = {"train": PackedBlocks(config.data_dir, "train"), "val": PackedBlocks(config.data_dir, "validation")}
-    for blocks in splits.values():
-        if blocks.packing != "concat" or blocks.manifest["dtype"] != "uint16":
-            raise GPT2ModernError(
-                f"{blocks.data_dir} has packing {blocks.packing} and {blocks.manifest['dtype']} ids; export needs "
-                "concat and uint16, so prepare the data with --packing concat and a vocabulary below 65,536"
-            )
-    name = splits["train"].data_dir.name
+    blocks, name = splits["train"], splits["train"].data_dir.name
+    if blocks.packing != "concat" or blocks.manifest["dtype"] != "uint16":
+        raise GPT2ModernError(
+            f"{blocks.data_dir} has packing {blocks.packing} and {blocks.manifest['dtype']} ids; export needs concat "
+            "and uint16, so prepare the data with --packing concat and a vocabulary below 65,536"
+        )
     with atomic_folder(output_dir) as build:
         for split, blocks in splits.items():
+            shards = [blocks.shard_tokens(index) for index in range(blocks.num_shards)]
             if config.format == "nanogpt":
-                parts = (part for shard in range(blocks.num_shards) for part in blocks.shard_tokens(shard))
-                write_tokens(build / f"{split}.bin", parts, has_header=False)
+                write_tokens(build / f"{split}.bin", itertools.chain(*shards), has_header=False)
                 continue
-            for shard in range(blocks.num_shards):
-                parts = _with_eos_first(blocks.shard_tokens(shard), blocks.eos_token_id)
-                write_tokens(build / f"{name}_{split}_{shard:06d}.bin", parts, has_header=True)
+            for index, parts in enumerate(shards):
+                parts = _with_eos_first(parts, blocks.eos_token_id)
+                write_tokens(build / f"{name}_{split}_{index:06d}.bin", parts, has_header=True)
     for path in sorted(output_dir.iterdir()):
         print(f"{path}: {path.stat().st_size:,} bytes")
 

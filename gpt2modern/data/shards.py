@@ -10,7 +10,7 @@ the number of processes or machines.
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,26 +120,20 @@ def read_receipt(job: Job, index: int) -> dict:
     return json.loads((job.receipt_dir(index) / RECEIPT_FILE).read_text(encoding="utf-8"))
 
 
-def number_filled_shards(job: Job) -> list[dict]:
-    """Return the receipts of all training shards, without those that have no documents, such as beside one huge
-    document. Their files are removed, the others numbered anew. Raises GPT2ModernError if no shard has documents."""
+def keep_filled_shards(job: Job) -> list[dict]:
+    """Remove the training shards that have no documents, such as beside one huge document, and return the receipts of
+    the others, of which the first also counts what was read for the removed ones. GPT2ModernError if none is left."""
     receipts = [read_receipt(job, index) for index in range(job.num_shards)]
     filled = [receipt for receipt in receipts if receipt["documents"]]
     if not filled:
         raise GPT2ModernError("the training split has no documents; give more text, or less to the validation split")
-    if len(filled) == job.num_shards:
-        return receipts
-    print(f"note: {len(filled)} shards are written, not {job.num_shards}, because the others have no documents")
-    numbered = replace(job, num_shards=len(filled))
-    for index, receipt in enumerate(receipts):
+    for receipt in receipts:
         if not receipt["documents"]:
-            job.shard_path(index).unlink(missing_ok=True)
+            (job.output_dir / receipt["shard"]["path"]).unlink(missing_ok=True)
             for name in ("read_documents", "empty_documents", "special_tokens", "fingerprint"):
                 filled[0][name] += receipt[name]
-    for index, receipt in enumerate(filled):
-        path = numbered.shard_path(index)
-        (job.output_dir / receipt["shard"]["path"]).replace(path)
-        receipt["shard"]["path"] = path.relative_to(job.output_dir).as_posix()
+    if len(filled) < job.num_shards:
+        print(f"note: {len(filled)} shards are written, not {job.num_shards}, because the others have no documents")
     return filled
 
 
