@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ from gpt2modern.training.models import build_model
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
-from gpt2modern.training.records import Records
+from gpt2modern.training.records import Records, reserved_output_dir
 from gpt2modern.training.speed import Stopwatch, step_metrics
 from gpt2modern.training.state import TrainState
 from gpt2modern.training.stopping import StopRequest, describe, exit_code_of_stop
@@ -91,8 +92,15 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
     if config.dry_run:
         raise GPT2ModernError("a dry run does not train; call gpt2modern.training.memory.dry_run instead")
     stop = StopRequest(time.monotonic() + config.max_train_seconds())
-    with stop, joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes):
+    with (
+        contextlib.ExitStack() as held,
+        stop,
+        joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes),
+    ):
         config = replace(config, mixed_precision=accelerator.mixed_precision)  # the launcher's, if no flag is given
+        with processes.errors_of_main():
+            if accelerator.is_main_process:
+                held.enter_context(reserved_output_dir(Path(config.output_dir)))
         model, unwrapped_model, optimizers, train_blocks, eval_blocks, plan = build(config, accelerator)
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
         checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, optimizers, train_blocks, plan)
@@ -146,9 +154,8 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
             with processes.errors_of_main():
                 if accelerator.is_main_process:
                     publisher.export(summary, whole, train_blocks)
+            held.callback(publisher.upload_final, summary)  # later, as the other processes do not wait so long
         del model, optimizer  # DistributedDataParallel must be gone before the process group it reduces over
-    if not stop.agreed:
-        publisher.upload_final(summary)  # when no other process waits: they wait shorter than an upload may take
     return summary | {"stopped": describe(stop.agreed) if stop.agreed else None}
 
 

@@ -110,29 +110,39 @@ def apply_umask(folder: Path) -> None:
 def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> Iterator[None]:
     """Lock `path` against other processes that call this function, until the `with` block ends (flock).
 
-    path: a folder, or a file that is created if it is missing. shared: several processes may hold a shared lock. Raises
-    BlockingIOError after waiting for `seconds`. Locks nothing where locks are unsupported (Windows, some file systems).
+    path: a folder, or a file that is created if it is missing and may be deleted by the process that has locked it; NFS
+    locks only files. shared: several processes may hold a shared lock. Raises BlockingIOError after waiting for
+    `seconds`. Locks nothing where locks are unsupported (Windows, some file systems).
     """
     if fcntl is None:
         yield
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
-    try:
-        waited = 0.0
-        while True:
+    waited = 0.0
+    while True:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
             try:
                 fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                break
             except BlockingIOError:
                 if waited >= seconds:
                     raise
                 time.sleep(0.1)
                 waited += 0.1
+                continue
             except OSError:  # a file system without locks
-                break
-        yield
-    finally:
-        os.close(descriptor)
+                pass
+            if _is_open_at(descriptor, path):  # otherwise its last user has deleted it meanwhile
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Return whether the open file `descriptor` is the file that `path` names now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def check_writable_folder(flag: str, path: str | None) -> None:

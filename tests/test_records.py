@@ -1,11 +1,22 @@
 """Records of a run: no step twice, no half line, curves and a progress bar that show what is known."""
 
 import json
+import os
+import threading
+import time
 
 import pytest
 
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.training.records import RowLog, bar_numbers, on_one_line, plot_training_curves, read_rows
+from gpt2modern.files import locked
+from gpt2modern.training.records import (
+    RowLog,
+    bar_numbers,
+    on_one_line,
+    plot_training_curves,
+    read_rows,
+    reserved_output_dir,
+)
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "[1]"])
@@ -50,3 +61,40 @@ def test_the_bar_names_every_number_and_leaves_out_what_is_not_known():
 def test_a_sample_is_shown_on_one_line():
     assert on_one_line({"prompt": "a\n", "text": "b"}) == r"'a\nb'"
     assert on_one_line({"prompt": "a", "text": "b" * 200}, width=20) == "'" + "a" + "b" * 15 + "..."
+
+
+@pytest.mark.fault("F25 two runs in one folder")
+def test_one_run_at_a_time_has_the_folder(tmp_path):
+    """Also within a process; folders that were made for it are removed if nothing was written."""
+    folder = tmp_path / "out" / "run"
+    with reserved_output_dir(folder):
+        refusal = pytest.raises(GPT2ModernError, match=f"in use by another run \\(process {os.getpid()} on ")
+        with refusal, reserved_output_dir(folder):
+            raise AssertionError("both have it")
+        assert (folder / ".in_use").exists()
+    assert not list(tmp_path.iterdir())
+    folder.mkdir(parents=True)
+    (folder / ".in_use").write_text("process 1 on another-host since yesterday")  # left by a kill
+    with reserved_output_dir(folder):
+        pass
+    assert not list(folder.iterdir())
+
+
+def test_a_lock_whose_file_was_deleted_meanwhile_is_taken_on_a_new_one(tmp_path):
+    path, held = tmp_path / "lock", threading.Event()
+
+    def wait_for_it():
+        with locked(path, seconds=20):
+            held.set()
+            release.wait(20)
+
+    waiting, release = threading.Thread(target=wait_for_it), threading.Event()
+    with locked(path):
+        waiting.start()
+        time.sleep(0.3)  # it has opened the file by now
+        path.unlink()
+    assert held.wait(20)
+    with pytest.raises(BlockingIOError), locked(path, seconds=0):
+        pass
+    release.set()
+    waiting.join()

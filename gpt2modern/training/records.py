@@ -1,9 +1,13 @@
 """Record a run during training: metrics.jsonl, samples.jsonl, training_curves.png, trackers, the progress bar."""
 
+import contextlib
 import json
 import os
 import platform
+import socket
 import sys
+from collections.abc import Iterator
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.files import write_file
+from gpt2modern.files import locked, write_file
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
 from gpt2modern.training.config import TrainConfig
@@ -22,6 +26,40 @@ from gpt2modern.training.state import TrainState
 from gpt2modern.training.trackers import Trackers
 
 SETTINGS_FILE, CURVES_FILE = "resolved_config.yaml", "training_curves.png"
+
+
+@contextlib.contextmanager
+def reserved_output_dir(output_dir: Path) -> Iterator[None]:
+    """Keep other runs, also those on other machines, out of `output_dir` until the `with` block ends.
+
+    A missing folder is created, and removed in the end if it is empty. Its file `.in_use` says who uses it; what counts
+    is the lock on that file, which the kernel removes when the process ends. Raises GPT2ModernError that names the
+    process that uses the folder, or if it cannot be written.
+    """
+    path, missing = output_dir / ".in_use", [each for each in (output_dir, *output_dir.parents) if not each.exists()]
+    with contextlib.ExitStack() as held:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(path, seconds=0))
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+        except BlockingIOError:
+            raise GPT2ModernError(
+                f"--output_dir {output_dir} is in use by another run ({path.read_text(errors='replace')}); wait until "
+                "it ends, stop it, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise _unwritable(output_dir, error) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for folder in missing:
+                    folder.rmdir()
+
+
+def _unwritable(output_dir: Path, error: OSError) -> GPT2ModernError:
+    return GPT2ModernError(f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder")
 
 
 def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: int) -> None:
@@ -42,8 +80,7 @@ def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: in
         set_aside_later_checkpoints(checkpoints, state.step)
         _write_settings(output_dir / SETTINGS_FILE, config.chosen(), num_processes)
     except OSError as error:
-        message = f"--output_dir {output_dir} cannot be written ({error.strerror}); choose another folder"
-        raise GPT2ModernError(message) from None
+        raise _unwritable(output_dir, error) from None
 
 
 def _write_settings(path: Path, settings: dict[str, Any], num_processes: int) -> None:
