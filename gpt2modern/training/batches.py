@@ -4,20 +4,21 @@ The order depends only on seed, epoch and the number of consumed samples, so tha
 data. A resumed run, even with another number of processes or micro-batch size, continues with the same blocks.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, default_convert
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.stopping import ignore_signals
 
 
 @dataclass(frozen=True)
@@ -151,36 +152,27 @@ def step_batches(
 ) -> Iterator[StepBatch]:
     """Yield one StepBatch for each of the updates first_step, ..., max_steps - 1, with this process's micro-batches.
 
-    Close or exhaust the generator before the process exits: its worker processes read data ahead until then.
+    Close or exhaust the generator: --dataloader_num_workers threads read data ahead until then.
     """
-    loader = DataLoader(
-        blocks,
-        batch_sampler=micro_batch_indices(
-            len(blocks),
-            plan,
-            seed=config.seed,
-            consumed_samples=plan.consumed_samples(first_step),
-            process_index=accelerator.process_index,
-        ),
-        collate_fn=default_convert,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-        # Its own generator: a loader without one draws a base seed from the global stream when it is created.
-        generator=torch.Generator(),
-        worker_init_fn=ignore_signals,
+    indices = micro_batch_indices(
+        len(blocks),
+        plan,
+        seed=config.seed,
+        consumed_samples=plan.consumed_samples(first_step),
+        process_index=accelerator.process_index,
     )
-    micro_batches = _in_one_line(iter(loader))
-    try:
+
+    def read(batch: list[int]) -> torch.Tensor:
+        tokens = blocks.__getitems__(batch)
+        return tokens.pin_memory() if accelerator.device.type == "cuda" else tokens
+
+    with contextlib.closing(read_ahead(read, indices, num_threads=config.dataloader_num_workers)) as micro_batches:
         for step in range(first_step, config.max_steps):
             samples = samples_in_order(
                 len(blocks), plan, seed=config.seed, first=plan.consumed_samples(step), count=plan.samples_at(step)
             )
             count = plan.grad_accum_steps(step)
             yield StepBatch(samples, blocks.num_targets(samples), count, itertools.islice(micro_batches, count))
-    finally:
-        # Ends the workers. They ignore the signal with which Python ends child processes: without this line, a process
-        # that exits while a traceback holds this frame would wait for them forever.
-        del micro_batches
 
 
 def micro_batch_indices(
@@ -193,13 +185,24 @@ def micro_batch_indices(
         yield samples_in_order(num_blocks, plan, seed=seed, first=first, count=size).tolist()
 
 
-def _in_one_line(batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Yield the batches unchanged. If a worker raises GPT2ModernError, raise it without the worker's traceback, which
-    the DataLoader adds to its message."""
-    while True:
-        try:
-            batch = next(batches)
-        except GPT2ModernError as error:
-            message = str(error).strip().splitlines()[-1]
-            raise GPT2ModernError(message.removeprefix("gpt2modern.errors.GPT2ModernError: ")) from None
-        yield batch
+def read_ahead(
+    read: Callable[[list[int]], torch.Tensor], indices: Iterator[list[int]], *, num_threads: int
+) -> Iterator[torch.Tensor]:
+    """Yield `read(batch)` for each batch of the endless `indices`, in their order. Each thread reads two batches ahead;
+    without threads each batch is read when it is needed.
+
+    Threads, not the processes of a DataLoader: reading waits for the disk or copies, both without Python's lock, and
+    a thread needs no shared memory, cannot be killed alone, and ends with its process.
+    """
+    if num_threads == 0:
+        yield from map(read, indices)
+        return
+    pool = ThreadPoolExecutor(num_threads, "read_ahead")
+    try:
+        pending = deque(pool.submit(read, batch) for batch in itertools.islice(indices, 2 * num_threads))
+        while True:
+            batch = pending.popleft().result()
+            pending.append(pool.submit(read, next(indices)))
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

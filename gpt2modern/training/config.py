@@ -127,7 +127,7 @@ class TrainConfig:
         False, "recompute activations in the backward pass: uses less memory, about 30 %% slower"
     )
     dataloader_num_workers: int = speed(
-        0, "worker processes that read data ahead; 0: the training process reads it", least=0, most=256
+        0, "threads that read data ahead, for slow disks; 0: data is read when it is needed", least=0, most=256
     )
 
     logging_steps: int = record(10, "steps between two lines of metrics.jsonl", least=1)
