@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,31 @@ from gpt2modern.errors import GPT2ModernError
 Arguments = TypeVar("Arguments")
 
 
+class _Output(io.FileIO):
+    """Write to an open file as far as it takes the bytes: a full disk, a closed pipe or terminal is no error."""
+
+    def write(self, content: bytes) -> int:
+        try:
+            return super().write(content) or len(content)
+        except OSError:
+            return len(content)
+
+
+def never_fail_to_print() -> None:
+    """Let the program, and Python at its exit, continue where stdout or stderr cannot be written; the text is lost."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or type(stream) is io.TextIOWrapper:  # not what a test or a notebook has put there
+            output = io.BufferedWriter(_Output(os.devnull if stream is None else os.dup(stream.fileno()), "w"))
+            encoding = "utf-8" if stream is None else stream.encoding
+            setattr(sys, name, io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=True))
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a GPT2ModernError (exit code 2) or Ctrl-C (130) of the `with` block into one printed line and an exit."""
+    """Turn a GPT2ModernError (exit code 2) or Ctrl-C (130) of the `with` block into one printed line and an exit.
+    From then on, output that cannot be printed is lost and no error."""
+    never_fail_to_print()
     try:
         yield
     except GPT2ModernError as error:
@@ -50,7 +73,7 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *flags, **metadata):
         """Add one flag to its group. Of the field's metadata, only what argparse knows is passed to argparse."""
-        known = {
+        known = [
             "help",
             "type",
             "default",
@@ -62,7 +85,7 @@ class _Parser(HfArgumentParser):
             "dest",
             "metavar",
             "version",
-        }
+        ]
         keywords = {name: value for name, value in metadata.items() if name in known}
         place = super()
         if metadata.get("group"):

@@ -1,6 +1,6 @@
 """Stop a run on a signal or at the end of `--max_train_time`, after the same step on all processes.
 
-After the first SIGTERM, SIGINT or SIGUSR1 the running step is completed and saved. Another signal, more than
+After the first SIGTERM, SIGINT, SIGHUP or SIGUSR1 the running step is completed and saved. Another signal, more than
 `SAME_REQUEST_S` seconds later, ends the process at once, without saving. A stopped run exits with `STOPPED_EXIT_CODE`
 (torchrun and accelerate launch then exit with their own code for a failed worker), and the same command resumes it.
 """
@@ -15,7 +15,7 @@ from types import FrameType
 from gpt2modern.training.distributed import Processes
 
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, run the same command again
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 OUT_OF_TIME = 1 << 16  # a reason that is no signal's number
 SAME_REQUEST_S = 2.0  # one request can come twice: from the scheduler, and from the launcher, which forwards its own
 
@@ -37,7 +37,8 @@ class StopRequest:
             self._listen()
 
     def _listen(self) -> None:
-        self._replaced = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by nohup
+        self._replaced = {number: signal.signal(number, self._receive) for number in SIGNALS if number not in ignored}
         # A process that waits for another one runs no handlers: a thread sees a signal that comes during the wait.
         self._seen, self._sent = os.pipe()
         os.set_blocking(self._sent, False)
@@ -60,7 +61,7 @@ class StopRequest:
     def _watch(self) -> None:
         while numbers := os.read(self._seen, 64):
             for number in numbers:
-                if number not in SIGNALS:
+                if number not in self._replaced:
                     continue
                 now = time.monotonic()
                 if not self._received_at:
@@ -96,10 +97,3 @@ def exit_code_of_stop() -> int:
         os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     )
     return 0 if restarts_left > 0 else STOPPED_EXIT_CODE
-
-
-def ignore_signals(worker_id: int) -> None:
-    """Make a data-loading worker process ignore `SIGNALS`, which reach the complete process group: the training process
-    needs its workers to finish the running step."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
