@@ -291,6 +291,73 @@ def test_fsdp_without_a_launcher_is_refused(data_dir, tmp_path, monkeypatch, cap
     assert "needs processes started by accelerate launch or torchrun" in capsys.readouterr().err
 
 
+PLACE = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.fixture
+def refusal(data_dir, tmp_path, monkeypatch, capsys):
+    """Train in this process with variables of a launcher, and return the error; a variable that is None is not set."""
+
+    def train_with(**variables):
+        for name, value in variables.items():
+            if value is not None:
+                monkeypatch.setenv(name, str(value))
+        begin = time.monotonic()
+        with pytest.raises(SystemExit) as caught:
+            train(data_dir, tmp_path / "run", ddp_timeout=1)
+        assert caught.value.code == 2 and time.monotonic() - begin < 20 and not (tmp_path / "run").exists()
+        assert not torch.distributed.is_initialized()
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return train_with
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": 1, "RANK": 5}, "RANK=5 in the environment is not a number from 0 to 0; start with accelerate"),
+        ({"WORLD_SIZE": 1, "RANK": 5, "LOCAL_RANK": 5, "MASTER_PORT": 29999}, "RANK=5 in the environment is not a num"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc in the environment is not a number from 1 to"),
+        ({"WORLD_SIZE": "9" * 5000}, "in the environment is not a number from 1 to"),
+        ({"WORLD_SIZE": 0}, "WORLD_SIZE=0 in the environment is not a number from 1 to"),
+        ({"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 4}, "LOCAL_WORLD_SIZE=4 in the environment is not a number from 1 to 2"),
+        ({**PLACE, "LOCAL_RANK": 1}, "LOCAL_RANK=1 in the environment is not a number from 0 to 0"),
+        ({**PLACE, "MASTER_PORT": "abc"}, "MASTER_PORT=abc in the environment is not a number from 1 to 65535"),
+        ({**PLACE, "MASTER_PORT": 99999}, "MASTER_PORT=99999 in the environment is not a number from 1 to 65535"),
+        ({**PLACE, "MASTER_ADDR": None}, "but not MASTER_ADDR, MASTER_PORT; start with accelerate launch or torchrun"),
+        ({"TORCHELASTIC_RESTART_COUNT": "abc"}, "TORCHELASTIC_RESTART_COUNT=abc in the environment is not a number"),
+        ({"TORCHELASTIC_RESTART_COUNT": 1}, "but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; "),
+        ({"TORCHELASTIC_MAX_RESTARTS": "abc"}, "TORCHELASTIC_MAX_RESTARTS=abc in the environment is not a number"),
+    ],
+)
+def test_variables_of_a_launcher_that_contradict_each_other_are_refused_at_once(refusal, variables, expected):
+    assert expected in refusal(**variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RANK": 1, "MASTER_ADDR": "unknown.invalid"}, "reach the first process at MASTER_ADDR=unknown.invalid"),
+        ({"RANK": 0, "MASTER_ADDR": "unknown.invalid"}, "reach the first process at MASTER_ADDR=unknown.invalid"),
+        ({"RANK": 1}, "cannot reach the first process at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True"}, "cannot reach the first process at MAS"),
+        ({"RANK": 0}, "2 processes cannot meet at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} (--ddp_timeout 1): "),
+    ],
+)  # fmt: skip
+def test_a_node_that_is_absent_is_one_line_with_its_address(refusal, variables, expected):
+    port = 10000 + int(free_job_id())
+    assert expected.format(port=port) in refusal(**(PLACE | {"MASTER_PORT": port} | variables))
+
+
+def test_a_port_in_use_is_one_line(refusal):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        line = refusal(**PLACE, MASTER_PORT=port)
+    assert f"MASTER_PORT={port} (--ddp_timeout 1): " in line and "EADDRINUSE" in line and "choose another one" in line
+
+
 @pytest.mark.fault("F23 a process that hangs")
 def test_a_process_that_hangs_is_named_and_the_run_ends(data_dir, tmp_path):
     run = tmp_path / "run"
@@ -312,7 +379,7 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(data_dir, tmp_path):
     finally:
         launcher.kill()
     assert launcher.returncode != 0
-    assert f"of 2 processes these did not answer in --ddp_timeout 10 s: 1 on {socket.gethostname()}" in output
+    assert f"of 2 processes these have ended or do not answer: 1 on {socket.gethostname()}" in output
 
 
 def pid_of_rank(rank, launcher_pid):

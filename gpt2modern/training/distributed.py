@@ -3,8 +3,10 @@
 import contextlib
 import math
 import os
+import re
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,6 +16,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils.logging import disable_progress_bar
@@ -21,6 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from gpt2modern.errors import GPT2ModernError, first_line, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
+ADVICE = "start with accelerate launch or torchrun, or unset the variables that a launcher has left"
+UNKNOWN_HOST_S = 10.0  # the name of a cluster's first node may be unknown while that node starts
 _RUNNING = threading.Lock()  # runs of one process would share torch's random numbers and Accelerate's state
 
 
@@ -59,29 +64,34 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    launched = os.environ.get("WORLD_SIZE", "1")
-    if not launched.isdigit():
-        raise GPT2ModernError(f"WORLD_SIZE={launched!r} in the environment is not a number: unset this variable")
+    launched = launched_processes()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible not in ("", "-1") and torch.version.cuda and not torch.cuda.is_available():
         warn(f"no GPU is usable (CUDA_VISIBLE_DEVICES={visible} may be wrong, or no driver): training on the CPU")
     _refuse_other_engines()
-    _join_after_restart(ddp_timeout)
     try:
+        if launched > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+            _wait_for_first_process(ddp_timeout)
+        _join_after_restart(ddp_timeout)
         # Accelerate joins CPU processes only with cpu=True; otherwise each would train alone.
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=mixed_precision,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
         )
+    except DistError as error:
+        raise GPT2ModernError(
+            f"{launched} processes cannot meet at MASTER_ADDR={os.environ['MASTER_ADDR']} "
+            f"MASTER_PORT={os.environ['MASTER_PORT']} (--ddp_timeout {ddp_timeout}): {first_line(error)}; start this "
+            "command on every node, each with its own rank, or, if the port is in use, choose another one (accelerate "
+            "launch --main_process_port, torchrun --master_port)"
+        ) from None
     except (ValueError, AssertionError, RuntimeError) as error:
-        if isinstance(error, torch.distributed.DistError):
-            raise
         raise GPT2ModernError(
             f"cannot set up {launched} process(es) with mixed precision {mixed_precision}: {first_line(error)}; check "
             "the environment variables (ACCELERATE_*, RANK, MASTER_ADDR, ...), or start with accelerate launch"
         ) from None
-    if int(launched) != accelerator.num_processes:
+    if launched != accelerator.num_processes:
         raise GPT2ModernError(
             f"the launcher started WORLD_SIZE={launched} processes but Accelerate joined "
             f"{accelerator.num_processes}: each would train its own model; use --config_file with the file of "
@@ -96,6 +106,59 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         _set_up_fsdp(accelerator)
     return accelerator
+
+
+def launched_processes() -> int:
+    """Return the number of processes of this launch: WORLD_SIZE of the environment, or 1 if that is not set.
+
+    Raises GPT2ModernError if a variable of the launcher is missing, no number or out of range: this process would then
+    wait for processes that do not exist.
+    """
+    size = _launch_number("WORLD_SIZE", 1, least=1)
+    local_size = _launch_number("LOCAL_WORLD_SIZE", size, least=1, most=size)
+    _launch_number("RANK", 0, most=size - 1)
+    _launch_number("LOCAL_RANK", 0, most=local_size - 1)
+    _launch_number("MASTER_PORT", 1, least=1, most=65535)
+    restarts = _launch_number("TORCHELASTIC_RESTART_COUNT", 0) + _launch_number("TORCHELASTIC_MAX_RESTARTS", 0)
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing and (size > 1 or restarts or "TORCHELASTIC_RUN_ID" in os.environ):
+        raise GPT2ModernError(
+            f"WORLD_SIZE={size}: the environment has variables of a launcher, but not {', '.join(missing)}; {ADVICE}"
+        )
+    return size
+
+
+def _launch_number(name: str, default: int, *, least: int = 0, most: int = 10**9) -> int:
+    text = os.environ.get(name, str(default))
+    if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
+        raise GPT2ModernError(f"{name}={text:.20} in the environment is not a number from {least} to {most}; {ADVICE}")
+    return int(text)
+
+
+def _wait_for_first_process(ddp_timeout: int) -> None:
+    """Wait until the first process of the launch, or the launcher, listens at MASTER_ADDR and MASTER_PORT; torch would
+    not say what it waits for. Raises GPT2ModernError if the host stays unknown or does not answer."""
+    host, port, started, warned = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], time.monotonic(), False
+    while True:
+        try:
+            if os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                socket.getaddrinfo(host, port)  # this is the first process
+            else:
+                socket.create_connection((host, port), timeout=5).close()
+            return
+        except (OSError, UnicodeError) as error:
+            waited = time.monotonic() - started
+            is_unknown = isinstance(error, socket.gaierror | UnicodeError)
+            if waited > min(ddp_timeout, UNKNOWN_HOST_S if is_unknown else math.inf):
+                raise GPT2ModernError(
+                    f"cannot reach the first process at MASTER_ADDR={host} MASTER_PORT={port} from "
+                    f"{socket.gethostname()}: {error}; start it, and give every node its address (accelerate launch "
+                    "--main_process_ip, torchrun --master_addr)"
+                ) from None
+            if waited > 5 and not warned:
+                warned = True
+                warn(f"{host}:{port} does not answer yet ({error}); waiting for it up to --ddp_timeout {ddp_timeout} s")
+        time.sleep(0.5)
 
 
 def _refuse_precision(accelerator: Accelerator) -> None:
@@ -197,6 +260,7 @@ class Processes:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ddp_timeout))
             self.store = _launcher_store("roll_call")
             self.store.set(f"host/{self.index}", socket.gethostname())
+            self.hosts = self.store.multi_get([f"host/{index}" for index in range(self.count)])
 
     def largest(self, number: int) -> int:
         """Return the largest of the numbers that all processes pass; every process must call this."""
@@ -234,29 +298,38 @@ class Processes:
         if self.count == 1:
             return
         self.roll_calls += 1
-        self.store.set(f"{self.roll_calls}/{self.index}", "here")
-        self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # every process has read it by now
-        keys = [f"{self.roll_calls}/{index}" for index in range(self.count)]
+        keys, lost = [f"{self.roll_calls}/{index}" for index in range(self.count)], []
         try:
-            self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
-        except torch.distributed.DistStoreError:
+            self.store.set(keys[self.index], "here")
+            self.store.delete_key(f"{self.roll_calls - 2}/{self.index}")  # every process has read it by now
+            if self.store.check(["failed"]):
+                lost = [int(self.store.get("failed"))]
+            else:
+                self.store.wait(keys, timedelta(seconds=0.9 * self.ddp_timeout if wait_s is None else wait_s))
+        except DistNetworkError:  # the store is in process 0, if no launcher holds it
+            lost = [0]
+        except DistStoreError:
             lost = [index for index, key in enumerate(keys) if not self.store.check([key])]
-            if lost:
-                names = ", ".join(f"{index} on {self.store.get(f'host/{index}').decode()}" for index in lost)
-                raise GPT2ModernError(
-                    f"of {self.count} processes these did not answer in --ddp_timeout {self.ddp_timeout} s: {names}; "
-                    "start all again to resume from the newest checkpoint"
-                ) from None
+        if lost:
+            names = ", ".join(f"{index} on {self.hosts[index].decode()}" for index in lost)
+            raise GPT2ModernError(
+                f"of {self.count} processes these have ended or do not answer: {names}; start all again to resume from "
+                "the newest checkpoint"
+            )
 
     @contextlib.contextmanager
     def lost_ones_named(self) -> Iterator[None]:
         """Replace the error of a collective that fails in this block by a GPT2ModernError that names the processes
-        which do not answer. If all of them answer, the original error is raised."""
+        which do not answer. If all of them answer, the original error is raised. An error that is not of a collective
+        ends the other processes at their next one."""
         try:
             yield
-        except RuntimeError as error:
-            if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-                self.call_roll(wait_s=1 + self.ddp_timeout / 10)  # the others have failed, or will soon
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo" in str(error)):
+                self.call_roll(wait_s=min(30, 1 + self.ddp_timeout / 10))  # the others have failed, or will soon
+            elif self.count > 1:
+                with contextlib.suppress(RuntimeError):
+                    self.store.set("failed", str(self.index))
             raise
 
 
