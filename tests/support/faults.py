@@ -69,6 +69,31 @@ def raise_error(step, output_dir):
     return before_update(int(step), action)
 
 
+def broken_forward(step, output_dir):
+    """Raise in the first forward pass after update `step`, in the middle of a batch: as when memory runs out."""
+
+    def hook(*arguments):
+        raise ValueError("this process is broken")
+
+    return before_update(int(step), lambda model, **details: model.register_forward_pre_hook(hook))
+
+
+def cut_data(step, output_dir):
+    """Cut the prepared data next to the run's folder, as a copy that is started again does."""
+
+    def action(**details):
+        for path in output_dir.with_name("data").rglob("*.arrow"):
+            os.truncate(path, 0)
+
+    return before_update(int(step), action)
+
+
+def ignored_hangup(step, output_dir):
+    """Send SIGHUP to a process that nohup has started."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    return send(signal.SIGHUP)(step, output_dir)
+
+
 def nonfinite(step, output_dir, loss_factor=float("nan"), norm_factor=float("nan")):
     """Break the loss of this process and the gradient, as after an overflow."""
 
@@ -188,9 +213,13 @@ FAULTS = {
     "SIGTERM": send(signal.SIGTERM),
     "SIGINT": send(signal.SIGINT),
     "SIGUSR1": send(signal.SIGUSR1),
+    "SIGHUP": send(signal.SIGHUP),
+    "ignored_hangup": ignored_hangup,
     "two_signals": send(signal.SIGTERM, signal.SIGTERM, pause_s=SAME_REQUEST_S + 0.1),
     "handed_on": send(signal.SIGTERM, signal.SIGTERM),  # as by a scheduler that signals launcher and process
     "error": raise_error,
+    "broken_forward": broken_forward,
+    "cut_data": cut_data,
     "nonfinite": nonfinite,
     "infinite_norm": infinite_norm,
     "left_out": left_out,
