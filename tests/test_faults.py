@@ -316,7 +316,6 @@ def test_an_error_ends_the_process_while_data_is_read_ahead(start, tmp_path, fau
     fault_log("F5 an error while data is read ahead")
 
 
-@pytest.mark.xfail(strict=True, reason="blocks are read through a memory map, where a file that was cut is a SIGBUS")
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_data_that_is_cut_while_training_is_one_line(start, data_dir, tmp_path, fault_log, num_threads):
     data = shutil.copytree(data_dir, tmp_path / "data")

@@ -144,7 +144,9 @@ def test_fewer_shards_are_written_than_would_have_documents(tmp_path, huge_besid
         manifest = run(tmp_path / name, *huge_beside_small, *flags)
         files = sorted(path.name for path in (tmp_path / name / "train").glob("*.arrow"))
         count = len(files)
-        assert 1 <= count <= 4 and files == [Path(shard["path"]).name for shard in manifest["splits"]["train"]["shards"]]
+        assert 1 <= count <= 4 and files == [
+            Path(shard["path"]).name for shard in manifest["splits"]["train"]["shards"]
+        ]
         assert len(manifest["splits"]["train"]["shards"]) == count
         assert manifest["splits"]["train"]["documents"] == manifest["source"]["documents"] == 4
         assert f"note: {count} shards are written, not " in capsys.readouterr().out
