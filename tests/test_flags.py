@@ -23,6 +23,7 @@ from gpt2modern.training.checkpoints import (
 )
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
+from gpt2modern.training.records import read_rows
 from gpt2modern.training.state import TrainState
 from tests.support.folders import write_prepared
 from tests.support.trainer import TINY, built, checkpoints_of, config_of
@@ -341,6 +342,17 @@ def test_every_step_and_seed_drops_out_other_units(equal_blocks, model_dir, tmp_
         flags = {"model_name_or_path": str(model_dir), "config_overrides": f"hidden_dropout={dropout}"}
         found[seed] = losses(equal_blocks, tmp_path / str(seed), learning_rate=0.0, seed=seed, **flags)
     assert len({*found[1], *found[2]}) == (2 * STEPS if dropout else 1)
+
+
+def test_every_sample_and_seed_draws_other_tokens(data_dir, model_dir, tmp_path):
+    """The model and the prompts are the same."""
+    flags = {"model_name_or_path": str(model_dir), "config_overrides": None, "learning_rate": 0.0, "max_steps": 1}
+    texts = []
+    for seed in (1, 2):
+        prompts = {"sample_prompts": ["def", "def"], "sample_max_new_tokens": 8}
+        train(config_of(data_dir, tmp_path / str(seed), seed=seed, **flags, **prompts))
+        texts += [row["text"] for row in read_rows(tmp_path / str(seed) / "samples.jsonl")]
+    assert len(texts) == len(set(texts)) == 4
 
 
 @pytest.mark.parametrize(
