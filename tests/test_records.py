@@ -66,7 +66,7 @@ def test_a_resumed_log_has_no_step_twice(tmp_path):
     for step in range(1, 6):
         log.add({"step": step})
     resumed = RowLog(path, {}, resumed_step=3)
-    assert resumed.last_step == 5
+    assert resumed.last_step == 5 and [row["step"] for row in read_rows(path)] == [1, 2, 3]
     resumed.add({"step": 4})
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
 
