@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +21,8 @@ from gpt2modern.evaluation.loss import bits_per_byte, evaluate_loss
 from gpt2modern.loading import load_model
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import export_fresh_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class UniformModel(nn.Module):
@@ -152,6 +158,23 @@ def test_one_bit_per_byte_is_ln_2_nats_over_one_byte_tokens():
 def samples(model_dir, tmp_path, *flags):
     run(generate.main, "--model", model_dir, "--output", tmp_path / "samples.json", "--max_new_tokens", 12, *flags)
     return [row["text"] for row in json.loads((tmp_path / "samples.json").read_text())["samples"]]
+
+
+def test_a_prompt_is_printed_in_an_encoding_that_lacks_its_characters(model_dir):
+    command = [
+        sys.executable,
+        "-m",
+        "eval.generate",
+        "--model",
+        model_dir,
+        "--prompt",
+        "\u00e9t\u00e9",
+        "--max_new_tokens",
+        "4",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(REPOSITORY)}
+    finished = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0 and "\\xe9t\\xe9" in finished.stdout, finished.stderr
 
 
 def test_a_seed_fixes_the_sample(model_dir, tmp_path):
