@@ -8,7 +8,6 @@ are always those of `tokenizers` with `add_special_tokens=False`. Text that spel
 import contextlib
 import functools
 import json
-import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -45,7 +44,6 @@ UNEQUAL_SYMBOLS = """
 20C1 2B96 FBC3-FBD2 FD90-FD91 FDC8-FDCE 1CCFA-1CCFC 1CEBA-1CEF0 1F6D8 1F777-1F77A 1F8D0-1F8D8 1FA54-1FA57
 1FA8A-1FA8E 1FAC8-1FACD 1FAEA-1FAEF 1FBFA
 """  # only for the few tokenizers that treat symbols and unassigned characters differently
-SPECIAL, UNEQUAL = 1, 2  # marks of token ids; see `_marks_of_ids`
 
 
 def train_tokenizer(texts: Iterator[list[str]], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -121,11 +119,10 @@ class Encoder:
         path, engine = folder / "tokenizer.json", config.tokenizer_engine
         parse = config.parse_special_tokens or config.chat_column is not None  # chat templates write special tokens
         reference = cls(path, "tokenizers", dtype, tokenizer.eos_token_id, sha256_of(path), parse)
-        _marks_of_ids(path, reference.sha256)  # before processes are forked, which inherit it
         if engine == "tokenizers":
             return reference
         try:
-            _load_gigatoken(path, reference.sha256, True)
+            _load_gigatoken(path, reference.sha256, parse)  # before processes are forked, which inherit it
         except Exception as error:  # not installed, or an unsupported kind of tokenizer
             problem = f"cannot load this tokenizer ({cause_of(error)})"
             if engine == "gigatoken":
@@ -137,31 +134,31 @@ class Encoder:
     def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray, int]:
         """Encode a `large_string` array. Returns all ids in sequence, uint32, the number of ids per text, int64, and
         how often the texts spell a special token."""
-        ids, lengths = self._encode(texts, self.engine, parse=True)
-        marks = _marks_of_ids(self.tokenizer_json, self.sha256)[ids]
-        marked = np.flatnonzero(marks)
-        marks, text_of_mark = marks[marked], np.searchsorted(np.cumsum(lengths), marked, side="right")
-        unequal = np.unique(text_of_mark[(marks == UNEQUAL) & (self.engine == "gigatoken")])
-        pattern = _unequal_pattern(self.tokenizer_json, self.sha256)
-        unequal = unequal[pc.match_substring_regex(texts.take(pa.array(unequal)), pattern).to_numpy(False)]
-        spelled = np.unique(text_of_mark[(marks == SPECIAL) & (not self.parse_special_tokens)])
-        parts = None
-        for chosen, engine in ((np.setdiff1d(spelled, unequal), self.engine), (unequal, "tokenizers")):
-            if len(chosen):
-                parts = parts or np.split(ids, np.cumsum(lengths)[:-1])
-                again, sizes = self._encode(texts.take(pa.array(chosen)), engine, self.parse_special_tokens)
-                for index, part in zip(chosen, np.split(again, np.cumsum(sizes)[:-1]), strict=True):
-                    parts[index] = part
-        if parts:
-            ids, lengths = np.concatenate(parts), np.array([len(part) for part in parts])
-        return ids, lengths, int((marks == SPECIAL).sum())
+        counts = pc.count_substring_regex(texts, _special_pattern(self.tokenizer_json, self.sha256))
+        is_unequal = np.zeros(len(texts), dtype=bool)
+        if self.engine == "gigatoken":
+            pattern = _unequal_pattern(self.tokenizer_json, self.sha256)
+            texts_to_search = pc.if_else(pc.string_is_ascii(texts), "", texts)
+            is_unequal = pc.match_substring_regex(texts_to_search, pattern).to_numpy(zero_copy_only=False)
+        return *self._encode_both(texts, is_unequal), pc.sum(counts).as_py() or 0
 
-    def _encode(self, texts: pa.Array, engine: str, parse: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts with one engine. parse: whether text that spells a special token becomes that token."""
+    def _encode_both(self, texts: pa.Array, is_unequal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Encode texts with the engine, but those of `is_unequal`, (texts,) bool, with `tokenizers`."""
+        if not is_unequal.any():
+            return self._encode(texts, self.engine)
+        parts: list[np.ndarray] = [np.empty(0)] * len(texts)
+        for chosen, engine in ((~is_unequal, self.engine), (is_unequal, "tokenizers")):
+            if chosen.any():
+                ids, lengths = self._encode(texts.filter(pa.array(chosen)), engine)
+                for index, part in zip(chosen.nonzero()[0], np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
+                    parts[index] = part
+        return np.concatenate(parts), np.array([len(part) for part in parts])
+
+    def _encode(self, texts: pa.Array, engine: str) -> tuple[np.ndarray, np.ndarray]:
         if engine == "gigatoken":
-            ids = _load_gigatoken(self.tokenizer_json, self.sha256, parse)(texts)
+            ids = _load_gigatoken(self.tokenizer_json, self.sha256, self.parse_special_tokens)(texts)
             return ids.content.data, np.diff(ids.offsets.data)
-        tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256, parse)
+        tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256, self.parse_special_tokens)
         encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
@@ -286,20 +283,10 @@ def _load_tokenizers(tokenizer_json: Path, sha256: str, parse: bool) -> Tokenize
 
 
 @functools.cache
-def _marks_of_ids(tokenizer_json: Path, sha256: str) -> np.ndarray:
-    """Return (ids,) uint8: SPECIAL for a special token; UNEQUAL for a token that may be part of an unequal character,
-    because its bytes contain the first two of one, or end with the first; otherwise 0."""
-    tokenizer = _load_tokenizers(tokenizer_json, sha256, True)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    codes = [code for first, last in _unequal_ranges(tokenizer_json) for code in range(first, last + 1)]
-    starts = {to_bytes.pre_tokenize_str(chr(code))[0][0][:2] for code in codes}
-    pattern = "|".join([*map(re.escape, sorted(starts)), f"[{''.join({start[0] for start in starts})}]$"])
-    names, ids = pa.array(list(vocabulary)), np.array(list(vocabulary.values()))
-    marks = np.zeros(ids.max() + 1, dtype=np.uint8)
-    marks[ids[pc.match_substring_regex(names, pattern).to_numpy(False)]] = UNEQUAL
-    marks[[index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special]] = SPECIAL
-    return marks
+def _special_pattern(tokenizer_json: Path, sha256: str) -> str:
+    """Return a regular expression (RE2) for text that spells a special token."""
+    added = _load_tokenizers(tokenizer_json, sha256, True).get_added_tokens_decoder().values()
+    return "|".join(rf"\Q{token.content}\E" for token in added if token.special) or r"\z\A."
 
 
 def _unequal_ranges(tokenizer_json: Path) -> list[list[int]]:
