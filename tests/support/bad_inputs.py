@@ -216,9 +216,9 @@ PLACES = [
 ]
 
 ENVIRONMENT = [
-    environment("WORLD_SIZE", "two", "WORLD_SIZE='two' in the environment is not a number: unset this variable"),
-    environment("WORLD_SIZE", "2", "cannot set up 2 process(es)"),
-    environment("LOCAL_RANK", "first", "cannot set up 1 process(es)", "unset what an earlier launch left behind"),
+    environment("WORLD_SIZE", "two", "WORLD_SIZE=two in the environment is not a number from 1 to"),
+    environment("WORLD_SIZE", "2", "has variables of a launcher, but not RANK, LOCAL_RANK, MASTER_ADDR"),
+    environment("LOCAL_RANK", "first", "is not a number from 0 to 0", "unset what an earlier launch left behind"),
     environment("ACCELERATE_TORCH_DEVICE", "toaster", "cannot set up 1 process(es)", "unset ACCELERATE_TORCH_DEVICE"),
     environment(
         "ACCELERATE_MIXED_PRECISION", "fp7", "mixed precision 'fp7' of the launcher is unknown; choose from no,"
