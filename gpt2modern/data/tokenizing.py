@@ -119,10 +119,11 @@ class Encoder:
         path, engine = folder / "tokenizer.json", config.tokenizer_engine
         parse = config.parse_special_tokens or config.chat_column is not None  # chat templates write special tokens
         reference = cls(path, "tokenizers", dtype, tokenizer.eos_token_id, sha256_of(path), parse)
+        _special_pattern(*reference._loaded)  # before processes are forked, which inherit what is loaded
         if engine == "tokenizers":
             return reference
         try:
-            _load_gigatoken(path, reference.sha256, parse)  # before processes are forked, which inherit it
+            _load_gigatoken(*reference._loaded)
         except Exception as error:  # not installed, or an unsupported kind of tokenizer
             problem = f"cannot load this tokenizer ({cause_of(error)})"
             if engine == "gigatoken":
@@ -131,10 +132,14 @@ class Encoder:
             return reference
         return replace(reference, engine="gigatoken")
 
+    @property
+    def _loaded(self) -> tuple[Path, str, bool]:
+        return self.tokenizer_json, self.sha256, self.parse_special_tokens
+
     def ids_and_lengths(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray, int]:
         """Encode a `large_string` array. Returns all ids in sequence, uint32, the number of ids per text, int64, and
         how often the texts spell a special token."""
-        counts = pc.count_substring_regex(texts, _special_pattern(self.tokenizer_json, self.sha256))
+        counts = pc.count_substring_regex(texts, _special_pattern(*self._loaded))
         is_unequal = np.zeros(len(texts), dtype=bool)
         if self.engine == "gigatoken":
             pattern = _unequal_pattern(self.tokenizer_json, self.sha256)
@@ -156,9 +161,9 @@ class Encoder:
 
     def _encode(self, texts: pa.Array, engine: str) -> tuple[np.ndarray, np.ndarray]:
         if engine == "gigatoken":
-            ids = _load_gigatoken(self.tokenizer_json, self.sha256, self.parse_special_tokens)(texts)
+            ids = _load_gigatoken(*self._loaded)(texts)
             return ids.content.data, np.diff(ids.offsets.data)
-        tokenizer = _load_tokenizers(self.tokenizer_json, self.sha256, self.parse_special_tokens)
+        tokenizer = _load_tokenizers(*self._loaded)
         encodings = tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
         ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return np.concatenate(ids), np.array([len(each) for each in ids], dtype=np.int64)
@@ -283,9 +288,9 @@ def _load_tokenizers(tokenizer_json: Path, sha256: str, parse: bool) -> Tokenize
 
 
 @functools.cache
-def _special_pattern(tokenizer_json: Path, sha256: str) -> str:
+def _special_pattern(tokenizer_json: Path, sha256: str, parse: bool) -> str:
     """Return a regular expression (RE2) for text that spells a special token."""
-    added = _load_tokenizers(tokenizer_json, sha256, True).get_added_tokens_decoder().values()
+    added = _load_tokenizers(tokenizer_json, sha256, parse).get_added_tokens_decoder().values()
     return "|".join(rf"\Q{token.content}\E" for token in added if token.special) or r"\z\A."
 
 
@@ -305,7 +310,7 @@ def _unequal_pattern(tokenizer_json: Path, sha256: str) -> str:
 @functools.cache
 def _bytes_of_tokens(tokenizer_json: Path, sha256: str) -> np.ndarray:
     """Return the number of UTF-8 bytes that each id of a byte-level BPE stands for: (ids,) int64."""
-    tokenizer = _load_tokenizers(tokenizer_json, sha256, True)
+    tokenizer = _load_tokenizers(tokenizer_json, sha256, False)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
