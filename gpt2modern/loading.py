@@ -22,7 +22,7 @@ def load_model(name: str, *, flag: str = "--model", **kwargs: Any) -> PreTrained
     never run: the architecture must be GPT2-Modern or one of transformers. Raises GPT2ModernError if the model cannot
     be loaded, or a tensor is missing, unexpected, of another shape, NaN or infinite.
     """
-    check_model_name(name, flag)
+    check_model_name(name, flag, kwargs.get("subfolder") or "")
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a damaged file is reported below, in one line
     transformers_logging.disable_progress_bar()
@@ -76,11 +76,11 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return config.max_position_embeddings if learned else None
 
 
-def check_model_name(name: str, flag: str) -> None:
-    """Raise GPT2ModernError if `name` is a folder without config.json, or neither a folder nor of the form owner/name.
-    flag: the command-line flag that the message names. This does not connect to the Hub."""
+def check_model_name(name: str, flag: str, subfolder: str = "") -> None:
+    """Raise GPT2ModernError if `name` is a folder without config.json (in its `subfolder`), or neither a folder nor of
+    the form owner/name. flag: the command-line flag that the message names. This does not connect to the Hub."""
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
         raise GPT2ModernError(
             f"{flag} {name} is not a model folder: it has no config.json; name the folder that has it"
         )

@@ -249,11 +249,14 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
                 model_type = PreTrainedConfig.get_config_dict(name, **place)[0].get("model_type")
         if model_type in (None, cls.config_class.model_type):
             return super().from_pretrained(name, *args, **kwargs)
-        source = load_conversion(name, model_type).from_native(name, like=kwargs.get("config"), **place)
+        conversion, config = load_conversion(name, model_type), kwargs.get("config") or name
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, cls.config_class):
+            config = conversion.our_config(config.to_dict(), name)
+        source = conversion.from_native(name, like=config, **place)
         weights = {
             key: weight for key, weight in source.state_dict().items() if key not in source.all_tied_weights_keys
         }
-        changes = {"config": kwargs.get("config") or name, "state_dict": weights, "output_loading_info": True}
+        changes = {"config": config, "state_dict": weights, "output_loading_info": True}
         model, report = super().from_pretrained(None, *args, **(kwargs | changes))
         model.name_or_path = model.config.name_or_path = str(name)
         model.generation_config = source.generation_config

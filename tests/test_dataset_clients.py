@@ -1,5 +1,6 @@
 """A prepared folder is a `datasets` dataset: datasets, Trainer, TRL and transformers' own script take it as it is."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_datasets_opens_the_folder_and_each_split(folder, tmp_path):
     (stream,) = streams_of(folder, "validation")
     tokens = [token for row in whole["validation"]["input_ids"] for token in row]
     assert tokens[: len(stream) // BLOCK_SIZE * BLOCK_SIZE] == stream[: len(stream) // BLOCK_SIZE * BLOCK_SIZE]
+
+
+def test_caches_that_datasets_writes_beside_the_rows_are_not_read_as_rows(folder, tmp_path):
+    data = Path(shutil.copytree(folder, tmp_path / "data"))
+    rows = load_from_disk(str(data / "train"))
+    rows.map(lambda row: {"labels": row["labels"]})
+    rows.shuffle(seed=1)
+    assert list((data / "train").glob("cache-*.arrow"))
+    assert load_dataset(str(data), cache_dir=str(tmp_path / "cache"), split="train").num_rows == len(rows)
 
 
 def test_rows_become_tensors_that_a_model_takes(folder):

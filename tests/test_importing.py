@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
@@ -128,6 +129,16 @@ def test_auto_class_with_our_configuration_imports_too(folders):
     expected = logits(AutoModelForCausalLM.from_pretrained(folders / "gpt2"))
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
     assert model.config.embedding_dropout == 0.5
+
+
+def test_subfolder_and_the_folder_s_own_configuration_may_be_given(folders):
+    expected = logits(GPT2ModernForCausalLM.from_pretrained(folders / "gpt2"))
+    stock = AutoConfig.from_pretrained(folders / "gpt2")
+    for model in (
+        GPT2ModernForCausalLM.from_pretrained(folders, subfolder="gpt2"),
+        GPT2ModernForCausalLM.from_pretrained(folders / "gpt2", config=stock),
+    ):
+        assert torch.equal(logits(model), expected)
 
 
 def test_configuration_that_contradicts_the_folder_is_refused(folders):

@@ -48,7 +48,7 @@ def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
 
     repo_id: of the dataset on the Hub; None for a local folder."""
     source, name = manifest["source"]["name"], repo_id.split("/")[-1] if repo_id else "Packed token blocks"
-    files = [{"split": split, "path": f"{split}/*.arrow"} for split in manifest["splits"]]
+    files = [{"split": split, "path": f"{split}/data-*.arrow"} for split in manifest["splits"]]
     data = DatasetCardData(
         pretty_name=name,
         tags=["gpt2-modern", "packed"],
