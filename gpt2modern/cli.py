@@ -22,6 +22,7 @@ from transformers.hf_argparser import HfArgumentParser
 from gpt2modern.errors import GPT2ModernError
 
 Arguments = TypeVar("Arguments")
+MOST_CHARACTERS = 1000  # of an error, which may quote a value of any length, before its last 200
 
 
 class _Output(io.FileIO):
@@ -52,7 +53,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except GPT2ModernError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        line = line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]} ... {line[-200:]}"
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("error: interrupted by the user (Ctrl-C)", file=sys.stderr)

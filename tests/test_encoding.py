@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2modern.data.formats import ReadOptions
@@ -196,6 +196,18 @@ def test_a_document_with_a_new_character_is_encoded_as_by_tokenizers(tmp_path, t
     flags = ("--train_file", held_out, "--validation_file", held_out, "--tokenizer_name", tmp_path / "words")
     for engine in ("auto", "tokenizers"):
         run(tmp_path / engine, *flags, "--tokenizer_engine", engine, "--block_size", 8)
+    assert contents(tmp_path / "auto") == contents(tmp_path / "tokenizers")
+
+
+def test_a_tokenizer_with_tokens_of_single_words_is_left_to_tokenizers(tmp_path, tokenizer_dir, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer.add_tokens([AddedToken("at", single_word=True)])
+    tokenizer.save_pretrained(tmp_path / "words")
+    held_out = write_jsonl(tmp_path / "a.jsonl", ["a cat at a mat"])
+    flags = ("--train_file", held_out, "--validation_file", held_out, "--tokenizer_name", tmp_path / "words")
+    run(tmp_path / "auto", *flags, "--block_size", 8)
+    assert "because gigatoken cannot load this tokenizer (ValueError: gigatoken ignores" in capsys.readouterr().out
+    run(tmp_path / "tokenizers", *flags, "--block_size", 8, "--tokenizer_engine", "tokenizers")
     assert contents(tmp_path / "auto") == contents(tmp_path / "tokenizers")
 
 

@@ -269,12 +269,12 @@ def _load_gigatoken(tokenizer_json: Path, sha256: str, parse: bool):
     import awkward  # noqa: PLC0415  optional: installed with gigatoken
     import gigatoken  # noqa: PLC0415  optional: `tokenizers` encodes without it
 
-    content = tokenizer_json.read_text(encoding="utf-8")
+    values = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    if any(token["single_word"] for token in values["added_tokens"]):
+        raise ValueError("gigatoken ignores single_word of an added token")
     if not parse:
-        values = json.loads(content)
         values["added_tokens"] = [token for token in values["added_tokens"] if not token["special"]]
-        content = json.dumps(values)
-    tokenizer = gigatoken.Tokenizer.from_json(content)
+    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(values))
     return lambda texts: tokenizer.encode_batch(awkward.from_arrow(texts)).layout
 
 
