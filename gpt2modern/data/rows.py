@@ -64,12 +64,13 @@ def _message_with_labels(batch: pa.RecordBatch) -> bytes:
     are made equal to those of the first column, which the format permits, and the copy of the bytes is omitted.
     """
     labelled = batch.append_column("labels", batch.column(0))
-    body, copied = (pa.ipc.read_message(each.serialize()) for each in (batch, labelled))
+    message = pa.ipc.read_message(labelled.serialize())
     counts = [len(column.buffers()) for column in labelled.columns]
-    words = np.frombuffer(bytearray(copied.metadata), dtype="<i8")
+    words = np.frombuffer(bytearray(message.metadata), dtype="<i8")
     values = words.tolist()
-    words[values.index(copied.body.size)] = body.body.size
     first = values.index(sum(counts) << 32) + 1  # the number of buffers is the int32 before them
     buffers = words[first : first + 2 * sum(counts)].reshape(-1, 2)
+    size = int(buffers[-counts[-1], 0])  # the copy for labels is the last part of the body
+    words[values.index(message.body.size)] = size
     buffers[-counts[-1] :] = buffers[: counts[0]]
-    return CONTINUATION + struct.pack("<i", words.nbytes) + words.tobytes() + body.body.to_pybytes()
+    return CONTINUATION + struct.pack("<i", words.nbytes) + words.tobytes() + message.body[:size].to_pybytes()

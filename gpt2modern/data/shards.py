@@ -24,7 +24,7 @@ from gpt2modern.data.documents import COLUMN, array_of
 from gpt2modern.data.packing import PACKERS
 from gpt2modern.data.rows import RowWriter, schema_of
 from gpt2modern.data.sources import Source
-from gpt2modern.data.splits import ValidationRule, hash_documents, is_not_empty
+from gpt2modern.data.splits import ValidationRule, hash_documents, is_not_empty, offsets_of
 from gpt2modern.data.tokenizing import Encoder, check_engine
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import atomic_file, atomic_folder, described, locked, sha256_of, write_json
@@ -161,7 +161,7 @@ class Encoded(NamedTuple):
     def of(cls, table: pa.Table, dtype: str) -> "Encoded":
         """Return the documents of a table with the columns tokens and bytes (see `encode_batch`)."""
         tokens = array_of(table, "tokens")
-        offsets = np.frombuffer(tokens.buffers()[1], np.int64)[tokens.offset : tokens.offset + len(tokens) + 1]
+        offsets = offsets_of(tokens)
         ids = np.frombuffer(tokens.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]].view(dtype)
         return cls(ids, np.diff(offsets) // ids.itemsize, table["bytes"].to_numpy())
 

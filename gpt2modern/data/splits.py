@@ -66,7 +66,7 @@ def training_texts(documents: Iterable[pa.Array], rule: ValidationRule) -> Itera
 
 def is_not_empty(documents: pa.Array) -> np.ndarray:
     """Return for each document whether it has any text or tokens: (documents,) bool."""
-    return np.diff(_offsets(documents)) > 0
+    return np.diff(offsets_of(documents)) > 0
 
 
 def hash_documents(documents: pa.Array) -> np.ndarray:
@@ -74,13 +74,15 @@ def hash_documents(documents: pa.Array) -> np.ndarray:
     values = documents.buffers()[-1]
     itemsize = 1 if pa.types.is_large_string(documents.type) else documents.type.value_type.bit_width // 8
     view = memoryview(values if values is not None else b"")
-    edges = (_offsets(documents) * itemsize).tolist()
+    edges = (offsets_of(documents) * itemsize).tolist()
     digests = [xxh3_64_intdigest(view[start:end]) for start, end in pairwise(edges)]
     return np.array(digests, dtype=np.uint64)
 
 
-def _offsets(documents: pa.Array) -> np.ndarray:
-    """Return where each document starts in the array's values, and where the last one ends: (documents + 1,)."""
+def offsets_of(documents: pa.Array) -> np.ndarray:
+    """Return where each document starts in the array's values, and where the last one ends: (documents + 1,) int64.
+
+    documents: of a type with 64-bit offsets (large_string, large_binary, large_list)."""
     if not len(documents):
         return np.zeros(1, dtype=np.int64)
     offsets = np.frombuffer(documents.buffers()[1], dtype=np.int64)
