@@ -84,7 +84,7 @@ class PrepareConfig:
     shuffle_seed: int = setting(
         0, "Seed that shuffles the training documents.", group=TOKENS, identity=ALWAYS, least=0, most=MOST)
     num_shards: int | None = setting(
-        None, "Number of shards (folders) of the training split; default: about one per 128 MB, a power of two.",
+        None, "Number of shards (files) of the training split; default: about one per 128 MB, a power of two.",
         group=OUTPUT, identity=ALWAYS, least=1, most=100_000)
     shard_index: int | None = setting(
         None, "Write only this shard; when all are written, a run without this flag finishes the folder.", group=OUTPUT)
