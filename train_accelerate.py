@@ -51,7 +51,7 @@ from gpt2modern.training.distributed import (
     whole_tensor,
 )
 from gpt2modern.training.memory import dry_run, fit_micro_batch
-from gpt2modern.training.models import build_model
+from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
@@ -98,7 +98,9 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         stop,
         joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes),
     ):
-        config = replace(config, mixed_precision=accelerator.mixed_precision)  # the launcher's, if no flag is given
+        attention = config.attn_implementation or fastest_attention(accelerator.device, accelerator.mixed_precision)
+        # The launcher's precision, if no flag is given.
+        config = replace(config, mixed_precision=accelerator.mixed_precision, attn_implementation=attention)
         with processes.errors_of_main():
             if accelerator.is_main_process:
                 held.enter_context(reserved_output_dir(Path(config.output_dir)))
@@ -206,7 +208,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
     optimizers = build_optimizers(unwrapped_model, config)
     if not accelerator.is_fsdp2:
         model = accelerator.prepare(unwrapped_model)
-        model = torch.compile(model) if config.torch_compile else model
+        model = torch.compile(model, options=COMPILE_OPTIONS) if config.torch_compile else model
     accelerator.print(
         f"{config.model_name_or_path or config.model_preset}: {unwrapped_model.num_parameters():,} parameters, "
         f"{unwrapped_model.num_parameters(only_trainable=True):,} of them trained, on {accelerator.num_processes} x "

@@ -1,8 +1,11 @@
 """Compute the loss of a linear head without holding all logits: cross-entropy, soft cap (bound of logits), z-loss."""
 
+import functools
 import re
+from collections.abc import Callable
 
 import torch
+from torch.utils._triton import has_triton
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -13,6 +16,46 @@ def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 # Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
 # allocator keeps it between blocks. An `add_` of bf16 to fp32 over all 50,304 rows at once takes 9x as long on CPU.
 _WEIGHT_ROWS_PER_BLOCK = 8192
+# Tokens whose scores a CPU turns into gradients at a time: 32 x 50,304 in fp32 are 6 MB, which stay in its cache.
+_CPU_TOKENS_PER_BLOCK = 32
+
+
+def _loss_and_gradient(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    z_loss_coefficient: float,
+    loss_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the log-probability of each target, log(sum(exp(scores))) and the gradient of the loss with respect to the
+    logits, where scores are the logits after the soft cap.
+
+    logits: (rows, vocab_size); targets: (rows, 1), int64. The first two results are (rows, 1) in loss_dtype, in which
+    everything is computed, and so is the gradient, (rows, vocab_size).
+    """
+    scores = logits.to(loss_dtype)
+    if softcap is not None:
+        tanh = torch.tanh(scores / softcap)
+        scores = softcap * tanh
+    probabilities = torch.softmax(scores, dim=-1)
+    # The largest probability is 1 / sum(exp(scores - largest score)).
+    log_sum = scores.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
+    log_probs = scores.gather(1, targets) - log_sum
+    # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
+    at_target = log_probs.expm1()
+    if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
+        slope = 2 * z_loss_coefficient * log_sum
+        probabilities = probabilities.mul_(1 + slope)
+        at_target = at_target + slope * log_probs.exp()
+    gradient = probabilities.scatter_(1, targets, at_target)
+    if softcap is not None:
+        gradient = gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - (scores / softcap)^2
+    return log_probs, log_sum, gradient
+
+
+@functools.cache
+def _compiled_loss_and_gradient() -> Callable:
+    return torch.compile(_loss_and_gradient)
 
 
 def _summed_loss_and_gradients(
@@ -42,58 +85,39 @@ def _summed_loss_and_gradients(
     )
     total.zero_()
     z_total.zero_()
-    weight_gradient.zero_()
+    weight_gradient[vocab_size if num_tokens else 0 :].zero_()
     output_weight = weight[:vocab_size].to(compute_dtype)  # (vocab_size, hidden_size)
 
     # Allocated once: a fresh 150 MB buffer per chunk would cost the CPU more in page faults than the softmax itself.
-    buffer_shape = (min(chunk_size, num_tokens), vocab_size)
-    logits_buffer = hidden_states.new_empty(buffer_shape, dtype=compute_dtype)
-    scores_buffer = logits_buffer if loss_dtype == compute_dtype else torch.empty_like(logits_buffer, dtype=loss_dtype)
-    log_probs_buffer = torch.empty_like(scores_buffer)
+    buffer = hidden_states.new_empty((min(chunk_size, num_tokens), vocab_size), dtype=compute_dtype)
+    # On a GPU one fused kernel reads the logits once; on a CPU blocks in the cache do the same without a compiler.
+    is_on_cpu = hidden_states.device.type == "cpu"
+    block_size = _CPU_TOKENS_PER_BLOCK if is_on_cpu else chunk_size
+    loss_and_gradient = _loss_and_gradient if is_on_cpu or not has_triton() else _compiled_loss_and_gradient()
 
     for start in range(0, num_tokens, chunk_size):
         chunk = slice(start, min(start + chunk_size, num_tokens))
-        rows = chunk.stop - chunk.start
-        # logits, scores and log_probs: (rows, vocab_size)
-        logits, scores, log_probs = logits_buffer[:rows], scores_buffer[:rows], log_probs_buffer[:rows]
         is_ignored = (labels[chunk] == ignore_index).unsqueeze(1)  # (rows, 1)
         targets = labels[chunk].unsqueeze(1).masked_fill(is_ignored, 0)  # (rows, 1)
         # A zeroed hidden state adds exactly nothing to the weight gradient: cheaper than masking (rows, vocab_size).
         inputs = hidden_states[chunk].to(compute_dtype).masked_fill(is_ignored, 0)  # (rows, hidden_size)
-
-        torch.mm(inputs, output_weight.t(), out=logits)
-        if scores is not logits:
-            scores.copy_(logits)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        torch.log_softmax(scores, dim=-1, out=log_probs)
-        target_log_probs = log_probs.gather(1, targets)  # (rows, 1)
-        total -= target_log_probs.masked_fill(is_ignored, 0).sum()
-        if z_loss_coefficient:
-            # log(sum(exp(scores))) = score - log-probability of any token, which saves a second pass over the scores.
-            log_sum = (scores.gather(1, targets) - target_log_probs).masked_fill_(is_ignored, 0)
-            z_total += z_loss_coefficient * log_sum.square().sum()
-        if not (needs_hidden_gradient or needs_weight_gradient):
-            continue
-
-        # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
-        gradient = log_probs.exp_()  # (rows, vocab_size)
-        if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
-            z_slope = 2 * z_loss_coefficient * log_sum
-            gradient.addcmul_(gradient, z_slope)
-            gradient.scatter_(1, targets, target_log_probs.expm1() + z_slope * target_log_probs.exp())
-        else:
-            gradient.scatter_(1, targets, target_log_probs.expm1_())
-        if softcap is not None:
-            gradient.addcmul_(gradient, scores.div_(softcap).square_(), value=-1)  # times 1 - (scores / softcap)^2
-        if gradient.dtype != compute_dtype:
-            gradient = logits.copy_(gradient)
+        gradient = torch.mm(
+            inputs, output_weight.t(), out=buffer[: len(inputs)]
+        )  # first the logits, (rows, vocab_size)
+        for first in range(0, len(inputs), block_size):
+            block = slice(first, first + block_size)
+            log_probs, log_sum, gradient[block] = loss_and_gradient(
+                gradient[block], targets[block], softcap, z_loss_coefficient, loss_dtype
+            )
+            total -= log_probs.masked_fill(is_ignored[block], 0).sum()
+            z_total += z_loss_coefficient * log_sum.square().masked_fill(is_ignored[block], 0).sum()
         if needs_hidden_gradient:
             hidden_gradient[chunk] = (gradient @ output_weight).masked_fill_(is_ignored, 0)
         if needs_weight_gradient:
             for first_row in range(0, vocab_size, _WEIGHT_ROWS_PER_BLOCK):
-                block = slice(first_row, min(first_row + _WEIGHT_ROWS_PER_BLOCK, vocab_size))
-                weight_gradient[block] += (gradient[:, block].t() @ inputs).to(loss_dtype)
+                rows = slice(first_row, min(first_row + _WEIGHT_ROWS_PER_BLOCK, vocab_size))
+                product = gradient[:, rows].t() @ inputs
+                weight_gradient[rows] = product if start == 0 else weight_gradient[rows] + product
 
     return total.add_(z_total), z_total, hidden_gradient, weight_gradient
 
@@ -194,7 +218,6 @@ def linear_cross_entropy_and_z_loss(
     match, a vocab_size out of range, and a chunk_size or softcap that is not positive.
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
-    chunk_size = max(512, weight.shape[1]) if chunk_size is None else chunk_size
     is_2d = hidden_states.dim() == weight.dim() == 2
     if not is_2d or hidden_states.shape != (*labels.shape, weight.shape[1]):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden_states, weight, labels))
@@ -202,12 +225,14 @@ def linear_cross_entropy_and_z_loss(
         raise ValueError(f"shapes must be {expected} for hidden_states, weight and labels, got {shapes}")
     if not 1 <= vocab_size <= weight.shape[0]:
         raise ValueError(f"vocab_size must be between 1 and the {weight.shape[0]} rows of weight, got {vocab_size}")
-    if chunk_size < 1 or (softcap is not None and softcap <= 0):
+    if (chunk_size is not None and chunk_size < 1) or (softcap is not None and softcap <= 0):
         raise ValueError(f"chunk_size and softcap (or None) must be positive, got {chunk_size} and {softcap}")
     device_type = hidden_states.device.type
     compute_dtype = hidden_states.dtype
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
+    if chunk_size is None:
+        chunk_size = max(1024, weight.shape[1]) * torch.float32.itemsize // compute_dtype.itemsize
     total, z_total, _, _ = _linear_cross_entropy_sum(
         hidden_states,
         weight,

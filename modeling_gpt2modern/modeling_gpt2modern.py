@@ -2,7 +2,8 @@
 
 The file is ordered from the inner to the outer parts: attention, decoder layer, model, models with a head. `__init__`
 turns each choice of the configuration into a module; no `forward` reads a flag. Modules have the same names as in
-Llama. Norms, MLPs and the rotary embedding are in layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
+Llama. Attention functions are in attention_gpt2modern.py; norms, MLPs and the rotary embedding are in
+layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ from transformers.utils.generic import is_flash_attention_requested, merge_with_
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_gpt2modern import eager_attention_forward
 from .configuration_gpt2modern import GPT2ModernConfig, load_conversion
 from .layers_gpt2modern import (
     NORMS,
@@ -72,31 +74,6 @@ MASKS: dict[str, Callable] = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention, softmax(query @ key.T * scaling + mask) @ value, in plain PyTorch. All others must match it.
-
-    query: (batch, num_heads, query_len, head_dim); key, value: (batch, num_key_value_heads, key_len, head_dim).
-    Returns the output (batch, query_len, num_heads, head_dim) and the weights (batch, num_heads, query_len, key_len).
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)  # (batch, num_heads, key_len, head_dim)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling  # (batch, num_heads, query_len, key_len)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class GPT2ModernAttention(nn.Module):

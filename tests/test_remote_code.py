@@ -15,7 +15,13 @@ from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import random_ids, tiny_model
 
 FLAG_SETS = ("gpt2", "modern", "speedrun", "sliding_mixed")
-CODE = {"configuration_gpt2modern.py", "layers_gpt2modern.py", "loss_gpt2modern.py", "modeling_gpt2modern.py"}
+CODE = {
+    "attention_gpt2modern.py",
+    "configuration_gpt2modern.py",
+    "layers_gpt2modern.py",
+    "loss_gpt2modern.py",
+    "modeling_gpt2modern.py",
+}
 
 # Runs elsewhere; argv: the folder that holds one saved model per flag set. Prints one JSON object.
 ELSEWHERE = """

@@ -122,7 +122,11 @@ class TrainConfig:
         None, "precision of matrix products; default: that of accelerate launch, otherwise no (fp32)"
     )
     torch_compile: bool = speed(False, "compile the model for training with torch.compile")
-    attn_implementation: str = speed("sdpa", "attention kernel: eager, sdpa, flash_attention_2, flex_attention, ...")
+    attn_implementation: str | None = speed(
+        None,
+        "attention kernel: sdpa, blockwise, flash_attention_2, flex_attention, eager, ...; default: sdpa, but blockwise "
+        "for bf16 on a CPU",
+    )
     gradient_checkpointing: bool = speed(
         False, "recompute activations in the backward pass: uses less memory, about 30 %% slower"
     )

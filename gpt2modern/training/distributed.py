@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils.logging import disable_progress_bar
 
 from gpt2modern.errors import GPT2ModernError, first_line, warn
+from gpt2modern.training.models import COMPILE_OPTIONS
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 ADVICE = "start with accelerate launch or torchrun, or unset the variables that a launcher has left"
@@ -366,7 +367,7 @@ def shard_model(model: GPT2ModernForCausalLM, accelerator: Accelerator, *, torch
     for module in list(model.modules()):
         if type(module).__name__ in model._no_split_modules:
             if torch_compile:
-                module.compile()
+                module.compile(options=COMPILE_OPTIONS)
             fully_shard(module, reshard_after_forward=reshard_after_forward, mp_policy=precision)
     return fully_shard(model, mp_policy=precision)
 
