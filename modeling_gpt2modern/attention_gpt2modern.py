@@ -57,7 +57,7 @@ def blockwise_attention_forward(
     Returns the output (batch, seq_len, num_heads, head_dim) and None. Rows of more than 1,024 tokens, and queries that
     read a cache, get "sdpa".
     """
-    batch_size, num_heads, seq_len, head_dim = query.shape
+    batch_size, num_heads, seq_len, _ = query.shape
     if key.shape[2] != seq_len or seq_len > BLOCKWISE_LONGEST_ROW:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -124,8 +124,8 @@ class TrainConfig:
     torch_compile: bool = speed(False, "compile the model for training with torch.compile")
     attn_implementation: str | None = speed(
         None,
-        "attention kernel: sdpa, blockwise, flash_attention_2, flex_attention, eager, ...; default: sdpa, but blockwise "
-        "for bf16 on a CPU",
+        "attention kernel: sdpa, flash_attention_2, flex_attention, blockwise, ...; default: blockwise for bf16 on a "
+        "CPU, otherwise sdpa",
     )
     gradient_checkpointing: bool = speed(
         False, "recompute activations in the backward pass: uses less memory, about 30 %% slower"
