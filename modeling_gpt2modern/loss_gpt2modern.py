@@ -16,8 +16,8 @@ def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 # Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
 # allocator keeps it between blocks. An `add_` of bf16 to fp32 over all 50,304 rows at once takes 9x as long on CPU.
 _WEIGHT_ROWS_PER_BLOCK = 8192
-# Tokens whose scores a CPU turns into gradients at a time: 32 x 50,304 in fp32 are 6 MB, which stay in its cache.
-_CPU_TOKENS_PER_BLOCK = 32
+# Scores that a CPU turns into gradients at a time. In fp32 they are 8 MB, which stay in its cache.
+_CPU_SCORES_PER_BLOCK = 2**21
 
 
 def _loss_and_gradient(
@@ -92,7 +92,7 @@ def _summed_loss_and_gradients(
     buffer = hidden_states.new_empty((min(chunk_size, num_tokens), vocab_size), dtype=compute_dtype)
     # On a GPU one fused kernel reads the logits once; on a CPU blocks in the cache do the same without a compiler.
     is_on_cpu = hidden_states.device.type == "cpu"
-    block_size = _CPU_TOKENS_PER_BLOCK if is_on_cpu else chunk_size
+    block_size = max(1, _CPU_SCORES_PER_BLOCK // vocab_size) if is_on_cpu else chunk_size
     loss_and_gradient = _loss_and_gradient if is_on_cpu or not has_triton() else _compiled_loss_and_gradient()
 
     for start in range(0, num_tokens, chunk_size):
@@ -101,9 +101,8 @@ def _summed_loss_and_gradients(
         targets = labels[chunk].unsqueeze(1).masked_fill(is_ignored, 0)  # (rows, 1)
         # A zeroed hidden state adds exactly nothing to the weight gradient: cheaper than masking (rows, vocab_size).
         inputs = hidden_states[chunk].to(compute_dtype).masked_fill(is_ignored, 0)  # (rows, hidden_size)
-        gradient = torch.mm(
-            inputs, output_weight.t(), out=buffer[: len(inputs)]
-        )  # first the logits, (rows, vocab_size)
+        # Holds the logits, (rows, vocab_size), until each block of them is replaced by its gradient.
+        gradient = torch.mm(inputs, output_weight.t(), out=buffer[: len(inputs)])
         for first in range(0, len(inputs), block_size):
             block = slice(first, first + block_size)
             log_probs, log_sum, gradient[block] = loss_and_gradient(
