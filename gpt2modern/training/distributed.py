@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils.logging import disable_progress_bar
 
+from gpt2modern.cores import available_cores, user_setting_of_threads
 from gpt2modern.errors import GPT2ModernError, first_line, warn
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
@@ -42,8 +44,12 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
             "another run is training in this Python process; wait until it ends, or use a new process"
         )
     is_own = not AcceleratorState._shared_state  # an Accelerator that the caller has made stays as it is
+    threads = torch.get_num_threads()
     try:
+        setting = user_setting_of_threads(threads)
         accelerator = build_accelerator(mixed_precision, ddp_timeout)
+        if accelerator.device.type == "cpu":
+            set_threads(accelerator, threads if setting else None, setting)
         processes = Processes(accelerator, ddp_timeout)
         with processes.lost_ones_named():
             yield accelerator, processes
@@ -52,8 +58,21 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
         accelerator.end_training()
     finally:
         _RUNNING.release()
+        torch.set_num_threads(threads)
         if is_own and not torch.distributed.is_initialized():
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def set_threads(accelerator: Accelerator, threads: int | None, setting: str) -> None:
+    """Set and print the number of threads of this process: `threads`, the user's `setting`, or if it is None an equal
+    part of the physical cores that this process shares with others of the launch."""
+    place = socket.gethostname(), getattr(os, "sched_getaffinity", str)(0)
+    cores, sharing = available_cores(physical=True), gather_object([place]).count(place)
+    torch.set_num_threads(threads or max(1, cores // sharing))  # also governs MKL, oneDNN and Inductor
+    accelerator.print(
+        f"CPU threads per process: {torch.get_num_threads()}{f', by {setting}' if setting else ''} (cores: {cores} of "
+        f"{psutil.cpu_count(logical=False) or os.cpu_count()}, processes that share them: {sharing})"
+    )
 
 
 def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
@@ -63,6 +82,7 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     if every process would silently train its own copy, or if the launcher's settings are invalid or unsupported.
     """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # of Accelerate's number, replaced later
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     launched = launched_processes()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
