@@ -81,13 +81,14 @@ class Report:
         command = shlex.join(["python", "-m", f"benchmarks.{topic}", *words])
         git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
         failed, commit = subprocess.getstatusoutput(shlex.join(git))
+        cores = available_cores(physical=True)
         cpu_info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         processor = re.search(r"^model name\s*: (.+)", cpu_info, re.MULTILINE)
         self.provenance = (
             f"Command: `{command}`, {'not a git checkout' if failed else f'at commit {commit}'}.\n"
             f"Versions: {versions}, Python {platform.python_version()}, {platform.system()}.\n"
-            f"Hardware: {self.device_name}; {available_cores(physical=True)} cores of "
-            f"{processor[1] if processor else platform.machine()}, {psutil.virtual_memory().total / 2**30:.0f} GiB; load average at the start {os.getloadavg()[0]:.1f}."
+            f"Hardware: {self.device_name}; {cores} cores of {processor[1] if processor else platform.machine()}, "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GiB; load average at the start {os.getloadavg()[0]:.1f}."
         )
 
     def write(self, title: str, question: str, method: str, rows: Sequence[Sequence[str]], remarks: str = "") -> None:

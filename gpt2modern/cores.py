@@ -11,42 +11,33 @@ LAUNCHED = {"TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_BACKEND"}  # set by torchr
 
 def available_cores(*, physical: bool = False, root: Path = Path("/")) -> int:
     """Return the number of CPU cores that this process may use: those of its affinity (taskset, SLURM, cpuset), at most
-    the CPU quota of its cgroups (containers, systemd), rounded up.
+    the CPU quota of its cgroups (version 1 or 2: containers, systemd) and of those above them, rounded up.
 
     physical: count the hyperthreads of one core once, if the system tells. root: the folder that has proc and sys.
     """
-    return max(1, min(_cores_of_affinity(physical, root), math.ceil(_cpu_quota(root))))
-
-
-def _cores_of_affinity(physical: bool, root: Path = Path("/")) -> int:
-    if not hasattr(os, "sched_getaffinity"):  # not Linux
-        return psutil.cpu_count(logical=not physical) or os.cpu_count() or 1
-    cpus = [root / f"sys/devices/system/cpu/cpu{number}/topology" for number in os.sched_getaffinity(0)]
-    return len({(physical and _read(cpu / "topology/thread_siblings_list")) or cpu for cpu in cpus})
-
-
-def _cpu_quota(root: Path) -> float:
-    """Return the smallest CPU quota, in cores, of this process's cgroups (version 1 and 2) and of those above them, or
-    a very large number. In a container only the uppermost may be visible."""
-    quotas = [1e9]
+    cores = _cores_of_affinity(physical, root)
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
         group = root / "sys/fs/cgroup" / ("cpu" if controllers else "") / path.strip("/")
-        for folder in (group, *group.parents):
+        for folder in (group, *group.parents):  # in a container only the uppermost may be visible
             version_1 = f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
             quota, _, period = (_read(folder / "cpu.max") or version_1).partition(" ")
             if quota.isdigit():  # otherwise it is "max", -1 or absent
-                quotas.append(int(quota) / int(period))
-    return min(quotas)
+                cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def _cores_of_affinity(physical: bool, root: Path = Path("/")) -> int:
+    if not hasattr(os, "sched_getaffinity"):  # not Linux
+        return psutil.cpu_count(logical=not physical) or os.cpu_count() or 1
+    cpus = [root / f"sys/devices/system/cpu/cpu{number}" for number in os.sched_getaffinity(0)]
+    return len({(physical and _read(cpu / "topology/thread_siblings_list")) or cpu for cpu in cpus})
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def user_setting_of_threads(threads: int) -> str:
