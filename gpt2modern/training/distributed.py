@@ -409,8 +409,8 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """Return a copy of an unsharded tensor, which every process has, on the device of `example` and sharded like it."""
-    tensor = tensor.to(example.device, copy=True)
+    """Return an unsharded tensor, which every process has, on the device of `example` and sharded like it."""
+    tensor = tensor.to(example.device)
     if not isinstance(example, DTensor):
         return tensor
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
