@@ -34,45 +34,40 @@ _RUNNING = threading.Lock()  # runs of one process would share torch's random nu
 @contextlib.contextmanager
 def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator[tuple[Accelerator, Processes]]":
     """Join the processes of this launch for the duration of the block; yield the Accelerator and the Processes.
+    On a CPU, the block has the user's number of threads, or else all cores, divided among the processes that share them.
 
     Models wrapped by DDP must be deleted inside the block. If a collective fails in it because processes are lost,
     raises GPT2ModernError that names them. The Python process may enter another block later; after an error, only if
     the launch has a single process.
     """
+    setting = user_setting_of_threads(threads := torch.get_num_threads())
     if not _RUNNING.acquire(blocking=False):
         raise GPT2ModernError(
             "another run is training in this Python process; wait until it ends, or use a new process"
         )
     is_own = not AcceleratorState._shared_state  # an Accelerator that the caller has made stays as it is
-    threads = torch.get_num_threads()
     try:
-        setting = user_setting_of_threads(threads)
         accelerator = build_accelerator(mixed_precision, ddp_timeout)
-        if accelerator.device.type == "cpu":
-            set_threads(accelerator, threads if setting else None, setting)
         processes = Processes(accelerator, ddp_timeout)
         with processes.lost_ones_named():
+            if accelerator.device.type == "cpu":
+                place = socket.gethostname(), getattr(os, "sched_getaffinity", str)(0)
+                cores, sharing = available_cores(physical=True), gather_object([place]).count(place)
+                torch.set_num_threads(threads if setting else max(1, cores // sharing))  # also of oneDNN and Inductor
+                number, total = torch.get_num_threads(), psutil.cpu_count(logical=False) or os.cpu_count()
+                accelerator.print(
+                    f"CPU threads per process: {number}{f', by {setting}' if setting else ''} "
+                    f"(cores: {cores} of {total}, processes that share them: {sharing})"
+                )
             yield accelerator, processes
         accelerator.wait_for_everyone()
         accelerator.free_memory()
         accelerator.end_training()
     finally:
-        _RUNNING.release()
         torch.set_num_threads(threads)
+        _RUNNING.release()
         if is_own and not torch.distributed.is_initialized():
             AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def set_threads(accelerator: Accelerator, threads: int | None, setting: str) -> None:
-    """Set and print the number of threads of this process: `threads`, the user's `setting`, or if it is None an equal
-    part of the physical cores that this process shares with others of the launch."""
-    place = socket.gethostname(), getattr(os, "sched_getaffinity", str)(0)
-    cores, sharing = available_cores(physical=True), gather_object([place]).count(place)
-    torch.set_num_threads(threads or max(1, cores // sharing))  # also governs MKL, oneDNN and Inductor
-    accelerator.print(
-        f"CPU threads per process: {torch.get_num_threads()}{f', by {setting}' if setting else ''} (cores: {cores} of "
-        f"{psutil.cpu_count(logical=False) or os.cpu_count()}, processes that share them: {sharing})"
-    )
 
 
 def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
