@@ -34,7 +34,7 @@ _RUNNING = threading.Lock()  # runs of one process would share torch's random nu
 @contextlib.contextmanager
 def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator[tuple[Accelerator, Processes]]":
     """Join the processes of this launch for the duration of the block; yield the Accelerator and the Processes.
-    On a CPU, the block has the user's number of threads, or else all cores, divided among the processes that share them.
+    On a CPU, the block has the number of threads that the user set, or else all cores, divided among the processes.
 
     Models wrapped by DDP must be deleted inside the block. If a collective fails in it because processes are lost,
     raises GPT2ModernError that names them. The Python process may enter another block later; after an error, only if
