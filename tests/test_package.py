@@ -127,3 +127,13 @@ def test_every_package_that_is_imported_is_declared():
                 if not owners & declared:
                     missing.add(f"{top} in {path.relative_to(REPOSITORY)}")
     assert not missing
+
+
+def test_importing_the_model_imports_only_what_gpt2_of_transformers_does():
+    """The time of an import is that of its modules: ours adds its own five to 2,500."""
+    script = (
+        "import sys, transformers.models.gpt2.modeling_gpt2; before = set(sys.modules); import modeling_gpt2modern; "
+        "print(*(name for name in set(sys.modules) - before if name.split('.')[0] != 'modeling_gpt2modern'))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

@@ -572,9 +572,18 @@ def test_a_compiled_step_is_never_compiled_again(data_dir, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_losses_of_an_eager_one(finished, data_dir, tmp_path):
+def test_a_compiled_run_has_the_losses_of_an_eager_one(finished, data_dir, tmp_path, monkeypatch):
+    """A second compiled run takes its code from torch's caches on disk."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     eager = train(data_dir, tmp_path / "eager")
     compiled = train(data_dir, tmp_path / "compiled", torch_compile=True)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    again = train(data_dir, tmp_path / "again", torch_compile=True)
+    counters = torch._dynamo.utils.counters
+    assert counters["aot_autograd"]["autograd_cache_hit"] and not counters["aot_autograd"]["autograd_cache_miss"]
+    assert not counters["inductor"]["fxgraph_cache_miss"]
+    assert losses(again) == losses(compiled)
     assert losses(compiled) == pytest.approx(losses(eager), abs=1e-4)
     assert load_file(compiled / "model.safetensors").keys() == load_file(eager / "model.safetensors").keys()
 

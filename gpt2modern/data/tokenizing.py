@@ -95,6 +95,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@functools.lru_cache(maxsize=1)  # the tokenizer makes a dictionary each time
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the largest token id of a tokenizer plus one."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)

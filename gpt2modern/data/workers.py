@@ -12,6 +12,7 @@ from multiprocessing.connection import wait
 
 from tqdm import tqdm
 
+from gpt2modern.cores import available_cores
 from gpt2modern.data.shards import Job, Stopped, is_finished, write_shard
 
 
@@ -48,11 +49,6 @@ def write_shards(job: Job, indices: Sequence[int], num_proc: int | None) -> None
         finally:  # after an error, or Ctrl-C, no more shards are started
             stop.set()
             pool.shutdown(cancel_futures=True)
-
-
-def available_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(job: Job, stop) -> None:

@@ -399,4 +399,4 @@ def load_optimizer_state(
         state, key = states[name]
         if (key in ("step", "exp_avg_sq") and tensor.min() < 0) or (key == "step" and tensor > step):
             raise GPT2ModernError(f"{path} has impossible values in tensor {name} for step {step}; {OTHERWISE}")
-        state[key] = shard_like(tensor, state[key])
+        state[key].copy_(shard_like(tensor, state[key]))

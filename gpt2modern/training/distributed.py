@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils.logging import disable_progress_bar
 
+from gpt2modern.cores import available_cores, user_setting_of_threads
 from gpt2modern.errors import GPT2ModernError, first_line, warn
 from gpt2modern.training.models import COMPILE_OPTIONS
 from modeling_gpt2modern import GPT2ModernForCausalLM
@@ -33,11 +35,13 @@ _RUNNING = threading.Lock()  # runs of one process would share torch's random nu
 @contextlib.contextmanager
 def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator[tuple[Accelerator, Processes]]":
     """Join the processes of this launch for the duration of the block; yield the Accelerator and the Processes.
+    On a CPU, the block has the number of threads that the user set, or else all cores, divided among the processes.
 
     Models wrapped by DDP must be deleted inside the block. If a collective fails in it because processes are lost,
     raises GPT2ModernError that names them. The Python process may enter another block later; after an error, only if
     the launch has a single process.
     """
+    setting = user_setting_of_threads(threads := torch.get_num_threads())
     if not _RUNNING.acquire(blocking=False):
         raise GPT2ModernError(
             "another run is training in this Python process; wait until it ends, or use a new process"
@@ -47,11 +51,21 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
         accelerator = build_accelerator(mixed_precision, ddp_timeout)
         processes = Processes(accelerator, ddp_timeout)
         with processes.lost_ones_named():
+            if accelerator.device.type == "cpu":
+                place = socket.gethostname(), getattr(os, "sched_getaffinity", str)(0)
+                cores, sharing = available_cores(physical=True), gather_object([place]).count(place)
+                torch.set_num_threads(threads if setting else max(1, cores // sharing))  # also of oneDNN and Inductor
+                number, total = torch.get_num_threads(), psutil.cpu_count(logical=False) or os.cpu_count()
+                accelerator.print(
+                    f"CPU threads per process: {number}{f', by {setting}' if setting else ''} "
+                    f"(cores: {cores} of {total}, processes that share them: {sharing})"
+                )
             yield accelerator, processes
         accelerator.wait_for_everyone()
         accelerator.free_memory()
         accelerator.end_training()
     finally:
+        torch.set_num_threads(threads)
         _RUNNING.release()
         if is_own and not torch.distributed.is_initialized():
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -64,6 +78,7 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
     if every process would silently train its own copy, or if the launcher's settings are invalid or unsupported.
     """
     disable_progress_bar()  # one bar is enough; transformers draws another for every file it writes
+    warnings.filterwarnings("ignore", "OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # of Accelerate's number, replaced later
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     launched = launched_processes()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
@@ -390,8 +405,8 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """Return a copy of an unsharded tensor, which every process has, on the device of `example` and sharded like it."""
-    tensor = tensor.to(example.device, copy=True)
+    """Return an unsharded tensor, which every process has, on the device of `example` and sharded like it."""
+    tensor = tensor.to(example.device)
     if not isinstance(example, DTensor):
         return tensor
     return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
