@@ -50,7 +50,8 @@ from gpt2modern.training.distributed import (
     whole_model,
     whole_tensor,
 )
-from gpt2modern.training.memory import dry_run, fit_micro_batch
+from gpt2modern.training.dry_run import dry_run
+from gpt2modern.training.memory import fit_micro_batch
 from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
@@ -91,7 +92,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
     folder: where the checkpoint is being written). Raises GPT2ModernError for every error that the user can fix.
     """
     if config.dry_run:
-        raise GPT2ModernError("a dry run does not train; call gpt2modern.training.memory.dry_run instead")
+        raise GPT2ModernError("a dry run does not train; call gpt2modern.training.dry_run.dry_run instead")
     stop = StopRequest(time.monotonic() + config.max_train_seconds())
     with (
         contextlib.ExitStack() as held,
@@ -221,7 +222,8 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
         # gradients are discarded, the first gradient sum of a resumed run would be rounded differently.
         model.train()
         batch = train_blocks.__getitems__([0] * plan.micro_batch_size).to(accelerator.device)
-        accelerator.backward(batch_loss(model, batch, num_items=batch.numel())[0])
+        num_items = torch.tensor(float(batch.numel()), device=accelerator.device)  # as in training: compiled once
+        accelerator.backward(batch_loss(model, batch, num_items=num_items)[0])
         model.zero_grad(set_to_none=True)
     return Built(model, unwrapped_model, optimizers, train_blocks, eval_blocks, plan)
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.loss import LossBenchmarkConfig
 from benchmarks.precision import PrecisionCheckConfig
+from benchmarks.scaling import ScalingConfig
 from benchmarks.throughput import ThroughputConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
@@ -33,6 +34,7 @@ ARGUMENTS = {
     "eval.perplexity": PerplexityConfig,
     "benchmarks.loss": LossBenchmarkConfig,
     "benchmarks.precision": PrecisionCheckConfig,
+    "benchmarks.scaling": ScalingConfig,
     "benchmarks.throughput": ThroughputConfig,
     "gpt2modern.conversion": ConversionConfig,
 }

@@ -93,8 +93,8 @@ def test_weights_gradients_and_optimizer_states_are_counted():
     matrices = sum(p.numel() for name, p in model.named_parameters() if name.endswith("_proj.weight"))
 
     def estimate(optimizer, mixed_precision, shards=1):
-        launch = SimpleNamespace(mixed_precision=mixed_precision, num_processes=shards, is_fsdp2=shards > 1)
-        return estimate_memory(replace(CONFIG, optimizer=optimizer), launch, model, micro_batch_size=1, block_size=16)
+        settings, plan = replace(CONFIG, optimizer=optimizer), BatchPlan(shards, 1, shards, block_size=16)
+        return estimate_memory(settings, model, plan, autocast=mixed_precision != "no", fsdp2=shards > 1)
 
     adamw, muon, halved = estimate("adamw", "no"), estimate("muon", "bf16"), estimate("adamw", "no", shards=2)
     assert [adamw[name] for name in ("weights", "gradients", "optimizer states")] == [
@@ -178,7 +178,8 @@ def test_the_generator_of_an_apple_gpu_is_kept_while_samples_are_drawn(mps, toke
 
 def test_on_a_cpu_half_of_the_free_memory_is_the_limit(accelerator, monkeypatch):
     model = new_model()
-    needed = sum(estimate_memory(CONFIG, accelerator, model, micro_batch_size=4, block_size=16).values())
+    plan = BatchPlan(4, 4, 1, block_size=16)
+    needed = sum(estimate_memory(CONFIG, model, plan, autocast=accelerator.mixed_precision != "no").values())
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed))
     assert fitted(accelerator, model, 8) == 4
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * needed - 2))

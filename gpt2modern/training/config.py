@@ -40,7 +40,9 @@ class TrainConfig:
     """
 
     config: str | None = setting(None, "YAML recipe with these flags as keys: a file, or a shipped recipe (demo, ...)")
-    dry_run: bool = setting(False, "print all settings, model size, memory and FLOPs, and exit; works without data")
+    dry_run: str = setting(
+        "false", "print settings, sizes and FLOPs, and exit; '8 x H100': also its speed there", nargs="?", const="true"
+    )
 
     model_preset: str = model("modern", "architecture and size of a new model: gpt2, modern, speedrun, ...")
     config_overrides: str | None = model(
@@ -194,6 +196,10 @@ class TrainConfig:
         for field in dataclasses.fields(self):  # Python code may give a folder as a Path
             if isinstance(value := getattr(self, field.name), Path):
                 setattr(self, field.name, str(value))
+        words = dict.fromkeys(["true", "yes", "t", "y", "1"], "true") | dict.fromkeys(
+            ["false", "no", "f", "n", "0"], ""
+        )
+        self.dry_run = words.get(str(self.dry_run).lower(), self.dry_run)
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are required, as flags or in the --config file")
         self.per_device_train_batch_size = number_or_auto(

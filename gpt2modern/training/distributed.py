@@ -16,7 +16,12 @@ import psutil
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -93,7 +98,11 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision=mixed_precision,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout)),
+                # No buffer changes in training, and gradients need no copy beside the buckets that they are summed in.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
         )
     except DistError as error:
         raise GPT2ModernError(

@@ -1,4 +1,4 @@
-"""Estimate the memory of a training step, find the largest micro-batch that fits, and print a dry run."""
+"""Estimate the memory of a training step and find the largest micro-batch that fits."""
 
 import gc
 import itertools
@@ -7,22 +7,17 @@ from dataclasses import replace
 
 import psutil
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss
-from gpt2modern.loading import load_config
-from gpt2modern.training.batches import BatchPlan, plan_batches
+from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.models import DataShape, build_model
 from gpt2modern.training.optimizers import state_bytes
-from gpt2modern.training.speed import model_flops_per_token
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 # A few thousand tokens keep a CPU core busy; more of them in one pass only take memory.
@@ -30,25 +25,26 @@ CPU_TOKENS_PER_PASS = 8192
 
 
 def estimate_memory(
-    config: TrainConfig, accelerator: Accelerator, model: PreTrainedModel, micro_batch_size: int, block_size: int
+    config: TrainConfig, model: PreTrainedModel, plan: BatchPlan, *, autocast: bool, fsdp2: bool = False
 ) -> dict[str, int]:
     """Return an estimate of the bytes that a training step holds on each device, by purpose (weights, gradients, ...).
 
-    model: may be on the meta device. Weights are fp32, with 16-bit copies under autocast. Fragmentation by the
-    allocator and savings by a compiler are not counted.
+    model: may be on the meta device. Weights are fp32, with 16-bit copies under autocast. FSDP2 divides them over the
+    processes, gradients only in the last of a step's passes. Fragmentation by the allocator and savings by a compiler
+    are not counted.
     """
     parameters = model.num_parameters()
-    autocast = accelerator.mixed_precision != "no"
-    shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+    shards = plan.num_processes if fsdp2 else 1
+    accumulates = plan.grad_accum_steps(config.max_steps) > 1
     return {
         "weights": (6 if autocast else 4) * parameters // shards,
-        "gradients": 4 * model.num_parameters(only_trainable=True) // shards,
+        "gradients": 4 * model.num_parameters(only_trainable=True) // (1 if accumulates else shards),
         "optimizer states": state_bytes(model, config.optimizer) // shards,
         "activations": activation_bytes(
             model.config,
             autocast=autocast,
-            micro_batch_size=micro_batch_size,
-            block_size=block_size,
+            micro_batch_size=plan.micro_batch_size,
+            block_size=plan.block_size,
             gradient_checkpointing=config.gradient_checkpointing,
         ),
     }
@@ -137,7 +133,8 @@ def fits_by_estimate(
     available memory (divided by the processes), and a pass has one sequence or at most CPU_TOKENS_PER_PASS tokens."""
     if size * block_size > max(CPU_TOKENS_PER_PASS, block_size):
         return False
-    needed = sum(estimate_memory(config, accelerator, model, size, block_size).values())
+    one_pass, autocast = BatchPlan(size, size, 1, block_size), accelerator.mixed_precision != "no"
+    needed = sum(estimate_memory(config, model, one_pass, autocast=autocast).values())
     return needed <= psutil.virtual_memory().available / 2 / accelerator.num_processes
 
 
@@ -174,67 +171,3 @@ def fits_by_trying(
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-
-
-def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
-    """Return the settings as YAML, followed by model size, compute and memory as comments: a valid --config file.
-
-    Without --data_dir the preset's own vocabulary and context length are assumed. Without --model_name_or_path the
-    preset replaces the model that --lora_rank needs. The model is built on the meta device and takes no memory. Raises
-    the same errors as the run itself for its settings and data.
-    """
-    data = PackedBlocks(config.data_dir, "train", config.block_size) if config.data_dir else _assumed_data(config)
-    with torch.device("meta"):
-        model = build_model(config, data, load_weights=False)
-    plan = plan_batches(config, block_size=data.block_size, num_processes=accelerator.num_processes)
-    if config.per_device_train_batch_size == "auto":
-        fitting = largest_that_fits(
-            plan.micro_batch_sizes(), lambda size: fits_by_estimate(config, accelerator, model, size, plan.block_size)
-        )
-        plan = replace(plan, micro_batch_size=max(1, fitting))
-    settings = yaml.safe_dump(config.chosen(), sort_keys=False)
-    facts = _facts(config, accelerator, data, model, plan)
-    return settings + "".join(f"# {name:<20} {value}\n" for name, value in facts.items())
-
-
-def _assumed_data(config: TrainConfig) -> DataShape:
-    name, preset = config.model_name_or_path, config.model_preset
-    preset = load_config(name, flag="--model_name_or_path") if name else GPT2ModernConfig.from_preset(preset)
-    return DataShape(
-        preset.unpadded_vocab_size or preset.vocab_size,
-        preset.eos_token_id,
-        config.block_size or preset.max_position_embeddings,
-    )
-
-
-def _facts(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    data: PackedBlocks | DataShape,
-    model: GPT2ModernForCausalLM,
-    plan: BatchPlan,
-) -> dict[str, str]:
-    """Return what follows from the settings (sizes, tokens, FLOPs, memory) as text with units, by name."""
-    last = config.max_steps
-    samples, tokens = plan.consumed_samples(last), plan.tokens_seen(last)
-    epochs = f"{samples / len(data):.2f} epochs of the data" if isinstance(data, PackedBlocks) else "no --data_dir"
-    flops = model_flops_per_token(model, plan.block_size)
-    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
-    formula = "6 N + 12 L D T" if trained == parameters else "6 P + 4 (N - P) + 12 L D T, P of N parameters trained"
-    memory = estimate_memory(config, accelerator, model, plan.micro_batch_size, plan.block_size)
-    stand_in = ", in place of the --model_name_or_path that --lora_rank needs for training" if config.lora_rank else ""
-    return {
-        "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
-        "parameters": f"{parameters:,}",
-        "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
-        "processes": f"{accelerator.num_processes} x {accelerator.device.type}, {accelerator.mixed_precision}",
-        "tokens per step": f"{plan.samples_per_step * plan.block_size:,} = {accelerator.num_processes} x "
-        f"{plan.grad_accum_steps(last)} x {plan.micro_batch_size} x {plan.block_size} "
-        "(processes, passes, sequences, tokens)",
-        "steps": f"{last:,}",
-        "tokens": f"{tokens:,} ({epochs})",
-        "FLOPs per token": f"{flops:,} ({formula})",
-        "FLOPs": f"{flops * tokens:.3e}",
-        "memory per process": f"{sum(memory.values()) / 2**30:.2f} GiB (estimate)",
-        **{f"  {name}": f"{size / 2**30:.2f} GiB" for name, size in memory.items()},
-    }

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -63,13 +64,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 def peak_flops_of(name: str) -> float | None:
     """Return the bf16 peak in FLOP/s of the GPU that torch calls `name`; None unless every word of `name` is known."""
+    return (tflops := find_device(name, PEAK_TFLOPS)) and tflops * 1e12
+
+
+def find_device(name: str, table: dict[str, Any]) -> Any:
+    """Return the value of `table` for the GPU that torch calls `name`; None unless every word of `name` is known."""
     words = re.split(r"[\s/-]+", name.lower())
     words = [word for word in words if word == "pcie" or not re.fullmatch(WORDS_WITHOUT_EFFECT, word)]
-    peaks = {tuple(key.lower().split()): tflops * 1e12 for key, tflops in PEAK_TFLOPS.items()}
+    entries = {tuple(key.lower().split()): entry for key, entry in table.items()}
     # Some names have PCIe because that form is slower; in others it comes before or after the memory, without effect.
     without_pcie = [word for word in words if word != "pcie"]
     exact = (*without_pcie, "pcie") if "pcie" in words else tuple(without_pcie)
-    return peaks.get(exact, peaks.get(tuple(without_pcie)))
+    return entries.get(exact, entries.get(tuple(without_pcie)))
 
 
 def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
