@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.loss import LossBenchmarkConfig
 from benchmarks.precision import PrecisionCheckConfig
-from benchmarks.throughput import ThroughputConfig
+from benchmarks.targets import TargetsConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
 from gpt2modern.cli import parse_arguments
@@ -31,9 +30,8 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
-    "benchmarks.loss": LossBenchmarkConfig,
     "benchmarks.precision": PrecisionCheckConfig,
-    "benchmarks.throughput": ThroughputConfig,
+    "benchmarks.targets": TargetsConfig,
     "gpt2modern.conversion": ConversionConfig,
 }
 
