@@ -126,28 +126,24 @@ def measure_generation(row: Row, config: TargetsConfig, blocks: PackedBlocks) ->
     torch.manual_seed(0)
     model = build_model(row, config, blocks).to(config.device).eval()
     model.generation_config.eos_token_id = None  # so that every row gets all tokens
-    if row.compiled:
-        model.forward = torch.compile(model.forward, dynamic=False)  # as the documentation of transformers does
+    cache = {"cache_implementation": "static"} if row.compiled else {}
+    if row.compiled:  # as the documentation of transformers does
+        model.forward = torch.compile(model.forward, dynamic=False)
     tokens = blocks.__getitems__(range(max(GENERATION_BATCHES)))[:, :-1]  # (16, block_size)
 
     def seconds(prompts: torch.Tensor, new_tokens: int) -> float:
-        arguments = {"cache_implementation": "static"} if row.compiled else {}
-        start = time.perf_counter()
-        output = model.generate(prompts, max_new_tokens=new_tokens, do_sample=False, **arguments)
-        measuring.synchronize(torch.device(config.device))
-        assert output.shape[1] == prompts.shape[1] + new_tokens
-        return time.perf_counter() - start
-
-    def best(prompts: torch.Tensor, new_tokens: int) -> float:
-        prompts = prompts.to(config.device)
-        return min([seconds(prompts, new_tokens) for _ in range(GENERATIONS + 1)][1:])  # the first is the warm-up
+        times = []
+        for _ in range(GENERATIONS + 1):  # the first is the warm-up
+            start = time.perf_counter()
+            model.generate(prompts.to(config.device), max_new_tokens=new_tokens, do_sample=False, **cache)
+            measuring.synchronize(torch.device(config.device))
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
 
     new_tokens = min(NEW_TOKENS, config.block_size // 2)
-    results = {
-        f"tokens/s, batch {size}": size * new_tokens / best(tokens[:size, : min(PROMPT_TOKENS, new_tokens)], new_tokens)
-        for size in GENERATION_BATCHES
-    }
-    return results if row.compiled else results | {"s to the first token": best(tokens[:1, :LONG_PROMPT_TOKENS], 1)}
+    short = tokens[:, :PROMPT_TOKENS][:, :new_tokens]
+    results = {f"tokens/s, batch {n}": n * new_tokens / seconds(short[:n], new_tokens) for n in GENERATION_BATCHES}
+    return results if row.compiled else results | {"s to the first token": seconds(tokens[:1, :LONG_PROMPT_TOKENS], 1)}
 
 
 def large_batches(config: TargetsConfig) -> TargetsConfig:
@@ -198,17 +194,14 @@ def table(numbers: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return the report's table line for each entry of `compare`."""
     lines = []
     for each in numbers:
-        target = "-" if each["target"] is None else f"at {'most' if each['at_most'] else 'least'} {each['target']:g}"
-        if "error" in each:
-            lines.append(
-                [each["row"], each["unit"], each["error"], each["peer"], "-", "0", "-", target, each["reached"]]
-            )
-            continue
         form = ",.0f" if each["part"] == "train" else ",.2f"
-        values, peer_values = (measuring.median_and_spread(each[key], form) for key in ("values", "peer_values"))
-        ratio = measuring.median_and_spread(each["ratios"], ".2f")
-        cells = [each["row"], each["unit"], values, each["peer"], peer_values, str(len(each["ratios"]))]
-        lines.append([*cells, ratio, target, each["reached"]])
+        keys = {"values": form, "peer_values": form, "ratios": ".2f"}
+        values, peer_values, ratios = (
+            measuring.median_and_spread(each[key], form) if key in each else "-" for key, form in keys.items()
+        )
+        target = "-" if each["target"] is None else f"at {'most' if each['at_most'] else 'least'} {each['target']:g}"
+        cells = [each["row"], each["unit"], each.get("error", values), each["peer"], peer_values]
+        lines.append([*cells, str(len(each.get("ratios", []))), ratios, target, each["reached"]])
     return lines
 
 
@@ -236,9 +229,10 @@ the peer in the same turn. CPU threads: {torch.get_num_threads()}. Minutes: {(ti
 Parameters: {", ".join(sizes)}. Data: {blocks.data_dir.name}, no block twice.
 
 Training: {config.steps} steps of {config.per_device_train_batch_size} x {config.block_size} tokens after \
-{WARM_UP_STEPS} warm-up steps, bf16 autocast, fused AdamW, no dropout, attention {config.attn_implementation}.
-Peers have attention sdpa. Presets and models of transformers make `train_accelerate.train_step`. Plain loop: forward, backward,
-clipping, update. train_accelerate.py: the tokens/s that it logs.
+{WARM_UP_STEPS} warm-up steps, bf16 autocast, fused AdamW, no dropout. Attention: {config.attn_implementation}, of \
+peers sdpa. Presets and models of transformers make `train_accelerate.train_step`; Accelerate gives it the logits in
+fp32, as it does in transformers' Trainer. Plain loop: forward, backward, clipping, update. train_accelerate.py: what it
+logs.
 
 Memory: {MEMORY_STEPS} steps of {large.per_device_train_batch_size} x {config.block_size} tokens after warm-up. \
 Peak: of the whole process, resident on a CPU, allocated on a GPU; this decides, as it is what a user sees.
