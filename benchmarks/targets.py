@@ -1,12 +1,13 @@
 """Measure training, memory and generation next to other implementations, and check the ratios against their targets.
 
-    make bench                                        # prepares text, then runs this; about 45 minutes on two cores
+    make bench                      # prepares text, then runs this
     python -m benchmarks.targets --data DATA --parts train --repetitions 5
 
-DATA is a folder that prepare_data.py wrote. Every measurement has a process of its own. They are made in turn,
---repetitions times, and a ratio is formed of two in the same turn. The peers are transformers' GPT-2 and Llama, and a
-GPT-2 in the form of nanoGPT, in the same sizes. The exit code is 1 if a ratio misses its target by more than its spread
-(p20 to p80), or if a measurement failed.
+DATA is a folder that prepare_data.py wrote. It takes about 45 minutes on two quiet cores, and 10 more the first time,
+when the compiler's cache is empty. Every measurement has a process of its own; they are made in turn, --repetitions
+times, and a ratio is formed of two in the same turn. The peers are transformers' GPT-2 and Llama, and a GPT-2 in the
+form of nanoGPT, in the same sizes. The exit code is 1 if a ratio misses its target by more than its spread (p20 to
+p80), or if a measurement failed.
 """
 
 import time
@@ -40,7 +41,7 @@ from gpt2modern.settings import setting
 PARTS = ("train", "memory", "generation")
 GENERATION_BATCHES = (1, 16)
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT_TOKENS = 32, 64, 512
-MEMORY_STEPS, GENERATIONS = 2, 2  # timed in one process
+MEMORY_STEPS, MEMORY_TURNS = 1, 2  # timed in one process, and how often: memory hardly varies
 HEADER = ["measured", "unit", "median (p20 to p80)", "peer", "its median (p20 to p80)", "n", "ratio (p20 to p80)"]
 HEADER += ["target", "reached"]
 
@@ -52,7 +53,7 @@ class TargetsConfig(StepConfig):
     block_size: int = setting(512, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(4, "number of sequences in a step of the part train", least=1)
     memory_tokens: int = setting(8192, "tokens in a step of the part memory", least=1)
-    steps: int = setting(4, "number of timed steps in one measurement of the part train", least=1)
+    steps: int = setting(3, "number of timed steps in one measurement of the part train", least=1)
     repetitions: int = setting(3, "number of measurements of each row", least=1)
     device: str | None = setting("cpu", "cpu or cuda; the targets were set for a CPU")
 
@@ -132,13 +133,11 @@ def measure_generation(row: Row, config: TargetsConfig, blocks: PackedBlocks) ->
     tokens = blocks.__getitems__(range(max(GENERATION_BATCHES)))[:, :-1]  # (16, block_size)
 
     def seconds(prompts: torch.Tensor, new_tokens: int) -> float:
-        times = []
-        for _ in range(GENERATIONS + 1):  # the first is the warm-up
+        for _ in range(2):  # the first is the warm-up
             start = time.perf_counter()
             model.generate(prompts.to(config.device), max_new_tokens=new_tokens, do_sample=False, **cache)
             measuring.synchronize(torch.device(config.device))
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        return time.perf_counter() - start
 
     new_tokens = min(NEW_TOKENS, config.block_size // 2)
     short = tokens[:, :PROMPT_TOKENS][:, :new_tokens]
@@ -155,14 +154,16 @@ Results = dict[tuple[str, Row], list[dict[str, float]] | str]  # of each repetit
 
 
 def measure(lines: Sequence[Target], config: TargetsConfig, blocks: PackedBlocks) -> Results:
-    """Measure all rows of the table in turn, --repetitions times. A row that fails keeps its error message instead."""
+    """Measure all rows of the table in turn, --repetitions times (memory at most MEMORY_TURNS times). A row that fails
+    keeps its error message instead."""
     calls: dict[str, tuple[Callable, ...]] = {
         "train": (measure_training, config, blocks, config.steps),
         "memory": (measure_training, large_batches(config), blocks, MEMORY_STEPS),
         "generation": (measure_generation, config, blocks),
     }
     results: Results = {(line.part, row): [] for line in lines for row in (line.row, line.peer)}
-    for part, row in tqdm([*results] * config.repetitions, unit="measurement"):
+    turns = [key for turn in range(config.repetitions) for key in results if turn < MEMORY_TURNS or key[0] != "memory"]
+    for part, row in tqdm(turns, unit="measurement"):
         if not isinstance(results[part, row], str):
             function, *arguments = calls[part]
             try:
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         started = time.monotonic()
         numbers = compare(lines, measure(lines, config, blocks))
         method = f"""
-n = {config.repetitions} measurements of each row, in turn, each in a new process. Ratio: the row's value over that of
+n measurements of each row, in turn, each in a new process. Ratio: the row's value over that of
 the peer in the same turn. CPU threads: {torch.get_num_threads()}. Minutes: {(time.monotonic() - started) / 60:.0f}.
 Parameters: {", ".join(sizes)}. Data: {blocks.data_dir.name}, no block twice.
 
@@ -238,7 +239,7 @@ Memory: {MEMORY_STEPS} steps of {large.per_device_train_batch_size} x {config.bl
 Peak: of the whole process, resident on a CPU, allocated on a GPU; this decides, as it is what a user sees.
 
 Generation: fp32, greedy, {NEW_TOKENS} tokens after {PROMPT_TOKENS}; to the first token: after {LONG_PROMPT_TOKENS}. \
-The best of {GENERATIONS} calls after one for warm-up. Eager: `generate` with its defaults."""
+The second call is timed. Eager: `generate` with its defaults."""
         missed = [f"{each['row']} over {each['peer']}, {each['unit']}" for each in numbers if each["reached"] == "no"]
         verdict = f"not reached: {'; '.join(missed)}" if missed else "every target is reached, or within the spread"
         question = "how do training, memory and generation compare with other implementations of the same models?"

@@ -47,7 +47,7 @@ class StepConfig:
     config_overrides: str | None = setting(None, "settings to change in every preset: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(8, "number of sequences in a step", least=1)
-    attn_implementation: str = setting("sdpa", "attention implementation of the presets; peers have sdpa")
+    attn_implementation: str = setting(TrainConfig.attn_implementation, "attention of the presets; peers have sdpa")
     device: str | None = setting(None, "cpu or cuda; default: the GPU if there is one")
     output: str = setting("eval/reports", "folder that the report is written to")
 
