@@ -16,16 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from benchmarks import measuring
-from benchmarks.throughput import (
-    LEARNING_RATE_WARM_UP,
-    NO_DROPOUT,
-    Row,
-    StepConfig,
-    batches_of,
-    read_blocks,
-    training_step,
-)
+from benchmarks import measuring, throughput
+from benchmarks.throughput import LEARNING_RATE_WARM_UP, NO_DROPOUT, Row, StepConfig
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.settings import setting
@@ -64,8 +56,8 @@ def rows_of(config: PrecisionCheckConfig) -> list[Row]:
 
 def train(row: Row, config: PrecisionCheckConfig, blocks: PackedBlocks) -> list[float]:
     """Train one row and return the loss of each step before its update, in nats/token. All rows see the same blocks."""
-    with training_step(row, config, blocks) as step:
-        batches = batches_of(blocks, config, config.steps)
+    with throughput.training_step(row, config, blocks) as step:
+        batches = throughput.batches_of(blocks, config, config.steps)
         progress = tqdm(batches, f"{row} on {config.device}", config.steps, unit="step", leave=False)
         return [step(batch).loss.item() for batch in progress]
 
@@ -94,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_arguments(PrecisionCheckConfig, argv, __doc__)
         logging.set_verbosity_error()  # hides warnings about special tokens, which are not used
         config.config_overrides = ",".join(filter(None, [config.config_overrides, NO_DROPOUT]))
-        blocks = read_blocks(config, config.data, config.steps)
+        blocks = throughput.read_blocks(config, config.data, config.steps)
         report = measuring.Report("precision", config.output, torch.device(config.device), argv)
         lines, failures = compare(rows_of(config), config, blocks)
         method = f"""

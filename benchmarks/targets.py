@@ -22,17 +22,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from benchmarks import measuring
-from benchmarks.throughput import (
-    NO_DROPOUT,
-    WARM_UP_STEPS,
-    Row,
-    StepConfig,
-    build_model,
-    measure_training,
-    read_blocks,
-    weightless_model,
-)
+from benchmarks import measuring, throughput
+from benchmarks.throughput import NO_DROPOUT, WARM_UP_STEPS, Row, StepConfig, measure_training
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, first_line
@@ -125,7 +116,7 @@ def measure_generation(row: Row, config: TargetsConfig, blocks: PackedBlocks) ->
     after a long prompt. A compiled row has a cache of fixed size. Call it in a new process."""
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    model = build_model(row, config, blocks).to(config.device).eval()
+    model = throughput.build_model(row, config, blocks).to(config.device).eval()
     model.generation_config.eos_token_id = None  # so that every row gets all tokens
     cache = {"cache_implementation": "static"} if row.compiled else {}
     if row.compiled:  # as the documentation of transformers does
@@ -211,15 +202,15 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_arguments(TargetsConfig, argv, __doc__)
         logging.set_verbosity_error()
         large = large_batches(config)
-        blocks = read_blocks(config, config.data, 2 * config.steps + WARM_UP_STEPS)
+        blocks = throughput.read_blocks(config, config.data, 2 * config.steps + WARM_UP_STEPS)
         if "memory" in config.parts:
-            read_blocks(large, config.data, WARM_UP_STEPS + MEMORY_STEPS)
+            throughput.read_blocks(large, config.data, WARM_UP_STEPS + MEMORY_STEPS)
         padded = -(-blocks.vocab_size // 64) * 64  # GPT-2's 50,257 become 50,304
         shape = f"vocab_size={padded},unpadded_vocab_size={blocks.vocab_size},{NO_DROPOUT}"
         config.config_overrides = ",".join(filter(None, [config.config_overrides, shape]))
         lines = [line for line in targets() if line.part in config.parts]
         rows = {row.peer or row.model_preset: row for line in lines for row in (line.row, line.peer)}
-        models = {name: weightless_model(row, config, blocks) for name, row in rows.items()}
+        models = {name: throughput.weightless_model(row, config, blocks) for name, row in rows.items()}
         sizes = [f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items()]
         report = measuring.Report("targets", config.output, torch.device(config.device), argv)
         started = time.monotonic()
