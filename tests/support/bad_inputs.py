@@ -387,7 +387,7 @@ BENCHMARKS = [
     BadInput(TARGETS, "--data nowhere", "nowhere"),
     BadInput(TARGETS, "--repetitions 0", "--repetitions 0 must be at least 1"),
     BadInput(TARGETS, "--steps 900", "1802 steps of 4 sequences need 7208; lower one of them"),
-    BadInput(TARGETS, "--memory_tokens 320000", "4 steps of 10000 sequences need 40000; lower one of them"),
+    BadInput(TARGETS, "--memory_tokens 320000", "3 steps of 10000 sequences need 30000; lower one of them"),
     BadInput(TARGETS, "--parts train --device tpu", "--device tpu"),
     BadInput(TARGETS, "--parts train --attn_implementation fast", "fast"),
     BadInput(TARGETS, "--output text.txt", "text.txt is a file, not a folder; choose another path"),
