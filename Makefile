@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults lint install bench-data clean
+.PHONY: demo test test-all test-faults lint install bench bench-data clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/structure.py
+
+# Ratios to other implementations and their targets: about 45 minutes on two cores. Some of it: make bench FLAGS="--parts memory"
+BENCH_DATA := data/bench
+
+bench: $(INSTALLED)
+	$(BIN)/python prepare_data.py --dataset_name stdlib --train_tokenizer 50257 --block_size 512 --output_dir $(BENCH_DATA)
+	$(BIN)/python -m benchmarks.targets --data $(BENCH_DATA) $(FLAGS)
 
 # The tokenizer is fetched from the Hub unless a folder is named: make bench-data TOKENIZER=gpt2-tokenizer TEXT_DIR=texts
 TOKENIZER := openai-community/gpt2

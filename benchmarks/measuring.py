@@ -1,6 +1,7 @@
 """Functions that all benchmarks use: choose a device, run in a new process, format a median, write a report."""
 
 import datetime
+import json
 import multiprocessing
 import os
 import platform
@@ -63,7 +64,7 @@ def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.
 
 
 class Report:
-    """Write a benchmark's result as Markdown to folder/YYYY-MM-DD_HHMMSS_topic_device.md.
+    """Write a benchmark's result as Markdown to folder/YYYY-MM-DD_HHMMSS_topic_device.md, and its numbers as JSON.
 
     Created before measuring, it records command, versions and load. Raises GPT2ModernError for a missing package.
     """
@@ -91,11 +92,23 @@ class Report:
             f"{psutil.virtual_memory().total / 2**30:.0f} GiB; load average at the start {os.getloadavg()[0]:.1f}."
         )
 
-    def write(self, title: str, question: str, method: str, rows: Sequence[Sequence[str]], remarks: str = "") -> None:
-        """Print the report and write it to the file. `rows` are the lines of its table, the header first."""
+    def write(
+        self,
+        title: str,
+        question: str,
+        method: str,
+        rows: Sequence[Sequence[str]],
+        remarks: str = "",
+        numbers: Any = None,
+    ) -> None:
+        """Print the report and write it to the file. `rows` are the lines of its table, the header first. numbers: what
+        the file of the same name that ends in .json has under the key "results"; None: there is no such file."""
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
         parts = [f"# {title}: {self.device_name}", f"Question: {question}", self.provenance, method, table, remarks]
         text = "\n\n".join(part.strip() for part in parts).strip() + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(text, encoding="utf-8")
+        if numbers is not None:
+            facts = {"title": title, "device": self.device_name, "provenance": self.provenance.splitlines()}
+            self.path.with_suffix(".json").write_text(json.dumps(facts | {"results": numbers}, indent=1) + "\n")
         print(f"{text}\nreport written to {self.path}")

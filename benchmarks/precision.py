@@ -7,6 +7,7 @@ same weights, on the same batches of real text, without dropout. DATA is a folde
 code is 1 if the mean of a row's last losses differs by more than --tolerance from that of fp32 on the CPU.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,15 +16,15 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from benchmarks import measuring
-from benchmarks.throughput import LEARNING_RATE_WARM_UP, PRECISIONS, Row, StepConfig, rows_of, training_step
+from benchmarks import measuring, throughput
+from benchmarks.throughput import LEARNING_RATE_WARM_UP, NO_DROPOUT, Row, StepConfig
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.errors import GPT2ModernError
 from gpt2modern.settings import setting
+from gpt2modern.training.optimizers import OPTIMIZERS
 
 LAST_STEPS = 10
-NO_DROPOUT = "embedding_dropout=0.0,attention_dropout=0.0,hidden_dropout=0.0"
+PRECISIONS = ["fp32", "tf32", "bf16"]
 HEADER = ["model", "optimizer", "precision", "device", "first loss", f"mean of the last {LAST_STEPS}", "difference"]
 HEADER += ["largest difference of a step"]
 
@@ -31,19 +32,34 @@ HEADER += ["largest difference of a step"]
 @dataclass(kw_only=True)
 class PrecisionCheckConfig(StepConfig):
     data: str = setting(help="folder that prepare_data.py wrote")
+    model_preset: list[str] = setting(default_factory=lambda: ["gpt2", "modern"], help="model presets to check")
+    optimizer: list[str] = setting(default_factory=lambda: ["adamw"], help="optimizers", choices=list(OPTIMIZERS))
     precision: list[str] = setting(default_factory=lambda: ["bf16"], help="to compare with fp32", choices=PRECISIONS)
     torch_compile: bool = setting(False, "also train with torch.compile, in the last of --precision")
     steps: int = setting(50, "number of optimizer steps", least=LAST_STEPS)
     tolerance: float = setting(0.05, f"allowed difference of the mean of the last {LAST_STEPS} losses", least=0)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.device == "cpu" and "tf32" in self.precision:
+            raise ValueError("--precision tf32 needs an NVIDIA GPU (Ampere or newer), but --device is cpu; omit tf32")
+
+
+def rows_of(config: PrecisionCheckConfig) -> list[Row]:
+    """Return the rows to compare with fp32: every precision, and with --torch_compile the last one also compiled."""
+    rows = []
+    for preset, optimizer in itertools.product(dict.fromkeys(config.model_preset), dict.fromkeys(config.optimizer)):
+        rows += [Row(preset, optimizer, precision) for precision in dict.fromkeys(config.precision)]
+        rows += [replace(rows[-1], compiled=True)] if config.torch_compile else []
+    return rows
+
 
 def train(row: Row, config: PrecisionCheckConfig, blocks: PackedBlocks) -> list[float]:
     """Train one row and return the loss of each step before its update, in nats/token. All rows see the same blocks."""
-    chosen = np.random.default_rng(0).permutation(len(blocks))[: config.steps * config.per_device_train_batch_size]
-    chosen = chosen.reshape(config.steps, -1).tolist()
-    with training_step(row, config, blocks) as step:
-        progress = tqdm(chosen, desc=f"{row} on {config.device}", unit="step", leave=False)
-        return [step(blocks.__getitems__(indices)).loss.item() for indices in progress]
+    with throughput.training_step(row, config, blocks) as step:
+        batches = throughput.batches_of(blocks, config, config.steps)
+        progress = tqdm(batches, f"{row} on {config.device}", config.steps, unit="step", leave=False)
+        return [step(batch).loss.item() for batch in progress]
 
 
 def compare(rows: Sequence[Row], config: PrecisionCheckConfig, blocks: PackedBlocks) -> tuple[list, list[str]]:
@@ -70,14 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_arguments(PrecisionCheckConfig, argv, __doc__)
         logging.set_verbosity_error()  # hides warnings about special tokens, which are not used
         config.config_overrides = ",".join(filter(None, [config.config_overrides, NO_DROPOUT]))
-        blocks = PackedBlocks(config.data, "train", config.block_size)
-        needed = config.steps * config.per_device_train_batch_size
-        if len(blocks) < needed:
-            have = f"--data {config.data} has {len(blocks)} blocks of --block_size {config.block_size}"
-            need = f"--steps {config.steps} x --per_device_train_batch_size {config.per_device_train_batch_size}"
-            raise GPT2ModernError(f"{have}, but {need} need {needed}; lower one of the two")
+        blocks = throughput.read_blocks(config, config.data, config.steps)
         report = measuring.Report("precision", config.output, torch.device(config.device), argv)
-        lines, failures = compare(rows_of(config, peer=False), config, blocks)
+        lines, failures = compare(rows_of(config), config, blocks)
         method = f"""
 Data: {blocks.data_dir.name}, {config.steps} batches of {config.per_device_train_batch_size} x {config.block_size} \
 tokens, the same for every row, and the same initial weights.

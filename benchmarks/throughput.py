@@ -1,31 +1,28 @@
-"""Measure tokens per second, MFU and peak memory of the trainer's step, also with the GPT-2 model of transformers.
+"""Train a model as the benchmarks do: by the trainer's step, by the trainer as a whole, or in a plain loop of PyTorch.
 
-    python -m benchmarks.throughput --model_preset gpt2 modern speedrun --optimizer adamw muon
-    python -m benchmarks.throughput --config_overrides hidden_size=128,num_hidden_layers=4 --block_size 256   # a CPU
-
-A row of the report is one way to run `train_accelerate.train_step`: model, optimizer, precision, compiled or not. Rows
-are timed in turn, --steps steps each, and this is repeated --repetitions times, so that a slower machine slows all of
-them. Every measurement has its own process. The peer is transformers' GPT-2, timed next to presets of the same shape.
+A row is one way to train: the model, which may be a peer, the optimizer, the precision, compiled or not, the loop.
 """
 
 import contextlib
 import itertools
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from statistics import median
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from accelerate.utils import patch_environment
-from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from torch import nn
 from transformers.utils import logging
 
 from benchmarks import measuring
-from gpt2modern.cli import one_line_errors, parse_arguments
+from benchmarks.peers import PEERS, peer_loss
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss
 from gpt2modern.files import check_writable_folder
 from gpt2modern.settings import check_ranges, setting
@@ -33,32 +30,24 @@ from gpt2modern.training import models
 from gpt2modern.training.batches import StepBatch
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
-from gpt2modern.training.optimizers import OPTIMIZERS, OptimizerChain, build_optimizers
-from gpt2modern.training.speed import model_flops_per_token, peak_flops, peak_memory_gib
-from train_accelerate import StepResult, train_step
+from gpt2modern.training.optimizers import OptimizerChain, build_optimizers
+from gpt2modern.training.speed import peak_memory_gib
+from train_accelerate import train, train_step
 
-PRECISIONS = ["fp32", "tf32", "bf16"]
-PEER = "transformers GPT2LMHeadModel"
 GPT2_VOCAB_SIZE = 50257
 LEARNING_RATE_WARM_UP = 10  # steps
-WARM_UP_STEPS = 3  # for compilation, the allocator's first blocks, the optimizer's state
-HEADER = ["model", "optimizer", "precision", "tokens/s (p20 to p80)", "over the peer", "MFU", "step, ms", "peak GiB"]
+WARM_UP_STEPS = 2  # for compilation, the allocator's first blocks, the optimizer's state
+NO_DROPOUT = "embedding_dropout=0.0,attention_dropout=0.0,hidden_dropout=0.0"
 
 
 @dataclass(kw_only=True)
 class StepConfig:
-    """Hold the flags that the throughput and the precision benchmark share: models, optimizers, precisions, sizes."""
+    """Hold the flags that all benchmarks of training share: sizes, attention, device."""
 
-    model_preset: list[str] = setting(default_factory=lambda: ["gpt2", "modern"], help="model presets to measure")
     config_overrides: str | None = setting(None, "settings to change in every preset: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(8, "number of sequences in a step", least=1)
-    optimizer: list[str] = setting(default_factory=lambda: ["adamw"], help="optimizers", choices=list(OPTIMIZERS))
-    precision: list[str] = setting(
-        default_factory=lambda: ["fp32", "bf16"], help="bf16: autocast with fp32 weights", choices=PRECISIONS
-    )
-    torch_compile: bool = setting(True, "also measure with torch.compile, in the last of --precision")
-    attn_implementation: str = setting("sdpa", "attention implementation of all models")
+    attn_implementation: str = setting(TrainConfig.attn_implementation, "attention of the presets; peers have sdpa")
     device: str | None = setting(None, "cpu or cuda; default: the GPU if there is one")
     output: str = setting("eval/reports", "folder that the report is written to")
 
@@ -66,50 +55,48 @@ class StepConfig:
         check_ranges(self)
         check_writable_folder("--output", self.output)
         self.device = str(measuring.choose_device(self.device))
-        if self.device == "cpu" and "tf32" in self.precision:
-            raise ValueError("--precision tf32 needs an NVIDIA GPU (Ampere or newer), but --device is cpu; omit tf32")
-
-
-@dataclass(kw_only=True)
-class ThroughputConfig(StepConfig):
-    steps: int = setting(10, "number of steps in one measurement", least=1)
-    repetitions: int = setting(3, "number of measurements of each model and setting", least=3)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Represent one way to run a training step: one line of the report. is_peer: the model is transformers' GPT-2."""
+    """Represent one way to train a preset or, if `peer` is a key of PEERS, that model in the preset's sizes.
+
+    loop: the trainer's step in a loop of the benchmark; train_accelerate.py as a whole; or a plain loop with autocast.
+    keeps_logits: the preset's loss is computed from all logits.
+    """
 
     model_preset: str
     optimizer: str = "adamw"
     precision: str = "fp32"
     compiled: bool = False
-    is_peer: bool = False
+    peer: str | None = None
+    gradient_checkpointing: bool = False
+    loop: Literal["trainer's step", "train_accelerate.py", "plain loop"] = "trainer's step"
+    keeps_logits: bool = False
 
     @property
     def cells(self) -> list[str]:
-        model = f"{PEER} ({self.model_preset})" if self.is_peer else self.model_preset
-        return [model, self.optimizer, self.precision + " compiled" * self.compiled]
+        return [self.peer or self.model_preset, self.optimizer, self.precision + " compiled" * self.compiled]
 
     def __str__(self) -> str:
         return ", ".join(self.cells)
 
 
-def rows_of(config: StepConfig, *, peer: bool) -> list[Row]:
-    """Return the training steps to compare; peer: those with adamw also with transformers' GPT-2, if it `has_peer`."""
-    rows = []
-    for preset, optimizer in itertools.product(dict.fromkeys(config.model_preset), dict.fromkeys(config.optimizer)):
-        ours = [Row(preset, optimizer, precision) for precision in dict.fromkeys(config.precision)]
-        ours += [replace(ours[-1], compiled=True)] if config.torch_compile else []
-        theirs = [replace(row, is_peer=True) for row in ours]
-        rows += ours + theirs * (peer and optimizer == "adamw" and has_peer(preset, config))
-    return rows
+def read_blocks(config: StepConfig, data: str, steps: int) -> PackedBlocks:
+    """Open the prepared folder `data`. Raises GPT2ModernError if it has too few blocks for `steps` steps."""
+    blocks = PackedBlocks(data, "train", config.block_size)
+    if len(blocks) < steps * config.per_device_train_batch_size:
+        have = f"--data {data} has {len(blocks)} blocks of --block_size {config.block_size}"
+        need = f"{steps} steps of {config.per_device_train_batch_size} sequences need"
+        raise GPT2ModernError(f"{have}, but {need} {steps * config.per_device_train_batch_size}; lower one of them")
+    return blocks
 
 
-def has_peer(preset: str, config: StepConfig) -> bool:
-    """Return whether `preset` is a gpt2 preset with, after --config_overrides, as many weights as the stock GPT-2."""
-    rows = (Row(preset), Row(preset, is_peer=True))
-    return preset.startswith("gpt2") and len({weightless_model(row, config).num_parameters() for row in rows}) == 1
+def batches_of(blocks: PackedBlocks, config: StepConfig, steps: int) -> Iterator[torch.Tensor]:
+    """Yield the batches of `steps` steps, (sequences, block_size + 1) token ids, always the same and all distinct."""
+    size = config.per_device_train_batch_size
+    for indices in np.random.default_rng(0).permutation(len(blocks))[: steps * size].reshape(steps, size).tolist():
+        yield blocks.__getitems__(indices)
 
 
 def settings_of(row: Row, config: StepConfig) -> TrainConfig:
@@ -119,6 +106,7 @@ def settings_of(row: Row, config: StepConfig) -> TrainConfig:
         model_preset=row.model_preset,
         config_overrides=config.config_overrides,
         attn_implementation=config.attn_implementation,
+        gradient_checkpointing=row.gradient_checkpointing,
         optimizer=row.optimizer,
         mixed_precision="bf16" if row.precision == "bf16" else "no",
         torch_compile=row.compiled,
@@ -127,33 +115,25 @@ def settings_of(row: Row, config: StepConfig) -> TrainConfig:
     )
 
 
-def build_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> PreTrainedModel:
+def build_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> nn.Module:
     """Build the row's model on the default device, with random weights and the vocabulary of `data` (None: GPT-2's)."""
     shape = data or models.DataShape(GPT2_VOCAB_SIZE, eos_token_id=0, block_size=config.block_size)
-    if not row.is_peer:
+    if row.peer is None:
         return models.build_model(settings_of(row, config), shape)
-    ours = weightless_model(replace(row, is_peer=False), config, data).config
-    same = "vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads initializer_range"
-    peer = GPT2Config(
-        **{name: getattr(ours, name) for name in (*same.split(), "tie_word_embeddings")},
-        n_inner=ours.intermediate_size,
-        activation_function=ours.mlp_type,
-        embd_pdrop=ours.embedding_dropout,
-        attn_pdrop=ours.attention_dropout,
-        resid_pdrop=ours.hidden_dropout,
-        layer_norm_epsilon=ours.norm_eps,
-    )
-    return GPT2LMHeadModel._from_config(peer, attn_implementation=config.attn_implementation)
+    return PEERS[row.peer](weightless_model(replace(row, peer=None), config, data).config)
 
 
-def weightless_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> PreTrainedModel:
+def weightless_model(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> nn.Module:
     with torch.device("meta"):
         return build_model(row, config, data)
 
 
-def peer_loss(model: torch.nn.Module, batch: torch.Tensor, *, num_items: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the mean loss of transformers' GPT-2 twice, second detached: block_size - 1 targets per sequence."""
-    loss = model(input_ids=batch[:, :-1], labels=batch[:, :-1], use_cache=False).loss
+def loss_from_logits(model: nn.Module, batch: torch.Tensor, *, num_items: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return a preset's loss as `batch_loss` does, computed from all logits."""
+    inputs, labels = batch[:, :-1].clamp(min=0), batch[:, 1:]
+    loss = model(
+        input_ids=inputs, shift_labels=labels, labels=labels, num_items_in_batch=num_items, use_cache=False
+    ).loss
     return loss, loss.detach()
 
 
@@ -161,8 +141,9 @@ def peer_loss(model: torch.nn.Module, batch: torch.Tensor, *, num_items: torch.T
 def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None) -> Iterator[Callable]:
     """Build the row's model and optimizer as the trainer does, and yield a function that trains on one batch.
 
-    The function takes token ids (sequences, block_size + 1) on the CPU and returns the StepResult of `train_step`. The
-    initial weights are drawn on the CPU, so they are the same for every device, precision and optimizer.
+    The function takes token ids (sequences, block_size + 1) on the CPU and returns the StepResult of `train_step`, or
+    in a plain loop the loss. The initial weights are drawn on the CPU, so they are the same for every device,
+    precision and optimizer.
     """
     settings = settings_of(row, config)
     with (
@@ -171,106 +152,75 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
     ):
         torch.set_float32_matmul_precision("highest" if row.precision == "fp32" else "high")  # the trainer's: high
         torch.manual_seed(settings.seed)
-        model = build_model(row, config, data)
+        is_plain = row.loop == "plain loop"
+        model = build_model(row, config, data).train()
         optimizers = build_optimizers(model, settings)
-        model = accelerator.prepare(model)
+        model = model.to(config.device) if is_plain else accelerator.prepare(model)
         model = torch.compile(model) if settings.torch_compile else model
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
-        objective = peer_loss if row.is_peer else batch_loss
+        objective = batch_loss if row.peer is None else peer_loss
+        objective = loss_from_logits if row.keeps_logits else objective
         count = itertools.count()
 
-        def step(batch: torch.Tensor) -> StepResult:
+        def step(batch: torch.Tensor):
             num_targets = int((batch[:, 1:] >= 0).sum())
             one_pass = StepBatch(np.arange(len(batch)), num_targets, grad_accum_steps=1, micro_batches=iter([batch]))
             return train_step(settings, accelerator, processes, model, optimizer, one_pass, objective, next(count))
 
-        yield step
+        def plain_step(batch: torch.Tensor) -> torch.Tensor:
+            batch = batch.to(config.device)
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=row.precision == "bf16"):
+                loss, _ = objective(model, batch, num_items=torch.tensor(float(batch[:, 1:].numel())))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            for each in optimizers:
+                each.step()
+                each.zero_grad(set_to_none=True)
+            return loss.detach()
+
+        yield plain_step if is_plain else step
 
 
-def time_steps(row: Row, config: ThroughputConfig) -> tuple[float, float]:
-    """Return (seconds, peak memory in GiB) of --steps steps of a row, after warm-up steps. Call it in a new process."""
+def measure_training(row: Row, config: StepConfig, blocks: PackedBlocks, steps: int) -> dict[str, float]:
+    """Train on `steps` batches after warm-up steps; return tokens/s, seconds per step, and the process's peak memory in
+    GiB, absolute and above what it had when this was called. Call it in a new process."""
     logging.set_verbosity_error()
     device = torch.device(config.device)
-    vocab_size = min(weightless_model(row, config).config.vocab_size, GPT2_VOCAB_SIZE)
-    sizes = (WARM_UP_STEPS + config.steps, config.per_device_train_batch_size, config.block_size + 1)
-    batches = torch.randint(vocab_size, sizes, generator=torch.Generator().manual_seed(0))
-    batches = batches.pin_memory() if device.type == "cuda" else batches
-    with training_step(row, config) as step:
-        for part in batches.split([WARM_UP_STEPS, config.steps]):
-            measuring.reset_peak_memory(device)
-            start = time.perf_counter()
-            for batch in part:
-                step(batch)
-            measuring.synchronize(device)
-            seconds = time.perf_counter() - start
-    return seconds, peak_memory_gib(device)
+    before = psutil.Process().memory_info().rss / 2**30 if device.type == "cpu" else 0.0
+    tokens = config.per_device_train_batch_size * config.block_size
+    if row.loop == "train_accelerate.py":
+        seconds = tokens / tokens_per_second_of_trainer(row, config, blocks, steps)
+    else:
+        batches = [*batches_of(blocks, config, WARM_UP_STEPS + steps)]
+        with training_step(row, config, blocks) as step:
+            for part in batches[:WARM_UP_STEPS], batches[WARM_UP_STEPS:]:
+                measuring.synchronize(device)
+                start = time.perf_counter()
+                for batch in part:
+                    step(batch)
+                measuring.synchronize(device)
+                seconds = (time.perf_counter() - start) / steps
+    peak = peak_memory_gib(device)
+    return {"tokens/s": tokens / seconds, "s per step": seconds, "peak GiB": peak, "GiB above imports": peak - before}
 
 
-Results = dict[Row, list[tuple[float, float]] | str]  # (seconds, peak GiB) of each repetition, or an error message
-
-
-def measure(rows: Sequence[Row], config: ThroughputConfig) -> Results:
-    """Time the rows in turn, --repetitions times each. A row that fails keeps its error message and is not retried."""
-    results: Results = {row: [] for row in rows}
-    for row in tqdm([*rows] * config.repetitions, unit="row"):
-        if not isinstance(results[row], str):
-            try:
-                results[row].append(measuring.in_fresh_process(time_steps, row, config))
-            except (GPT2ModernError, RuntimeError, ValueError) as error:  # also out of memory, or a process that died
-                results[row] = first_line(error)
-    return results
-
-
-def table(results: Results, config: ThroughputConfig, peak: float | None) -> list[list[str]]:
-    """Return the report's table line for each row. `peak` is the device's peak in FLOP/s; if it is None, MFU is '-'."""
-    tokens = config.steps * config.per_device_train_batch_size * config.block_size
-    speeds = {row: [tokens / s for s, _ in each] for row, each in results.items() if not isinstance(each, str)}
-    medians = {row: median(speed) for row, speed in speeds.items()}
-    lines = []
-    for row, result in results.items():
-        cells = [result, "-", "-", "-", "-"]
-        if row in medians:
-            peers = [other for other in medians if other.is_peer and other.cells[-1] == row.cells[-1]]
-            peers.sort(key=lambda other: other.model_preset != row.model_preset)  # the same preset first
-            ours = weightless_model(replace(row, is_peer=False), config)  # the peer needs the same FLOPs
-            cells = [
-                measuring.median_and_spread(speeds[row], ",.0f"),
-                f"{medians[row] / medians[peers[0]]:.2f}" if peers else "-",
-                "-" if peak is None else f"{medians[row] * model_flops_per_token(ours, config.block_size) / peak:.1%}",
-                f"{tokens / config.steps / medians[row] * 1000:,.1f}",
-                f"{max(gib for _, gib in result):.2f}",
-            ]
-        lines.append([*row.cells, *cells])
-    return lines
-
-
-def main(argv: list[str] | None = None) -> None:
-    with one_line_errors():
-        config = parse_arguments(ThroughputConfig, argv, __doc__)
-        logging.set_verbosity_error()  # hides warnings about special tokens, which are not used
-        device = torch.device(config.device)
-        rows = rows_of(config, peer=True)
-        parameters = {row.model_preset: weightless_model(row, config).num_parameters() for row in rows}
-        report = measuring.Report("throughput", config.output, device, argv)
-        results = measure(rows, config)
-        peak = peak_flops(device)
-        peak_words = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown"
-        method = f"""
-A step: `train_accelerate.train_step` on {config.per_device_train_batch_size} x {config.block_size} random tokens: copy
-to the device, forward, backward, clipping, check for NaN, update. Attention: {config.attn_implementation}.
-Parameters: {", ".join(f"{name} {number:,}" for name, number in parameters.items())}.
-n = {config.repetitions} repetitions of {config.steps} steps per row, rows in turn, each in a new process after \
-{WARM_UP_STEPS} warm-up steps."""
-        remarks = f"""
-MFU: (6 N + 12 L D T) x tokens/s / the device's dense bf16 peak, in every row ({peak_words}).
-Peak GiB: the largest during the timed steps, allocated on a GPU, or resident in the process on a CPU.
-
-The peer is {PEER} in the shape of a gpt2 preset; it computes its own loss from `labels` and all logits. Other presets
-have other numbers of parameters. `over the peer`: the row's median tokens/s divided by the peer's in the same
-precision. Where p20 to p80 of two rows overlap, their order is uncertain."""
-        question = f"on how many tokens per second does one device train, compared with {PEER}?"
-        report.write("Speed of a training step", question, method, [HEADER, *table(results, config, peak)], remarks)
-
-
-if __name__ == "__main__":
-    main()
+def tokens_per_second_of_trainer(row: Row, config: StepConfig, blocks: PackedBlocks, steps: int) -> float:
+    """Run train_accelerate.py's `train` on the prepared folder and return the tokens/s that it logs for its last
+    `steps` steps, after as many others."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, patch_environment(ACCELERATE_TORCH_DEVICE=config.device):
+        run = replace(
+            settings_of(row, config),
+            dry_run=False,
+            data_dir=str(blocks.data_dir),
+            output_dir=str(Path(folder, "run")),
+            block_size=config.block_size,
+            per_device_train_batch_size=str(config.per_device_train_batch_size),
+            max_steps=2 * steps,
+            warmup_steps=None,
+            logging_steps=steps,
+            eval_blocks=1,
+            save_steps=0,
+        )
+        train(run, lambda event, **details: rows.append(details["row"]) if event == "logged" else None)
+    return rows[-1]["tokens_per_second"]

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.loss import LossBenchmarkConfig
 from benchmarks.precision import PrecisionCheckConfig
 from benchmarks.scaling import ScalingConfig
-from benchmarks.throughput import ThroughputConfig
+from benchmarks.targets import TargetsConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
 from gpt2modern.cli import parse_arguments
@@ -32,10 +31,9 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
-    "benchmarks.loss": LossBenchmarkConfig,
     "benchmarks.precision": PrecisionCheckConfig,
     "benchmarks.scaling": ScalingConfig,
-    "benchmarks.throughput": ThroughputConfig,
+    "benchmarks.targets": TargetsConfig,
     "gpt2modern.conversion": ConversionConfig,
 }
 

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.loss import CASES, LossBenchmarkConfig, make_step, table_row
 from modeling_gpt2modern.loss_gpt2modern import (
     _linear_cross_entropy_sum,
     _summed_loss_and_gradients,
@@ -501,19 +500,3 @@ def test_arguments_that_do_not_fit_raise_value_error(change, message):
     hidden_states, weight, labels = make_inputs()
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**({"hidden_states": hidden_states, "weight": weight, "labels": labels} | change))
-
-
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.compiled])
-def test_benchmark_compares_two_ways_to_the_same_numbers(case):
-    config = LossBenchmarkConfig(num_tokens=48, vocab_size=64, hidden_size=16)
-    logits, chunked = (make_step(CASES[case], variant, config)() for variant in ("logits", "chunked"))
-    half = "fp32" not in case
-    torch.testing.assert_close(chunked[0], logits[0], rtol=0.005 if half else 1e-5, atol=0)
-    for actual, expected in zip(chunked[1:], logits[1:], strict=True):
-        assert actual.dtype == expected.dtype
-        assert (actual - expected).norm() / expected.norm() < (0.02 if half else 1e-5)
-
-
-def test_benchmark_table_gives_medians_and_their_ratios():
-    row = table_row("fp32", [4.0, 1.0], [[3.0, 1.0, 2.0], [4.0, 3.0, 9.0]])
-    assert row == ["fp32", "2.00 (1.00 to 3.00)", "4.00 (3.00 to 9.00)", "2.00", "4.00", "1.00", "0.250"]

@@ -1,22 +1,45 @@
-"""benchmarks.throughput and benchmarks.precision: rows, figures and reports; what is measured is the trainer's step."""
+"""benchmarks.targets and benchmarks.precision: peers, ratios, targets; what is measured is the trainer's step."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import precision, throughput
+from benchmarks import precision, targets
 from benchmarks.measuring import median_and_spread
-from benchmarks.throughput import Row, ThroughputConfig, build_model, peer_loss, rows_of, table, training_step
+from benchmarks.peers import PEERS, peer_loss
+from benchmarks.targets import Target, TargetsConfig, compare, measure, measure_generation, table
+from benchmarks.throughput import (
+    Row,
+    StepConfig,
+    batches_of,
+    build_model,
+    loss_from_logits,
+    read_blocks,
+    training_step,
+    weightless_model,
+)
 from gpt2modern.evaluation.loss import batch_loss
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.speed import flops_per_token
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 from train_accelerate import StepResult
 
-TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,vocab_size=256"
-CONFIG = ThroughputConfig(
-    config_overrides=TINY, block_size=16, per_device_train_batch_size=2, steps=2, device="cpu"
-)  # 64 tokens in a repetition
+TINY = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64"
+VOCABULARY = "vocab_size=320,unpadded_vocab_size=300"  # that of data_dir, with padding rows
+CONFIG = StepConfig(config_overrides=f"{TINY},{VOCABULARY}", block_size=16, per_device_train_batch_size=2, device="cpu")
+GPT2, MODERN = Row("gpt2"), Row("modern")
+PLAIN, TRAINER = replace(GPT2, loop="plain loop"), replace(GPT2, loop="train_accelerate.py")
+PEER_ROWS = [
+    replace(GPT2, peer="GPT2LMHeadModel"),
+    replace(PLAIN, peer="nanoGPT"),
+    replace(MODERN, peer="LlamaForCausalLM"),
+]
+
+
+def num_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_percentiles_lie_between_neighbours():
@@ -26,84 +49,175 @@ def test_percentiles_lie_between_neighbours():
     assert median_and_spread([10.0, 20.0, 30.0], ".0f") == "20 (14 to 26)"
 
 
-def test_rows_hold_every_precision_compiled_once_and_the_peer_beside_gpt2_with_adamw():
-    rows = rows_of(ThroughputConfig(model_preset=["gpt2", "modern"], optimizer=["adamw", "muon"]), peer=True)
-    assert len(rows) == len(set(rows)) == 15
-    other_shape = ThroughputConfig(model_preset=["gpt2"], config_overrides="num_key_value_heads=2")
-    assert not any(row.is_peer for row in rows_of(other_shape, peer=True))
-    assert {(row.precision, row.compiled) for row in rows} == {("fp32", False), ("bf16", False), ("bf16", True)}
-    assert [(row.model_preset, row.optimizer) for row in rows if row.is_peer] == [("gpt2", "adamw")] * 3
+@pytest.mark.parametrize("row", PEER_ROWS, ids=str)
+def test_a_peer_has_as_many_parameters_as_the_124m_preset_beside_it(row):
+    config = replace(CONFIG, config_overrides="vocab_size=50304,unpadded_vocab_size=50257", block_size=512)
+    ours = num_parameters(weightless_model(replace(row, peer=None), config))
+    assert num_parameters(weightless_model(row, config)) == ours > 123_000_000
 
 
-def test_the_table_has_speed_mfu_memory_and_the_ratio_to_the_peer_in_the_same_precision():
-    rows = [Row("modern"), Row("gpt2", is_peer=True), Row("gpt2", precision="bf16", is_peer=True), Row("speedrun")]
-    answers = [
-        [(64 / speed, memory) for speed, memory in ((300.0, 1.5), (200.0, 1.0), (100.0, 1.5))],
-        [(64 / 100.0, 2.0)] * 3,
-        [(64 / 50.0, 2.0)] * 3,
-        "out of memory",
-    ]
-    matrices = 2 * (4 * 32 * 32 + 3 * 32 * 64) + 256 * 32 + 5 * 32  # with the norms' gains, as everywhere in training
-    peak = 1000.0 * flops_per_token(matrices, 2, 32, 16)
-    lines = table(dict(zip(rows, answers, strict=True)), CONFIG, peak)
-    assert lines[0] == ["modern", "adamw", "fp32", "200 (140 to 260)", "2.00", "20.0%", "160.0", "1.50"]
-    assert lines[1][4] == lines[2][4] == "1.00"
-    assert lines[3][3:5] == ["out of memory", "-"]
+def test_every_peer_stands_in_the_table_beside_a_preset():
+    assert {line.peer.peer for line in targets.targets()} - {None} == set(PEERS) == {row.peer for row in PEER_ROWS}
 
 
-@pytest.mark.parametrize("row", [Row("modern"), Row("speedrun", "muon"), Row("gpt2", is_peer=True)], ids=str)
+def test_the_form_of_nanogpt_is_gpt2():
+    """With GELU in its exact form and the same weights, it has the logits of the preset, and the loss of GPT-2."""
+    config = GPT2ModernConfig.from_preset("gpt2", vocab_size=96, hidden_size=64, num_hidden_layers=2, mlp_type="gelu")
+    ours, peer = GPT2ModernForCausalLM(config).eval(), PEERS["nanoGPT"](config)
+    weights = {"wte.weight": ours.model.embed_tokens.weight, "wpe.weight": ours.model.embed_positions.weight}
+    for name, tensor in ours.model.norm.state_dict().items():
+        weights[f"norm.{name}"] = tensor
+    names = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn_out": "self_attn.o_proj"}
+    names |= {"mlp_in": "mlp.up_proj", "mlp_out": "mlp.down_proj"}
+    for index, layer in enumerate(ours.model.layers):
+        for kind in ("weight", "bias"):
+            for theirs, name in names.items():
+                weights[f"blocks.{index}.{theirs}.{kind}"] = layer.get_submodule(name).get_parameter(kind)
+            parts = [layer.get_submodule(f"self_attn.{part}_proj").get_parameter(kind) for part in "qkv"]
+            weights[f"blocks.{index}.qkv.{kind}"] = torch.cat(parts)
+    peer.load_state_dict(weights, strict=False)
+    ids = torch.randint(96, (2, 9))
+    result = peer(input_ids=ids, labels=ids)
+    torch.testing.assert_close(result.logits, ours(input_ids=ids).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(result.loss, ours(input_ids=ids, labels=ids).loss, atol=1e-5, rtol=0)
+
+
+LEARNERS = [*PEER_ROWS, MODERN, Row("speedrun", "muon"), PLAIN, replace(GPT2, gradient_checkpointing=True)]
+LEARNERS += [replace(PLAIN, keeps_logits=True)]
+
+
+@pytest.mark.parametrize("row", LEARNERS, ids=repr)
 def test_a_measured_step_learns(row):
     with training_step(row, CONFIG) as step:
         torch.manual_seed(0)
         batch = torch.randint(256, (2, 17))
-        losses = [step(batch).loss.item() for _ in range(20)]
+        losses = [getattr(result := step(batch), "loss", result).item() for _ in range(20)]
     assert losses[-1] < losses[0] - 0.05
 
 
 def test_the_measured_step_begins_where_the_seed_does():
     batch = torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(0))
-    with training_step(Row("modern"), CONFIG) as step:
+    with training_step(MODERN, CONFIG) as step:
         result = step(batch)
     torch.manual_seed(TrainConfig(dry_run=True).seed)
-    model = build_model(Row("modern"), CONFIG).train()
+    model = build_model(MODERN, CONFIG).train()
     assert isinstance(result, StepResult) and result.finite
     assert result.loss.item() == batch_loss(model, batch, num_items=torch.tensor(32.0))[1].item()
 
 
-@pytest.mark.parametrize(("is_peer", "objective"), [(False, batch_loss), (True, peer_loss)])
-def test_both_objectives_are_mean_losses(is_peer, objective):
-    """Weights of zero give every token the same probability."""
-    model = build_model(Row("gpt2", is_peer=is_peer), CONFIG)
+@pytest.mark.parametrize(
+    ("row", "objective", "tokens"),
+    [(GPT2, batch_loss, 300), (GPT2, loss_from_logits, 300), *((row, peer_loss, 320) for row in PEER_ROWS)],
+)
+def test_every_objective_is_a_mean_loss(row, objective, tokens):
+    """Weights of zero give every token the same probability. To a peer, padding rows are tokens."""
+    model = build_model(row, CONFIG)
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
     minimised, loss = objective(model, torch.randint(256, (2, 17)), num_items=torch.tensor(32.0))
-    assert minimised.item() == loss.item() == pytest.approx(math.log(256))
+    assert minimised.item() == loss.item() == pytest.approx(math.log(tokens))
     assert minimised.requires_grad and not loss.requires_grad
 
 
-def test_a_report_is_written_with_a_row_for_each_process(tmp_path, capfd):
-    flags = f"--model_preset gpt2 --config_overrides {TINY} --block_size 16 --per_device_train_batch_size 2 --steps 2"
-    throughput.main([*flags.split(), "--precision", "fp32", "--torch_compile", "false", "--output", str(tmp_path)])
-    (path,) = tmp_path.iterdir()
-    text = path.read_text()
-    assert path.name.endswith("_throughput_cpu.md") and text in capfd.readouterr().out
-    assert "| gpt2 | adamw | fp32 |" in text and "| transformers GPT2LMHeadModel (gpt2) | adamw | fp32 |" in text
-    assert (
-        "Command: `python -m benchmarks.throughput --model_preset gpt2" in text
-        and "n = 3 repetitions of 2 steps" in text
-    )
+def test_no_block_is_measured_twice(data_dir):
+    blocks = read_blocks(CONFIG, data_dir, 10)
+    batches = torch.cat([*batches_of(blocks, CONFIG, 10)])
+    assert len(batches.unique(dim=0)) == len(batches) == 20
 
 
-def test_a_row_that_fails_does_not_end_the_others():
-    rows = [Row("modern"), Row("modern", optimizer="unknown")]
-    good, bad = throughput.measure(rows, CONFIG).values()
-    assert len(good) == 3 and "unknown" in bad
+AT_LEAST = Target("train", GPT2, PLAIN, "tokens/s", 1.2)
+AT_MOST = Target("memory", GPT2, PLAIN, "peak GiB", 0.6, at_most=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "ratios", "reached"),
+    [
+        (AT_LEAST, [1.2], "yes"),
+        (AT_LEAST, [0.9, 1.3, 1.25], "yes"),
+        (AT_LEAST, [1.1, 1.15, 1.2], "within the spread"),  # 1.12 to 1.18
+        (AT_LEAST, [1.13, 1.13, 1.14], "no"),
+        (AT_LEAST, [1.19], "no"),
+        (AT_MOST, [0.5, 0.59, 0.7], "yes"),
+        (AT_MOST, [0.6, 0.63, 0.66], "within the spread"),
+        (AT_MOST, [0.7, 0.7, 0.71], "no"),
+        (AT_MOST, [math.nan], "no"),
+        (replace(AT_LEAST, bound=None), [0.1], "-"),
+    ],
+)
+def test_a_target_may_be_missed_by_no_more_than_the_spread(target, ratios, reached):
+    assert target.reached(ratios) == reached
+
+
+def made_up(*speeds):
+    return [{"tokens/s": speed, "peak GiB": 1.0} for speed in speeds]
+
+
+def test_the_table_has_both_medians_and_the_ratio_of_each_turn():
+    """The machine is twice as slow in the third turn: the ratios do not see it."""
+    results = {("train", GPT2): made_up(300.0, 303.0, 150.0), ("train", PLAIN): made_up(200.0, 202.0, 100.0)}
+    results |= {("memory", GPT2): made_up(1.0), ("memory", PLAIN): "out of memory"}
+    numbers = compare([AT_LEAST, AT_MOST], results)
+    assert numbers[0]["ratios"] == [1.5] * 3 and numbers[0]["values"] == [300.0, 303.0, 150.0]
+    lines = table(numbers)
+    assert lines[0][0] == "gpt2, eager" and lines[0][3] == "gpt2, plain loop, eager"
+    assert lines[0][2] == "300 (210 to 302)"
+    assert lines[0][5:] == ["3", "1.50 (1.50 to 1.50)", "at least 1.2", "yes"]
+    assert lines[1][2] == "out of memory" and lines[1][5:] == ["0", "-", "at most 0.6", "no"]
+    assert {len(line) for line in lines} == {len(targets.HEADER)}
+
+
+@pytest.mark.parametrize(("peer_speed", "misses"), [(1.0, False), (10.0, True)])
+def test_the_command_fails_if_a_target_is_missed(data_dir, tmp_path, monkeypatch, capfd, peer_speed, misses):
+    def measured(lines, config, blocks):
+        assert blocks.block_size == 16 and all(line.part == "train" for line in lines)
+        speeds = {row: peer_speed for line in lines for row in (line.row, line.peer) if row.peer}
+        return {("train", row): made_up(speeds.get(row, 5.0)) for line in lines for row in (line.row, line.peer)}
+
+    monkeypatch.setattr(targets, "measure", measured)
+    flags = f"--data {data_dir} --parts train --config_overrides {TINY} --block_size 16 --memory_tokens 32"
+    try:
+        targets.main([*flags.split(), "--output", str(tmp_path)])
+    except SystemExit as stop:
+        assert stop.code == 1 and misses
+    else:
+        assert not misses
+    page, numbers = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert page.name.endswith("_targets_cpu.md") and page.read_text() in capfd.readouterr().out
+    assert "Command: `python -m benchmarks.targets --data data" in page.read_text()
+    assert ("Verdict: not reached: gpt2, compiled over GPT2LMHeadModel, compiled" in page.read_text()) == misses
+    content = json.loads(numbers.read_text())
+    assert any(line.startswith("Versions: torch") for line in content["provenance"])
+    assert [each["reached"] for each in content["results"]].count("no") == (4 if misses else 0)
+    assert page.read_text().count("\n| ") == 2 + len(content["results"])
+
+
+def test_rows_are_measured_in_turn_each_in_a_process(data_dir):
+    """A row that fails does not end the others, and the trainer as a whole says how fast it was."""
+    overrides = f"{TINY},{VOCABULARY},{targets.NO_DROPOUT}"
+    config = TargetsConfig(
+        data=str(data_dir), config_overrides=overrides, block_size=16, per_device_train_batch_size=2, steps=2,
+        repetitions=1,
+    )  # fmt: skip
+    blocks = read_blocks(config, data_dir, 6)
+    line = Target("train", TRAINER, replace(GPT2, optimizer="unknown"), "tokens/s", 0.97)
+    results = measure([line], config, blocks)
+    ((trainer,), failed) = results.values()
+    assert trainer["tokens/s"] == pytest.approx(32 / trainer["s per step"])
+    assert trainer["peak GiB"] > trainer["GiB above imports"] > 0
+    assert "unknown" in failed
+
+
+@pytest.mark.parametrize("row", [GPT2, replace(GPT2, peer="GPT2LMHeadModel")], ids=str)
+def test_generation_is_measured_for_every_batch_size(data_dir, row):
+    config = TargetsConfig(data=str(data_dir), config_overrides=CONFIG.config_overrides, block_size=16)
+    results = measure_generation(row, config, read_blocks(config, data_dir, 4))
+    wanted = {line.unit for line in targets.targets() if line.part == "generation"}
+    assert results.keys() == wanted and all(value > 0 for value in results.values())
 
 
 def check(data, output, *flags):
-    shape = TINY.removesuffix(",vocab_size=256")  # the vocabulary is that of the data
     precision.main(
-        f"--data {data} --model_preset modern --config_overrides {shape} --block_size 16 --steps 12 "
+        f"--data {data} --model_preset modern --config_overrides {TINY} --block_size 16 --steps 12 "
         f"--per_device_train_batch_size 2 --output {output}".split()
         + list(flags)
     )

@@ -22,12 +22,12 @@ COMMANDS = {
     "prepare_data.py verify": {},
     "eval.perplexity": {"--model": "model", "--data": "data"},
     "eval.generate": {"--model": "model", "--prompt": "def "},
-    "benchmarks.throughput": {"--output": "reports"},
+    "benchmarks.targets": {"--output": "reports", "--data": "data", "--steps": "1", "--block_size": "32"},
     "benchmarks.precision": {"--output": "reports", "--data": "data"},
     "benchmarks.data": {"--tokenizer_name": "data/tokenizer", "--output": "reports", "--work_dir": "reports"},
     "gpt2modern.conversion": {"--model": "model", "--output_dir": "native"},
 }  # fmt: skip
-TRAIN, PREPARE, VERIFY, PERPLEXITY, GENERATE, THROUGHPUT, PRECISION, DATA_BENCHMARK, CONVERT = COMMANDS
+TRAIN, PREPARE, VERIFY, PERPLEXITY, GENERATE, TARGETS, PRECISION, DATA_BENCHMARK, CONVERT = COMMANDS
 RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_name"}
 
 
@@ -383,14 +383,18 @@ PREPARATION = [
 ]
 
 BENCHMARKS = [
-    BadInput(THROUGHPUT, "--model_preset gpt5", "gpt5"),
-    BadInput(THROUGHPUT, "--repetitions 2", "--repetitions 2 must be at least 3"),
-    BadInput(THROUGHPUT, "--device cpu --precision tf32", "--precision tf32"),
-    BadInput(THROUGHPUT, "--device tpu", "--device tpu"),
-    BadInput(THROUGHPUT, "--attn_implementation fast", "fast"),
-    BadInput(THROUGHPUT, "--output text.txt", "text.txt is a file, not a folder; choose another path"),
+    BadInput(TARGETS, "--parts speed", "speed"),
+    BadInput(TARGETS, "--data nowhere", "nowhere"),
+    BadInput(TARGETS, "--repetitions 0", "--repetitions 0 must be at least 1"),
+    BadInput(TARGETS, "--steps 900", "1802 steps of 4 sequences need 7208; lower one of them"),
+    BadInput(TARGETS, "--memory_tokens 320000", "3 steps of 10000 sequences need 30000; lower one of them"),
+    BadInput(TARGETS, "--parts train --device tpu", "--device tpu"),
+    BadInput(TARGETS, "--parts train --attn_implementation fast", "fast"),
+    BadInput(TARGETS, "--output text.txt", "text.txt is a file, not a folder; choose another path"),
+    BadInput(PRECISION, "--model_preset gpt5 --steps 10 --per_device_train_batch_size 1 --block_size 32", "gpt5"),
+    BadInput(PRECISION, "--device cpu --precision tf32", "--precision tf32"),
     BadInput(PRECISION, "--data nowhere", "nowhere"),
-    BadInput(PRECISION, "--data data", "--steps 50 x --per_device_train_batch_size 8 need 400; lower one of the two"),
+    BadInput(PRECISION, "--data data", "50 steps of 8 sequences need 400; lower one of them"),
     BadInput(PRECISION, "--steps 3", "--steps 3 must be at least 10"),
     BadInput(PRECISION, "--tolerance nan", "--tolerance nan must be a finite number"),
     BadInput(DATA_BENCHMARK, "--text_dir nowhere", "--text_dir nowhere: no such folder"),
