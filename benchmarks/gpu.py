@@ -9,7 +9,6 @@ not measured. The exit code is 1 if a row fails or a target is missed. --device 
 """
 
 import contextlib
-import importlib.util
 import io
 import math
 import re
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import patch_environment
+from torch.autograd import DeviceType
 from torch.profiler import profile
 from transformers.utils import is_flash_attn_2_available
 
@@ -86,13 +86,10 @@ class GPUBenchmarkConfig(throughput.StepConfig):
 
 def run_tests(device: str, seconds: float) -> dict[str, Any]:
     """Run the tests that need a GPU, several at a time; on a CPU, those of the chunked loss. Raises RuntimeError."""
-    several = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    chosen = ["-m", "gpu", *several] if device == "cuda" else ["-k", "chunked_loss and cpu"]
+    chosen = ["-m", "gpu", "-n", "4"] if device == "cuda" else ["-k", "chunked_loss and cpu"]
     # Without conftest.py, which prepares data and so needs `datasets`.
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "tests/test_cuda.py", *chosen]
-    run = subprocess.run(
-        command, cwd=measuring.REPOSITORY, timeout=seconds, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)
     summary = run.stdout.strip().rpartition("\n")[-1]
     if run.returncode or "passed" not in summary:
         raise RuntimeError(f"{summary}\n{run.stdout}\n{run.stderr}")
@@ -147,9 +144,12 @@ def measure_row(row: Row, config: GPUBenchmarkConfig) -> dict[str, Any]:
 
 def family_times(events: Any, *, on_cpu: bool) -> dict[str, float]:
     """Sum the milliseconds of a profile by family. What an optimizer launches belongs to it, and what the loss launches
-    to the loss, except matrix products. On a CPU operators are counted instead of kernels."""
+    to the loss, except matrix products. On a CPU operators are counted instead of kernels. Unattributed: kernels of
+    which the profiler does not know the operator."""
     times: Counter = Counter()
     for event in events:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            times["unattributed"] += event.time_range.elapsed_us() / 1e3
         callers, caller = "", event
         while caller is not None:
             callers, caller = f"{callers} {caller.name}", caller.cpu_parent
@@ -158,7 +158,8 @@ def family_times(events: Any, *, on_cpu: bool) -> dict[str, float]:
             family = next(family for words, family in FAMILIES.items() if re.search(words, name, re.IGNORECASE))
             family = LOSS if "cross_entropy" in callers and family != PRODUCTS else family
             times[OPTIMIZER if "Optimizer.step" in callers else family] += microseconds / 1e3
-    return dict(times.most_common())
+            times["unattributed"] -= 0 if on_cpu else microseconds / 1e3
+    return {name: milliseconds for name, milliseconds in times.most_common() if milliseconds > 1e-6}
 
 
 def run_trainer(config: GPUBenchmarkConfig, folder: Path, **settings: Any) -> dict[str, Any]:
@@ -174,11 +175,8 @@ def run_trainer(config: GPUBenchmarkConfig, folder: Path, **settings: Any) -> di
         train(run, lambda event, **details: rows.append(details["row"]) if event == "logged" else None)
     rates = [row["tokens_per_second"] for row in rows[2:]]  # without compilation
     breaks = torch._dynamo.utils.counters["graph_break"].total()
-    return {
-        "facts": f"loss {rows[-1]['loss']:.4f}, {breaks} graph breaks",
-        "rates": rates,
-        "peak_gib": rows[-1]["peak_memory_gib"],
-    }
+    peak_gib, loss = rows[-1]["peak_memory_gib"], rows[-1]["loss"]
+    return {"facts": f"{peak_gib:.2f} GiB, {breaks} graph breaks, loss {loss:.4f}", "rates": rates}
 
 
 def jobs_of(config: GPUBenchmarkConfig, folder: Path) -> dict[str, dict[str, Callable[[], dict[str, Any]]]]:
@@ -186,13 +184,12 @@ def jobs_of(config: GPUBenchmarkConfig, folder: Path) -> dict[str, dict[str, Cal
     fast, on_gpu = {"precision": "bf16", "compiled": config.torch_compile}, config.device == "cuda"
     speed = {f"{p} {o}": Row(p, o, **fast) for o, p in product(("adamw", "muon"), PRESETS)}
     peers = {name: Row("modern" if "Llama" in name else "gpt2", peer=name, **fast) for name in PEERS}
-    ladder = {name: Row("gpt2", precision=name, keeps_logits=True) for name in ("fp32", "tf32", "bf16")[:: 2 - on_gpu]}
-    ladder |= {"compiled": Row("gpt2", keeps_logits=True, **fast), "loss in chunks": speed["gpt2 adamw"]}
+    eager = {name: Row("gpt2", precision=name, keeps_logits=True) for name in ("fp32", "tf32", "bf16")[:: 2 - on_gpu]}
+    ladder = eager | {"compiled": Row("gpt2", keeps_logits=True, **fast), "loss in chunks": speed["gpt2 adamw"]}
     ladder |= {name: speed[name] for name in ("modern adamw", "modern muon")}
     small = replace(config, per_device_train_batch_size=max(4, config.per_device_train_batch_size // 4))
-    checks = {"tests": partial(run_tests, config.device, 0.4 * 60 * config.minutes)}
-    for name in ("gpt2 adamw", "modern adamw", "speedrun muon"):
-        checks[f"loss, {name}"] = partial(compare_losses, speed[name], config)
+    compared = ("gpt2 adamw", "modern adamw", "speedrun muon")
+    checks = {f"loss, {name}": partial(compare_losses, speed[name], config) for name in compared}
     trainer = {"trainer": partial(run_trainer, config, folder / "0")}
     for name in ["flex_attention"] * on_gpu + ["flash_attention_2"] * is_flash_attn_2_available() + ["sdpa"]:
         masked = partial(run_trainer, config, folder / name, document_masking=True, attn_implementation=name)
@@ -200,7 +197,7 @@ def jobs_of(config: GPUBenchmarkConfig, folder: Path) -> dict[str, dict[str, Cal
     middle = str(folder / f"0/checkpoints/step_{TRAINER_STEPS // 2:07d}")
     trainer["trainer, resumed"] = partial(run_trainer, config, folder / "1", resume_from_checkpoint=middle)
     return {
-        "checks": checks,
+        "checks": checks | {"tests": partial(run_tests, config.device, 0.4 * 60 * config.minutes)},
         "speed": {name: partial(measure_row, row, config) for name, row in speed.items()},
         "peers": {name: partial(measure_row, row, config) for name, row in peers.items()},
         "trainer": trainer,
@@ -224,28 +221,27 @@ def call_in_time(seconds: int, job: Callable[[], dict[str, Any]]) -> dict[str, A
     return job()
 
 
-def target_of(name: str, found: dict[str, dict], config: GPUBenchmarkConfig, device_name: str) -> tuple[str, bool]:
-    """Return what the report says about the target of a row, and False if it is missed. found: results of all rows."""
+def target_of(name: str, rates: dict[str, float], step_tokens: int, device_name: str) -> tuple[str, bool]:
+    """Return what the report says about the target of a row, and False if it is missed. rates: tokens/s of all rows."""
     other, least = TARGETS.get(name, (None, 0))
-    rate, base = (median(found.get(each, {}).get("rates", [math.nan])) for each in (name, other))
-    base = base if other else 1 if least and "H200" in device_name else math.nan
-    if math.isnan(rate / base):
+    if name not in rates or (other not in rates if other else not (least and "H200" in device_name)):
         return "-", True
-    value = rate / base
-    if name.endswith("muon"):  # in the recipes' steps, as an update takes as long in a step of any size
-        share = config.per_device_train_batch_size * config.block_size / RECIPE_TOKENS
-        value = 1 / (1 + (1 / value - 1) * share)
-    compared = f"{value:.3f} of {other}, at least {least}" if other else f"at least {least:,}"
-    return f"{compared}: {'reached' if value >= least else '**missed**'}", value >= least
+    value = rates[name] / rates[other] if other else rates[name]
+    if name.endswith("muon"):  # in the recipes' steps: an update takes as long in a step of any size
+        value = 1 / (1 + (1 / value - 1) * step_tokens / RECIPE_TOKENS)
+    text = f"{value:.3f} of {other}, at least {least}" if other else f"at least {least:,}"
+    return f"{text}: {'reached' if value >= least else '**missed**'}", value >= least
 
 
 def write_report(report: measuring.Report, config: GPUBenchmarkConfig, found: dict, waiting: list[str]) -> bool:
     """Write the results so far as Markdown and JSON; waiting: names of rows without one. Return False for failures."""
-    targets = {name: target_of(name, found, config, report.device_name) for name in found}
+    rates = {name: median(row["rates"]) for name, row in found.items() if "rates" in row}
+    step_tokens = config.per_device_train_batch_size * config.block_size
+    targets = {name: target_of(name, rates, step_tokens, report.device_name) for name in found}
     table = [["row", "tokens/s (p20 to p80)", "target", "more"]]
     for name, row in found.items():
-        rates = measuring.median_and_spread(row["rates"], ",.0f") if "rates" in row else "-"
-        table.append([name, rates, targets[name][0], row.get("error") or row["facts"]])
+        rate = measuring.median_and_spread(row["rates"], ",.0f") if "rates" in row else "-"
+        table.append([name, rate, targets[name][0], row.get("error") or row["facts"]])
     method = f"""
 {config.per_device_train_batch_size} x {config.block_size} tokens in a step, in the ladder a quarter of them; bf16
 autocast, attention {config.attn_implementation} except where a row names another; {config.config_overrides}.
@@ -281,8 +277,8 @@ def main(argv: list[str] | None = None) -> None:
                         waiting.remove(name)
                         found[name] = result
                     with contextlib.redirect_stdout(io.StringIO()):
-                        passed = write_report(report, config, found, waiting)
-        print(report.path.read_text(encoding="utf-8"))
+                        write_report(report, config, found, waiting)
+        passed = write_report(report, config, found, waiting)
     raise SystemExit(0 if passed else 1)
 
 
