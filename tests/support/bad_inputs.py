@@ -24,10 +24,11 @@ COMMANDS = {
     "eval.generate": {"--model": "model", "--prompt": "def "},
     "benchmarks.targets": {"--output": "reports", "--data": "data", "--steps": "1", "--block_size": "32"},
     "benchmarks.precision": {"--output": "reports", "--data": "data"},
+    "benchmarks.gpu": {"--output": "reports", "--data": "data", "--device": "cpu"},
     "benchmarks.data": {"--tokenizer_name": "data/tokenizer", "--output": "reports", "--work_dir": "reports"},
     "gpt2modern.conversion": {"--model": "model", "--output_dir": "native"},
 }  # fmt: skip
-TRAIN, PREPARE, VERIFY, PERPLEXITY, GENERATE, TARGETS, PRECISION, DATA_BENCHMARK, CONVERT = COMMANDS
+TRAIN, PREPARE, VERIFY, PERPLEXITY, GENERATE, TARGETS, PRECISION, GPU, DATA_BENCHMARK, CONVERT = COMMANDS
 RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_name"}
 
 
@@ -397,6 +398,11 @@ BENCHMARKS = [
     BadInput(PRECISION, "--data data", "50 steps of 8 sequences need 400; lower one of them"),
     BadInput(PRECISION, "--steps 3", "--steps 3 must be at least 10"),
     BadInput(PRECISION, "--tolerance nan", "--tolerance nan must be a finite number"),
+    BadInput(GPU, "--minutes 0", "--minutes 0.0 must be at least 0.1"),
+    BadInput(GPU, "--parts everything", "everything"),
+    BadInput(GPU, "--data nowhere", "nowhere"),
+    BadInput(GPU, "--data data", "15 steps of 64 sequences need 960; lower one of them"),
+    BadInput(GPU, f"--config_overrides {TINY},heads=2 --block_size 4 --per_device_train_batch_size 4", "heads"),
     BadInput(DATA_BENCHMARK, "--text_dir nowhere", "--text_dir nowhere: no such folder"),
     BadInput(DATA_BENCHMARK, "--repetitions 0", "--repetitions 0 must be at least 1"),
     BadInput(DATA_BENCHMARK, "--tokenizer_name nowhere", "--tokenizer_name nowhere cannot be loaded"),
