@@ -43,16 +43,17 @@ from .configuration_gpt2modern import GPT2ModernConfig, load_conversion
 from .layers_gpt2modern import (
     NORMS,
     EmbeddingResidual,
-    FirstArgument,
     GPT2ModernRotaryEmbedding,
     PackedDocuments,
     ResidualMix,
     UNetSkip,
     ValueResidual,
     apply_rotary,
+    build_dropout,
     build_mlp,
     build_norm,
     positions_from_lengths,
+    unchanged,
 )
 from .loss_gpt2modern import linear_cross_entropy_and_z_loss, logits_z_loss, soft_cap
 
@@ -103,11 +104,11 @@ class GPT2ModernAttention(nn.Module):
         self.q_norm, self.k_norm = (
             NORMS[config.norm_type](config.head_dim, eps=config.norm_eps, elementwise_affine=config.qk_norm_affine)
             if config.use_qk_norm
-            else nn.Identity()
+            else unchanged
             for _ in range(2)
         )
         # Layer 0 mixes nothing in: the other layers read its values.
-        self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else FirstArgument()
+        self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else unchanged
 
     def forward(
         self,
@@ -161,14 +162,14 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_value_source = config.use_value_residual and layer_idx == 0
         reads_skip = config.use_unet_skips and layer_idx >= config.num_hidden_layers - config.num_hidden_layers // 2
-        self.unet_skip = UNetSkip() if reads_skip else FirstArgument()
-        self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else FirstArgument()
+        self.unet_skip = UNetSkip() if reads_skip else unchanged
+        self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else unchanged
 
         self.input_layernorm = build_norm(config)
         self.self_attn = GPT2ModernAttention(config, layer_idx)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = build_mlp(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = build_dropout(config.hidden_dropout)
 
     def forward(
         self,
@@ -293,8 +294,8 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = None if uses_rope else nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.rotary_emb = GPT2ModernRotaryEmbedding(config) if uses_rope else None
-        self.embedding_norm = build_norm(config) if config.use_embedding_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_norm = build_norm(config) if config.use_embedding_norm else unchanged
+        self.dropout = build_dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(GPT2ModernDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.layer_types = tuple(config.layer_types)

@@ -1,9 +1,13 @@
 """Generation gives the same tokens with and without each kind of cache, in batches, in beams and with a draft."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CompileConfig,
     ContinuousBatchingConfig,
@@ -13,6 +17,7 @@ from transformers import (
     cache_utils,
 )
 
+from gpt2modern.conversion import to_native
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import FLAG_SETS, random_ids, tiny_model
 
@@ -311,6 +316,59 @@ def test_generation_returns_the_states_of_every_step(flag_set):
     for layer in range(depth + 1):
         close(torch.cat([step[layer] for step in generated.hidden_states], dim=1), full[layer])
     assert [weights[-1].shape[2] for weights in generated.attentions] == [6, 1, 1]
+
+
+# What one token costs
+
+PRODUCTS = {"Linear", "Conv1D", "aten.addmm", "aten.mm", "aten.t", "aten.view", "aten._unsafe_view"}
+
+
+class Operations(TorchDispatchMode):
+    """Count the operations of torch that run, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def calls_of_one_token(model: nn.Module, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[Counter, Counter]:
+    """Return how often each operation and each class of module is called for one more token, without the products of
+    matrices: GPT-2 has queries, keys and values in one matrix."""
+    counts = []
+    for count in (3, 4):
+        modules = Counter()
+        hook = register_module_forward_pre_hook(lambda module, _, seen=modules: seen.update([type(module).__name__]))
+        with Operations() as operations:
+            model.generate(input_ids, attention_mask=mask, max_new_tokens=count, **GREEDY)
+        hook.remove()
+        counts.append((operations.calls, modules))
+    return tuple(
+        Counter({name: number for name, number in (more - less).items() if name not in PRODUCTS})
+        for less, more in zip(*counts, strict=True)
+    )
+
+
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern"])
+def test_token_costs_no_more_calls_than_in_the_stock_model(flag_set):
+    model, input_ids = tiny_model(flag_set, num_hidden_layers=12), random_ids(1, 6)
+    ours, stock = (
+        calls_of_one_token(each, input_ids, torch.ones_like(input_ids)) for each in (model, to_native(model))
+    )
+    for our_calls, stock_calls in zip(ours, stock, strict=True):
+        assert 0 < our_calls.total() <= stock_calls.total(), (our_calls - stock_calls, stock_calls - our_calls)
+
+
+def test_token_after_padding_looks_for_documents_in_five_operations():
+    """Twenty-five operations find the documents of a prompt; one token needs none of them."""
+    model, input_ids = tiny_model("modern"), random_ids(2, 6)
+    padded = torch.ones_like(input_ids)
+    padded[0, :2] = 0
+    operations, _ = calls_of_one_token(model, input_ids, padded)
+    assert operations["aten.all"] and not operations["aten.cummax"]
 
 
 # Compiled decoding
