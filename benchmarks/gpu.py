@@ -244,7 +244,7 @@ def write_report(report: measuring.Report, config: GPUBenchmarkConfig, found: di
         table.append([name, rate, targets[name][0], row.get("error") or row["facts"]])
     method = f"""
 {config.per_device_train_batch_size} x {config.block_size} tokens in a step, in the ladder a quarter of them; bf16
-autocast, attention {config.attn_implementation} except where a row names another; {config.config_overrides}.
+autocast, attention {config.attn_implementation or "sdpa"} except where a row names another; {config.config_overrides}.
 n = {WINDOWS} windows of {config.steps} steps after {WARM_UP_STEPS}; each row in a new process."""
     remarks = f"""
 Not measured: {"; ".join(waiting) or "nothing"}.

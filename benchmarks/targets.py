@@ -221,8 +221,8 @@ the peer in the same turn. CPU threads: {torch.get_num_threads()}. Minutes: {(ti
 Parameters: {", ".join(sizes)}. Data: {blocks.data_dir.name}, no block twice.
 
 Training: {config.steps} steps of {config.per_device_train_batch_size} x {config.block_size} tokens after \
-{WARM_UP_STEPS} warm-up steps, bf16 autocast, fused AdamW, no dropout. Attention: {config.attn_implementation}, of \
-peers sdpa. Presets and models of transformers make `train_accelerate.train_step`; Accelerate gives it the logits in
+{WARM_UP_STEPS} warm-up steps, bf16 autocast, fused AdamW, no dropout. Attention: \
+{config.attn_implementation or "the trainer's default"}, of peers sdpa. Presets and models of transformers make `train_accelerate.train_step`; Accelerate gives it the logits in
 fp32, as it does in transformers' Trainer. Plain loop: forward, backward, clipping, update. train_accelerate.py: what it
 logs.
 

@@ -47,7 +47,7 @@ class StepConfig:
     config_overrides: str | None = setting(None, "settings to change in every preset: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(8, "number of sequences in a step", least=1)
-    attn_implementation: str = setting(TrainConfig.attn_implementation, "attention of the presets; peers have sdpa")
+    attn_implementation: str | None = setting(None, "attention of the presets; default: as in train_accelerate.py")
     device: str | None = setting(None, "cpu or cuda; default: the GPU if there is one")
     output: str = setting("eval/reports", "folder that the report is written to")
 
@@ -101,14 +101,16 @@ def batches_of(blocks: PackedBlocks, config: StepConfig, steps: int) -> Iterator
 
 def settings_of(row: Row, config: StepConfig) -> TrainConfig:
     """Return the trainer's settings for a row. The learning rate is constant after its warm-up."""
+    precision = "bf16" if row.precision == "bf16" else "no"
+    attention = config.attn_implementation or models.fastest_attention(torch.device(config.device), precision)
     return TrainConfig(
         dry_run=True,  # so no folders are needed
         model_preset=row.model_preset,
         config_overrides=config.config_overrides,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=attention,
         gradient_checkpointing=row.gradient_checkpointing,
         optimizer=row.optimizer,
-        mixed_precision="bf16" if row.precision == "bf16" else "no",
+        mixed_precision=precision,
         torch_compile=row.compiled,
         lr_scheduler_type="constant",
         warmup_steps=LEARNING_RATE_WARM_UP,
@@ -156,7 +158,11 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
         model = build_model(row, config, data).train()
         optimizers = build_optimizers(model, settings)
         model = model.to(config.device) if is_plain else accelerator.prepare(model)
-        model = torch.compile(model) if settings.torch_compile else model
+        model = (
+            torch.compile(model, options=None if row.peer else models.COMPILE_OPTIONS)
+            if settings.torch_compile
+            else model
+        )
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
         objective = batch_loss if row.peer is None else peer_loss
         objective = loss_from_logits if row.keeps_logits else objective
