@@ -222,9 +222,9 @@ Parameters: {", ".join(sizes)}. Data: {blocks.data_dir.name}, no block twice.
 
 Training: {config.steps} steps of {config.per_device_train_batch_size} x {config.block_size} tokens after \
 {WARM_UP_STEPS} warm-up steps, bf16 autocast, fused AdamW, no dropout. Attention: \
-{config.attn_implementation or "the trainer's default"}, of peers sdpa. Presets and models of transformers make `train_accelerate.train_step`; Accelerate gives it the logits in
-fp32, as it does in transformers' Trainer. Plain loop: forward, backward, clipping, update. train_accelerate.py: what it
-logs.
+{config.attn_implementation or "the trainer's default"}, of peers sdpa. Presets and models of transformers make
+`train_accelerate.train_step`; Accelerate gives it the logits in fp32, as it does in transformers' Trainer. Plain loop:
+forward, backward, clipping, update. train_accelerate.py: what it logs.
 
 Memory: {MEMORY_STEPS} steps of {large.per_device_train_batch_size} x {config.block_size} tokens after warm-up. \
 Peak: of the whole process, resident on a CPU, allocated on a GPU; this decides, as it is what a user sees.
