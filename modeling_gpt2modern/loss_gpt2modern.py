@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable
 
 import torch
-from torch.utils._triton import has_triton
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -16,8 +15,8 @@ def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 # Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
 # allocator keeps it between blocks. An `add_` of bf16 to fp32 over all 50,304 rows at once takes 9x as long on CPU.
 _WEIGHT_ROWS_PER_BLOCK = 8192
-# Scores that a CPU turns into gradients at a time. In fp32 they are 8 MB, which stay in its cache.
-_CPU_SCORES_PER_BLOCK = 2**21
+# Scores that become gradients at a time if nothing is compiled; on a CPU 8 MB in fp32, which stay in its cache.
+_SCORES_PER_BLOCK_ON_CPU, _SCORES_PER_BLOCK_ON_GPU = 2**21, 2**25
 
 
 def _loss_and_gradient(
@@ -67,12 +66,14 @@ def _summed_loss_and_gradients(
     vocab_size: int,
     ignore_index: int,
     chunk_size: int,
+    is_compiled: bool,
     compute_dtype: torch.dtype,
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss summed over the tokens, the z-loss (a penalty on large logits) contained in it, and the gradients
-    of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens at a time.
+    of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens at a time. is_compiled: whether a
+    GPU may compile the part between the matrix products into one kernel.
 
     hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64.
     The two losses are scalars in at least fp32. The gradients have the shapes of their tensors; that of hidden_states
@@ -90,10 +91,13 @@ def _summed_loss_and_gradients(
 
     # Allocated once: a fresh 150 MB buffer per chunk would cost the CPU more in page faults than the softmax itself.
     buffer = hidden_states.new_empty((min(chunk_size, num_tokens), vocab_size), dtype=compute_dtype)
-    # On a GPU one fused kernel reads the logits once; on a CPU blocks in the cache do the same without a compiler.
+    # On a GPU one compiled kernel reads the logits; on a CPU, blocks in its cache are as fast without a compiler.
     is_on_cpu = hidden_states.device.type == "cpu"
-    block_size = max(1, _CPU_SCORES_PER_BLOCK // vocab_size) if is_on_cpu else chunk_size
-    loss_and_gradient = _loss_and_gradient if is_on_cpu or not has_triton() else _compiled_loss_and_gradient()
+    if is_compiled and not is_on_cpu:
+        loss_and_gradient, block_size = _compiled_loss_and_gradient(), chunk_size
+    else:
+        scores = _SCORES_PER_BLOCK_ON_CPU if is_on_cpu else _SCORES_PER_BLOCK_ON_GPU
+        loss_and_gradient, block_size = _loss_and_gradient, max(1, scores // vocab_size)
 
     for start in range(0, num_tokens, chunk_size):
         chunk = slice(start, min(start + chunk_size, num_tokens))
@@ -177,10 +181,17 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
         for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return hidden_gradient, weight_gradient, *(None,) * 9
+    return hidden_gradient, weight_gradient, *(None,) * 10
 
 
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def default_chunk_size(hidden_size: int, device_type: str, dtype: torch.dtype) -> int:
+    """Return how many tokens' logits, of `dtype`, the loss holds at the same time: on a CPU as much memory as the fp32
+    gradient of the head takes, or as 1,024 tokens in fp32; on a GPU, which adds to that gradient slowly, twice this."""
+    fp32_tokens = max(1024, hidden_size) * (1 if device_type == "cpu" else 2)
+    return fp32_tokens * torch.float32.itemsize // dtype.itemsize
 
 
 def linear_cross_entropy_and_z_loss(
@@ -206,8 +217,7 @@ def linear_cross_entropy_and_z_loss(
     vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
     softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
     num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored.
-    chunk_size: number of tokens whose logits exist at the same time; None means hidden_size, but at least 512. Logits
-    of hidden_size tokens take no more memory than the fp32 gradient of weight; a smaller chunk only costs more time.
+    chunk_size: number of tokens whose logits exist at the same time; None means `default_chunk_size`.
 
     Both results are in nats per token and in fp32 (float64 for float64 inputs); the second one has no gradient. Matrix
     products run in the dtype of autocast if it is enabled, otherwise in that of hidden_states; softmax, loss and the
@@ -231,7 +241,7 @@ def linear_cross_entropy_and_z_loss(
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
     if chunk_size is None:
-        chunk_size = max(1024, weight.shape[1]) * torch.float32.itemsize // compute_dtype.itemsize
+        chunk_size = default_chunk_size(weight.shape[1], device_type, compute_dtype)
     total, z_total, _, _ = _linear_cross_entropy_sum(
         hidden_states,
         weight,
@@ -241,6 +251,7 @@ def linear_cross_entropy_and_z_loss(
         vocab_size,
         ignore_index,
         chunk_size,
+        torch.compiler.is_compiling(),
         compute_dtype,
         torch.is_grad_enabled() and hidden_states.requires_grad,
         torch.is_grad_enabled() and weight.requires_grad,

@@ -15,8 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from modeling_gpt2modern import loss_gpt2modern
 from modeling_gpt2modern.loss_gpt2modern import (
+    _compiled_loss_and_gradient,
     _linear_cross_entropy_sum,
+    _loss_and_gradient,
     _summed_loss_and_gradients,
     linear_cross_entropy_and_z_loss,
     logits_z_loss,
@@ -456,7 +459,7 @@ def test_one_compiled_graph_serves_other_token_counts():
 
 def test_operator_is_registered_as_torch_demands():
     hidden_states, weight, labels = make_inputs(vocab_size=50)
-    operator_arguments = (hidden_states, weight, labels, 3.0, 1e-4, 50, -100, 8, torch.float32, True, True)
+    operator_arguments = (hidden_states, weight, labels, 3.0, 1e-4, 50, -100, 8, False, torch.float32, True, True)
     torch.library.opcheck(_linear_cross_entropy_sum, operator_arguments)
     requires_grad = [output.requires_grad for output in _linear_cross_entropy_sum(*operator_arguments)]
     assert requires_grad == [True, False, False, False]
@@ -500,3 +503,23 @@ def test_arguments_that_do_not_fit_raise_value_error(change, message):
     hidden_states, weight, labels = make_inputs()
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**({"hidden_states": hidden_states, "weight": weight, "labels": labels} | change))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("z_loss_coefficient", [0.0, 1e-2])
+def test_the_part_that_a_gpu_compiles_equals_the_uncompiled_one(softcap, z_loss_coefficient):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 50, dtype=torch.bfloat16) * 5, torch.randint(50, (6, 1))
+    arguments = (logits, targets, softcap, z_loss_coefficient, torch.float32)
+    results = [call(*arguments) for call in (_compiled_loss_and_gradient(), _loss_and_gradient)]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):
+    torch.manual_seed(0)
+    inputs = (torch.randn(13, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True), torch.randint(50, (13,)))
+    expected = linear_cross_entropy(*inputs, chunk_size=13)
+    monkeypatch.setattr(loss_gpt2modern, "_SCORES_PER_BLOCK_ON_CPU", 200)  # four rows of 50 scores
+    actual = linear_cross_entropy(*inputs, chunk_size=13)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, inputs[:2]), torch.autograd.grad(expected, inputs[:2]))

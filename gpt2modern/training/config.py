@@ -120,8 +120,10 @@ class TrainConfig:
         0.0, "weight of log(sum(exp(logits)))^2 added to the minimised loss, such as 1e-4; not in the reported loss"
     )
 
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = speed(
-        None, "precision of matrix products; default: that of accelerate launch, otherwise no (fp32)"
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = speed(
+        None,
+        "precision of matrix products; auto: bf16 if the device computes it fast, otherwise no (fp32); default: what "
+        "accelerate launch says, otherwise no",
     )
     torch_compile: bool = speed(False, "compile the model for training with torch.compile")
     attn_implementation: str | None = speed(

@@ -21,6 +21,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
+    parse_flag_from_env,
 )
 from torch.distributed import DistError, DistNetworkError, DistStoreError
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -76,6 +77,14 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def fast_precision() -> str:
+    """Return "bf16" if the device that a run would use has instructions for it, otherwise "no"."""
+    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        # Other CPUs compute bf16 by conversion to fp32, or far slower without AVX-512.
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
 def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
     """Join the processes of this launch and return their Accelerator.
 
@@ -97,7 +106,7 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
         # Accelerate joins CPU processes only with cpu=True; otherwise each would train alone.
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=mixed_precision,
+            mixed_precision=fast_precision() if mixed_precision == "auto" else mixed_precision,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout)),
                 # No buffer changes in training, and gradients need no copy beside the buckets that they are summed in.

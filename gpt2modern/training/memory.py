@@ -19,6 +19,7 @@ from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.optimizers import state_bytes
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+from modeling_gpt2modern.loss_gpt2modern import default_chunk_size
 
 # A few thousand tokens keep a CPU core busy; more of them in one pass only take memory.
 CPU_TOKENS_PER_PASS = 8192
@@ -64,8 +65,9 @@ def activation_bytes(
         kept = _kept_by_autograd(config, autocast, micro_batch_size, block_size, gradient_checkpointing=True)
         kept += one_layer
     width, tokens = config.hidden_size, micro_batch_size * block_size
-    chunk = min(tokens, max(512, width))  # tokens whose logits exist at once
-    return kept + 4 * tokens * width + 4 * config.vocab_size * (width + chunk)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    logits = dtype.itemsize * min(tokens, default_chunk_size(width, "cuda", dtype)) * config.vocab_size
+    return kept + 4 * tokens * width + 4 * config.vocab_size * width + logits
 
 
 def _kept_by_autograd(
