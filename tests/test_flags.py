@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 
 from gpt2modern.cli import parse_arguments
@@ -191,6 +192,23 @@ def test_what_does_not_change_the_losses_reaches_its_part(data_dir, base_losses,
     flags = {"dataloader_num_workers": 1, "gradient_checkpointing": True, "attn_implementation": "eager"}
     assert losses(data_dir, tmp_path, watch=watch, **flags) == pytest.approx(base_losses({}), abs=1e-5)
     assert seen == [(1, True, "eager")] * STEPS
+
+
+@pytest.mark.parametrize(("supported", "expected"), [(True, ("bf16", "blockwise")), (False, ("no", "sdpa"))])
+def test_auto_is_bf16_with_its_attention_where_the_cpu_has_instructions(
+    data_dir, tmp_path, monkeypatch, supported, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seen = []
+
+    def watch(event, model=None, **details):
+        if event == "before_update":
+            seen.append(model.config._attn_implementation)
+
+    losses(data_dir, tmp_path, steps=1, watch=watch, mixed_precision="auto")
+    recorded = yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())
+    assert (recorded["mixed_precision"], *seen) == expected and recorded["attn_implementation"] == expected[1]
 
 
 @pytest.mark.parametrize("place", ["equal_distances", "start"])
