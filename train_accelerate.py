@@ -51,7 +51,7 @@ from gpt2modern.training.distributed import (
     whole_tensor,
 )
 from gpt2modern.training.dry_run import dry_run
-from gpt2modern.training.memory import fit_micro_batch
+from gpt2modern.training.memory import fit_micro_batch, freed_memory_kept
 from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
@@ -97,6 +97,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
     with (
         contextlib.ExitStack() as held,
         stop,
+        freed_memory_kept(),
         joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, processes),
     ):
         attention = config.attn_implementation or fastest_attention(accelerator.device, accelerator.mixed_precision)

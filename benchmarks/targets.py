@@ -66,7 +66,10 @@ class Target:
     def name_of(self, row: Row) -> str:
         """Return the table's words for the row or the peer."""
         words = [row.peer or row.model_preset, "gradient checkpointing" * row.gradient_checkpointing]
-        words += ["logits kept" * row.keeps_logits, row.loop * (row.loop != "trainer's step")]
+        words += [
+            "logits kept" * row.keeps_logits,
+            row.loop * (row.loop != "trainer's step" and self.part != "generation"),
+        ]
         compiled = "static cache, compiled" if self.part == "generation" else "compiled"
         return ", ".join(filter(None, [*words, compiled if row.compiled else "eager"]))
 
@@ -83,7 +86,8 @@ class Target:
 def targets() -> list[Target]:
     """Return all lines of the table, ordered so that a row and its peers are measured one after another."""
     gpt2, modern = Row("gpt2", precision="bf16", compiled=True), Row("modern", precision="bf16", compiled=True)
-    stock, llama = replace(gpt2, peer="GPT2LMHeadModel"), replace(modern, peer="LlamaForCausalLM")
+    stock = replace(gpt2, peer="GPT2LMHeadModel", loop="plain loop")
+    llama = replace(modern, peer="LlamaForCausalLM", loop="plain loop")
     plain, eager = partial(replace, loop="plain loop"), partial(replace, compiled=False)
     trainer, checkpointed = replace(gpt2, loop="train_accelerate.py"), replace(gpt2, gradient_checkpointing=True)
     train = partial(Target, "train", unit="tokens/s")
@@ -222,9 +226,9 @@ Parameters: {", ".join(sizes)}. Data: {blocks.data_dir.name}, no block twice.
 
 Training: {config.steps} steps of {config.per_device_train_batch_size} x {config.block_size} tokens after \
 {WARM_UP_STEPS} warm-up steps, bf16 autocast, fused AdamW, no dropout. Attention: \
-{config.attn_implementation or "the trainer's default"}, of peers sdpa. Presets and models of transformers make
-`train_accelerate.train_step`; Accelerate gives it the logits in fp32, as it does in transformers' Trainer. Plain loop:
-forward, backward, clipping, update. train_accelerate.py: what it logs.
+{config.attn_implementation or "the trainer's default"}, of peers sdpa. Presets make
+`train_accelerate.train_step` with the trainer's settings of compiler and allocator. Plain loop: forward, backward,
+clipping, update, torch's defaults. train_accelerate.py: what it logs.
 
 Memory: {MEMORY_STEPS} steps of {large.per_device_train_batch_size} x {config.block_size} tokens after warm-up. \
 Peak: of the whole process, resident on a CPU, allocated on a GPU; this decides, as it is what a user sees.

@@ -30,6 +30,7 @@ from gpt2modern.training import models
 from gpt2modern.training.batches import StepBatch
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
+from gpt2modern.training.memory import freed_memory_kept
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers
 from gpt2modern.training.speed import peak_memory_gib
 from train_accelerate import train, train_step
@@ -151,6 +152,7 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
     with (
         patch_environment(ACCELERATE_TORCH_DEVICE=config.device),  # also for cpu on a machine with a GPU
         joined_processes(settings.mixed_precision, settings.ddp_timeout) as (accelerator, processes),
+        contextlib.nullcontext() if row.peer or row.loop == "plain loop" else freed_memory_kept(),
     ):
         torch.set_float32_matmul_precision("highest" if row.precision == "fp32" else "high")  # the trainer's: high
         torch.manual_seed(settings.seed)

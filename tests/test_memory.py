@@ -1,5 +1,7 @@
 """The memory estimate is near what autograd keeps; looking for a micro-batch that fits leaves no trace."""
 
+import platform
+import resource
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from gpt2modern.training.memory import (
     estimate_memory,
     fit_micro_batch,
     fits_by_trying,
+    freed_memory_kept,
     largest_that_fits,
 )
 from modeling_gpt2modern import GPT2ModernForCausalLM
@@ -188,3 +191,21 @@ def test_on_a_cpu_half_of_the_free_memory_is_the_limit(accelerator, monkeypatch)
 
 def test_on_a_cpu_a_pass_has_a_largest_number_of_tokens(accelerator):
     assert fitted(accelerator, new_model(), 8, block_size=CPU_TOKENS_PER_PASS // 2) == 2
+
+
+def page_faults_of_allocations() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.zeros(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_memory_freed_in_a_run_is_not_faulted_in_again():
+    pages = 2**26 // resource.getpagesize()  # of one tensor; fewer if the kernel gives large pages
+    outside = page_faults_of_allocations()
+    with freed_memory_kept():
+        page_faults_of_allocations()
+        assert page_faults_of_allocations() < pages / 4
+    assert outside > 4 * pages
+    assert page_faults_of_allocations() > pages  # they return to the kernel again
