@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.attention import AttentionConfig
 from benchmarks.precision import PrecisionCheckConfig
 from benchmarks.scaling import ScalingConfig
 from benchmarks.targets import TargetsConfig
@@ -31,6 +32,7 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
+    "benchmarks.attention": AttentionConfig,
     "benchmarks.precision": PrecisionCheckConfig,
     "benchmarks.scaling": ScalingConfig,
     "benchmarks.targets": TargetsConfig,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import precision, targets
+from benchmarks import attention, precision, targets
 from benchmarks.measuring import median_and_spread
 from benchmarks.peers import PEERS, peer_loss
 from benchmarks.targets import Target, TargetsConfig, compare, measure, measure_generation, table
@@ -238,3 +238,12 @@ def test_bf16_ends_where_fp32_ends_and_a_tolerance_of_nothing_fails(data_dir, tm
 def test_fp32_repeats_itself(data_dir, tmp_path):
     text = check(data_dir, tmp_path, "--precision", "fp32", "--tolerance", "0")
     assert text.count("| +0.0000 | 0.0000 |") == 2
+
+
+def test_attention_is_timed_with_and_without_documents(tmp_path, capsys):
+    flags = ["--seq_len", "12", "--num_tokens", "24", "--num_attention_heads", "2", "--repetitions", "2"]
+    attention.main([*flags, "--attn_implementation", "blockwise", "--output", str(tmp_path)])
+    (page,) = tmp_path.iterdir()
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| bf16", "| fp32"))]
+    assert [row[2:4] for row in rows] == [[documents, name] for documents in "13" for name in ("sdpa", "blockwise")] * 2
+    assert all(row[-1] == "1.00 |" for row in rows if row[3] == "sdpa") and page.read_text() in capsys.readouterr().out
