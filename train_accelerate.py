@@ -103,6 +103,8 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         attention = config.attn_implementation or fastest_attention(accelerator.device, accelerator.mixed_precision)
         # The launcher's precision, if no flag is given.
         config = replace(config, mixed_precision=accelerator.mixed_precision, attn_implementation=attention)
+        if processes.threads:
+            accelerator.print(processes.threads)
         with processes.errors_of_main():
             if accelerator.is_main_process:
                 held.enter_context(reserved_output_dir(Path(config.output_dir)))

@@ -27,13 +27,15 @@ def available_cores(*, physical: bool = False, quota: bool = True, root: Path = 
         for folder in (group, *group.parents):  # in a container only the uppermost may be visible
             version_1 = f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
             granted, _, period = (_read(folder / "cpu.max") or version_1).partition(" ")
-            if granted.isdigit():  # otherwise it is "max", -1 or absent
+            if granted.isdigit() and period.isdigit() and int(period):  # otherwise "max", -1 or absent
                 cores = min(cores, math.ceil(int(granted) / int(period)))
     return max(1, cores)
 
 
 def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8").strip()
+    return ""
 
 
 def user_setting_of_threads(threads: int) -> str:
@@ -49,7 +51,7 @@ def user_setting_of_threads(threads: int) -> str:
 def _launcher_sets_threads() -> bool:
     """Return whether torchrun or accelerate launch has set OMP_NUM_THREADS of this process without being told to: its
     own environment lacks the variable, and its command has no --num_cpu_threads_per_process."""
-    with contextlib.suppress(psutil.Error):  # a process of another user
+    with contextlib.suppress(psutil.Error, OSError):  # a process of another user, or no /proc
         for process in psutil.Process().parents() if LAUNCHED & os.environ.keys() else ():
             if not LAUNCHED & (variables := process.environ()).keys():
                 told = any(word.replace("-", "_").startswith("__num_cpu") for word in process.cmdline())

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.import_utils import is_tracing
 
 BLOCKWISE_QUERIES = 128  # 48 heads x 128 queries x 512 keys in bf16 are 6 MB, which stay in a CPU's cache
 BLOCKWISE_LONGEST_ROW = 1024  # tokens; in longer rows the saved weights take much memory, and the gain is gone
@@ -53,15 +54,20 @@ def blockwise_attention_forward(
     train on a CPU in bf16, where torch's own kernel multiplies far below the speed of a matrix product.
 
     query: (batch, num_heads, seq_len, head_dim); key, value: (batch, num_key_value_heads, seq_len, head_dim);
-    attention_mask: bool, (batch, 1, seq_len, seq_len), within the causal mask, or None for the causal mask alone.
-    Returns the output (batch, seq_len, num_heads, head_dim) and None. Rows of more than 1,024 tokens, and queries that
-    read a cache, get "sdpa".
+    attention_mask: bool, (batch or 1, 1, seq_len, seq_len), or None for the causal mask alone. Scores are rounded to
+    the dtype of query, as in "eager"; the softmax is computed in fp32. Returns the output (batch, seq_len, num_heads,
+    head_dim) and None. Rows of more than 1,024 tokens, rows of a length unknown when a graph is traced, queries that
+    read a cache and masks with numbers get "sdpa". Raises ValueError for a mask that is not causal, except in a traced
+    graph, which cannot look at values.
     """
     batch_size, num_heads, seq_len, _ = query.shape
-    if key.shape[2] != seq_len or seq_len > BLOCKWISE_LONGEST_ROW:
+    is_fixed = isinstance(seq_len, int) and key.shape[2] == seq_len <= BLOCKWISE_LONGEST_ROW
+    if not is_fixed or (attention_mask is not None and attention_mask.dtype != torch.bool):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if attention_mask is not None and not is_tracing(attention_mask) and attention_mask.triu(1).any():
+        raise ValueError("blockwise attention is causal, but attention_mask shows later tokens; use 'sdpa'")
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     query, key, value = ((query * scaling).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
@@ -75,7 +81,7 @@ def blockwise_attention_forward(
         else:
             seen = attention_mask[:, :, start:end, first:end]
         scores = scores.unflatten(0, (batch_size, num_heads)).masked_fill(~seen, torch.finfo(scores.dtype).min)
-        weights = scores.flatten(0, 1).softmax(dim=-1)  # computed in fp32 also if the scores are bf16
+        weights = scores.flatten(0, 1).softmax(dim=-1)
         weights = nn.functional.dropout(weights, p=dropout, training=module.training)
         outputs.append(weights @ value[:, first:end])
     output = torch.cat(outputs, dim=1)  # (batch * num_heads, seq_len, head_dim)

@@ -69,7 +69,7 @@ class MLPKind(NamedTuple):
 
 # The one table of MLP kinds: `mlp_type` takes its keys; layers, default sizes, parallel plans and conversion read it.
 MLPS: dict[str, MLPKind] = {
-    "gelu_new": MLPKind("gelu_pytorch_tanh"),
+    "gelu_new": MLPKind("gelu_new"),
     "gelu": MLPKind("gelu"),
     "relu2": MLPKind("relu2"),
     "swiglu": MLPKind("silu", gated=True),

@@ -44,6 +44,12 @@ def build_norm(config: GPT2ModernConfig) -> nn.Module:
     return NORMS[config.norm_type](config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
 
 
+def build_activation(mlp_type: str) -> nn.Module:
+    """Return a new activation function of the MLP kind `mlp_type` (a key of the table MLPS)."""
+    name = MLPS[mlp_type].activation
+    return ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]  # the same function in one operation, not eight
+
+
 class GPT2ModernMLP(nn.Module):
     """Compute down(activation(up(x))), the MLP without a gate that GPT-2 has."""
 
@@ -52,7 +58,7 @@ class GPT2ModernMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.writes_residual = True
-        self.act_fn = ACT2FN[MLPS[config.mlp_type].activation]
+        self.act_fn = build_activation(config.mlp_type)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
@@ -67,7 +73,7 @@ class GPT2ModernGatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.down_proj.writes_residual = True
-        self.act_fn = ACT2FN[MLPS[config.mlp_type].activation]
+        self.act_fn = build_activation(config.mlp_type)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
@@ -248,7 +254,7 @@ class PackedDocuments(NamedTuple):
         batch_size, seq_len = position_ids.shape
         if seq_len == 1 and not is_tracing(position_ids):  # generation: 5 operations decide, not 25
             rank = past_length if attention_mask is None else attention_mask.sum(-1, keepdim=True) - 1
-            if (position_ids >= rank).all():
+            if (position_ids >= (rank.to(position_ids.device) if attention_mask is not None else rank)).all():
                 return None
         index = torch.arange(seq_len, device=position_ids.device).expand(batch_size, -1)
         if attention_mask is None:

@@ -38,8 +38,9 @@ def _loss_and_gradient(
         scores = softcap * tanh
     probabilities = torch.softmax(scores, dim=-1)
     # The largest probability is 1 / sum(exp(scores - largest score)).
-    log_sum = scores.amax(1, keepdim=True) - probabilities.amax(1, keepdim=True).log()
-    log_probs = scores.gather(1, targets) - log_sum
+    largest, log_of_largest = scores.amax(1, keepdim=True), probabilities.amax(1, keepdim=True).log()
+    log_sum = largest - log_of_largest
+    log_probs = scores.gather(1, targets) - largest + log_of_largest  # in this order: exact beside large scores
     # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
     at_target = log_probs.expm1()
     if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
@@ -113,7 +114,8 @@ def _summed_loss_and_gradients(
                 gradient[block], targets[block], softcap, z_loss_coefficient, loss_dtype
             )
             total -= log_probs.masked_fill(is_ignored[block], 0).sum()
-            z_total += z_loss_coefficient * log_sum.square().masked_fill(is_ignored[block], 0).sum()
+            if z_loss_coefficient:
+                z_total += z_loss_coefficient * log_sum.square().masked_fill(is_ignored[block], 0).sum()
         if needs_hidden_gradient:
             hidden_gradient[chunk] = (gradient @ output_weight).masked_fill_(is_ignored, 0)
         if needs_weight_gradient:

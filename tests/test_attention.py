@@ -79,3 +79,31 @@ def test_blockwise_leaves_long_rows_and_cached_keys_to_sdpa(monkeypatch):
     monkeypatch.setattr(attention_gpt2modern, "BLOCKWISE_LONGEST_ROW", LENGTH - 1)
     torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert calls[2:] == [LENGTH, LENGTH]
+
+
+def test_blockwise_refuses_a_mask_that_is_not_causal_and_takes_one_with_numbers():
+    model = tiny_model("modern")
+    input_ids = random_ids(2, LENGTH)
+    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, 1, LENGTH, LENGTH)
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = model(input_ids, attention_mask=seen).logits
+    model.set_attn_implementation("blockwise")
+    for mask in (seen, added):
+        torch.testing.assert_close(model(input_ids, attention_mask=mask).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="blockwise attention is causal"):
+        model(input_ids, attention_mask=torch.ones_like(seen))
+
+
+def test_blockwise_exports_with_a_length_that_is_not_fixed():
+    model = tiny_model("modern")
+    model.set_attn_implementation("blockwise")
+    length = torch.export.Dim("length", min=2, max=60)
+    exported = torch.export.export(
+        model,
+        (random_ids(2, LENGTH),),
+        {"use_cache": False},
+        dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+    )
+    other = random_ids(2, 50)
+    expected = model(other, use_cache=False).logits
+    torch.testing.assert_close(exported.module()(other, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)

@@ -134,19 +134,19 @@ def test_a_launched_run_uses_all_cores_and_says_so_first(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "words"), [(1, "1, by OMP_NUM_THREADS=1"), (3, "3, by torch.set_num_threads(3)")])
-def test_a_run_from_python_keeps_the_threads_of_its_caller(monkeypatch, capsys, threads, words):
+def test_a_run_from_python_keeps_the_threads_of_its_caller(monkeypatch, threads, words):
     monkeypatch.setenv("OMP_NUM_THREADS", "1" if threads == 1 else "")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with joined_processes(None, 60):
+        with joined_processes(None, 60) as (_, processes):
             assert torch.get_num_threads() == threads
-        assert capsys.readouterr().out.startswith(f"CPU threads per process: {words} (cores: ")
+            assert processes.threads.startswith(f"CPU threads per process: {words} (cores: ")
     finally:
         torch.set_num_threads(before)
 
 
-def test_processes_with_the_same_cores_divide_them(monkeypatch, capsys):
+def test_processes_with_the_same_cores_divide_them(monkeypatch):
     """Three on one machine, and one elsewhere or on other cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("gpt2modern.training.distributed.available_cores", lambda physical: 7)
@@ -154,10 +154,10 @@ def test_processes_with_the_same_cores_divide_them(monkeypatch, capsys):
     monkeypatch.setattr(torch, "get_num_threads", lambda: CPUS)
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    with joined_processes(None, 60):
+    with joined_processes(None, 60) as (_, processes):
         assert chosen == [2]
     assert chosen == [2, CPUS]
-    assert "(cores: 7 of " in (output := capsys.readouterr().out) and "processes that share them: 3)" in output
+    assert "(cores: 7 of " in processes.threads and "processes that share them: 3)" in processes.threads
 
 
 def test_a_run_leaves_the_threads_of_the_process_as_they_were(monkeypatch):

@@ -523,3 +523,28 @@ def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):
     actual = linear_cross_entropy(*inputs, chunk_size=13)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs[:2]), torch.autograd.grad(expected, inputs[:2]))
+
+
+@pytest.mark.parametrize(("offset", "lead"), [(0, 14), (-100, 14), (1000, 12)])
+def test_confident_tokens_and_a_common_offset_are_as_exact_as_cross_entropy(offset, lead):
+    torch.manual_seed(0)
+    labels = torch.randint(50, (64,))
+    scores = offset + torch.randn(64, 50) * 0.1 + lead * F.one_hot(labels, 50)
+
+    def errors(loss_function, dtype=torch.float32):
+        inputs = scores.to(dtype).requires_grad_()
+        loss = loss_function(inputs)
+        return loss.detach().double(), torch.autograd.grad(loss, inputs)[0].double()
+
+    exact = errors(lambda inputs: F.cross_entropy(inputs, labels), torch.float64)
+    stock = errors(lambda inputs: F.cross_entropy(inputs, labels))
+    ours = errors(lambda inputs: linear_cross_entropy(inputs, torch.eye(50, dtype=inputs.dtype), labels))
+    for value, other, right in zip(ours, stock, exact, strict=True):
+        assert (value - right).norm() <= 3 * (other - right).norm() + 1e-9
+
+
+def test_huge_finite_logits_have_a_finite_loss_without_z_loss():
+    inputs = torch.zeros(2, 4)
+    inputs[:, 1] = 1e20
+    assert linear_cross_entropy(inputs, torch.eye(4), torch.tensor([1, 1])) == 0
+    assert linear_cross_entropy(inputs, torch.eye(4), torch.tensor([0, 0])) == 1e20

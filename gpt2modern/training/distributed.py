@@ -62,7 +62,7 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
                 cores, sharing = available_cores(physical=True), gather_object([place]).count(place)
                 torch.set_num_threads(threads if setting else max(1, cores // sharing))  # also of oneDNN and Inductor
                 number, total = torch.get_num_threads(), psutil.cpu_count(logical=False) or os.cpu_count()
-                accelerator.print(
+                processes.threads = (
                     f"CPU threads per process: {number}{f', by {setting}' if setting else ''} "
                     f"(cores: {cores} of {total}, processes that share them: {sharing})"
                 )
@@ -290,6 +290,7 @@ class Processes:
         self.is_main = accelerator.is_main_process
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self.roll_calls = 0
+        self.threads: str | None = None  # of a run on a CPU: a line about their number
         if self.count > 1:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=ddp_timeout))
             self.store = _launcher_store("roll_call")

@@ -79,7 +79,7 @@ def predict_step(
     bandwidth = device.within_node if count <= DEVICES_PER_NODE else min(device.within_node, device.between_nodes)
     tokens = plan.micro_batch_size * plan.block_size
     forward = tokens * model_flops_per_token(model, plan.block_size) / 3 / device.flops
-    backward = forward * (3 if model.is_gradient_checkpointing else 2)  # one of 3 is the recomputation
+    backward = forward * (3 if model.model.layers[0].gradient_checkpointing else 2)  # one of 3 is the recomputation
     both = max if device.overlaps else lambda computing, sending: computing + sending
 
     def seconds(reduce: float) -> float:
