@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None, callback: Callback = no_callback) -> Non
         config = parse_arguments(TrainConfig, argv, __doc__)
         if config.dry_run:
             with joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, _):
-                config = replace(config, mixed_precision=accelerator.mixed_precision)
+                config = replace(config, mixed_precision=config.mixed_precision or accelerator.mixed_precision)
                 accelerator.print(dry_run(config, accelerator), end="", flush=True)
             return
         summary = train(config, callback)
