@@ -20,13 +20,13 @@ from gpt2modern.conversion import ARCHITECTURES
 from modeling_gpt2modern import GPT2ModernConfig
 
 
-def build_stock(architecture: str, config: GPT2ModernConfig, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """Build a model of transformers (its class's name) with random weights and the sizes and dropout of `config`."""
+def build_stock(architecture: str, config: GPT2ModernConfig) -> PreTrainedModel:
+    """Build a transformers model (its class's name) with random weights, and sizes and dropout of `config`; sdpa."""
     settings = {
         key: value for trait in ARCHITECTURES[architecture] for key, value in trait.stock_settings(config).items()
     }
     stock_class = getattr(transformers, architecture)
-    return stock_class._from_config(stock_class.config_class(**settings), attn_implementation=attn_implementation)
+    return stock_class._from_config(stock_class.config_class(**settings), attn_implementation="sdpa")
 
 
 class NanoGPTBlock(nn.Module):
@@ -56,8 +56,7 @@ class NanoGPTBlock(nn.Module):
 class NanoGPT(nn.Module):
     """Predict the next token as nanoGPT does: learned positions, tied head, loss from all logits. Has no dropout."""
 
-    def __init__(self, config: GPT2ModernConfig, attn_implementation: str = "sdpa"):
-        assert attn_implementation == "sdpa"
+    def __init__(self, config: GPT2ModernConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -88,7 +87,7 @@ class NanoGPT(nn.Module):
         return CausalLMOutput(logits=logits, loss=loss)
 
 
-# Each is called with a GPT2ModernConfig and optionally attn_implementation, and returns a model with random weights.
+# Each is called with a GPT2ModernConfig and returns a model with random weights.
 PEERS: dict[str, Callable[..., nn.Module]] = {
     "GPT2LMHeadModel": functools.partial(build_stock, "GPT2LMHeadModel"),  # for the gpt2 presets
     "nanoGPT": NanoGPT,  # for the gpt2 presets

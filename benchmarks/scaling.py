@@ -29,7 +29,7 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.batches import plan_batches
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.distributed import fast_precision
+from gpt2modern.training.distributed import resolved_precision
 from gpt2modern.training.dry_run import Device, predict_step
 from gpt2modern.training.models import build_model
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         core = replace(core, flops=predict_step(model, replace(plan, num_processes=1), core, passes)[0] / medians[HALF])
         lines = [["way", "seconds per step (p20 to p80)", "speed over the peer's", "predicted", "error"]]
         for way, (processes, _, share, variables) in WAYS.items():
-            autocast = "bf16" in (settings.mixed_precision, settings.mixed_precision == "auto" and fast_precision())
+            autocast = resolved_precision(settings.mixed_precision) == "bf16"
             predicted = predict_step(model, plan, core, passes, fsdp2=bool(variables), autocast=autocast)[0]
             cells = [f"{predicted:.3f}", f"{predicted / medians[way] - 1:+.0%}"] if processes > 1 else ["-", "-"]
             speed = f"{share * medians[PEER] / medians[way]:.2f}"

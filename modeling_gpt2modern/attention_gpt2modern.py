@@ -70,7 +70,7 @@ def blockwise_attention_forward(
         raise ValueError("blockwise attention is causal, but attention_mask shows later tokens; use 'sdpa'")
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    query, key, value = ((query * scaling).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    query, key, value = (states.flatten(0, 1) for states in (query * scaling, key, value))
     outputs = []
     for start in range(0, seq_len, BLOCKWISE_QUERIES):
         end = min(start + BLOCKWISE_QUERIES, seq_len)

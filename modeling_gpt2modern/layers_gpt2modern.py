@@ -253,8 +253,10 @@ class PackedDocuments(NamedTuple):
         """
         batch_size, seq_len = position_ids.shape
         if seq_len == 1 and not is_tracing(position_ids):  # generation: 5 operations decide, not 25
-            rank = past_length if attention_mask is None else attention_mask.sum(-1, keepdim=True) - 1
-            if (position_ids >= (rank.to(position_ids.device) if attention_mask is not None else rank)).all():
+            rank = past_length
+            if attention_mask is not None:
+                rank = attention_mask.to(position_ids.device).sum(-1, keepdim=True) - 1
+            if (position_ids >= rank).all():
                 return None
         index = torch.arange(seq_len, device=position_ids.device).expand(batch_size, -1)
         if attention_mask is None:

@@ -77,8 +77,10 @@ def joined_processes(mixed_precision: str | None, ddp_timeout: int) -> "Iterator
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def fast_precision() -> str:
-    """Return "bf16" if the device that a run would use has instructions for it, otherwise "no"."""
+def resolved_precision(mixed_precision: str | None) -> str | None:
+    """Return `mixed_precision`; for "auto": "bf16" if the device of the run has instructions for it, otherwise "no"."""
+    if mixed_precision != "auto":
+        return mixed_precision
     if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
         # Other CPUs compute bf16 by conversion to fp32, or far slower without AVX-512.
         return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
@@ -106,7 +108,7 @@ def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelera
         # Accelerate joins CPU processes only with cpu=True; otherwise each would train alone.
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=fast_precision() if mixed_precision == "auto" else mixed_precision,
+            mixed_precision=resolved_precision(mixed_precision),
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout)),
                 # No buffer changes in training, and gradients need no copy beside the buckets that they are summed in.
