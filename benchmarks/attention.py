@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks import measuring
+from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.models import COMPILE_OPTIONS
@@ -75,12 +76,12 @@ def seconds(config: AttentionConfig, dtype: torch.dtype, seq_len: int, documents
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(AttentionConfig, argv, __doc__)
-        report = measuring.Report("attention", config.output, measuring.choose_device(config.device), argv)
+        report = evidence.Report("attention", config.output, measuring.choose_device(config.device), argv)
         lines = [HEADER]
         for dtype, seq_len, documents in tqdm([*itertools.product(DTYPES, config.seq_len, (1, 3))], unit="case"):
             times = seconds(config, DTYPES[dtype], seq_len, documents)
             for name, each in times.items():
-                cell = measuring.median_and_spread([1000 * value for value in each], ".1f")
+                cell = evidence.median_and_spread([1000 * value for value in each], ".1f")
                 ratio = f"{median(each) / median(times['sdpa']):.2f}"
                 lines.append([dtype, f"{seq_len:,}", str(documents), name, cell, ratio])
         method = f"""

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from benchmarks import measuring
+from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.data.manifest import read_manifest
@@ -132,7 +132,7 @@ def measure(name: str, folder: Path, num_proc: int) -> TimedRun:
     os.sync()  # so that this run does not wait for writes of the one before
     peak_gib, before, started = 0.0, os.times(), time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=measuring.REPOSITORY, text=True, errors="replace", **pipes) as process:
+    with subprocess.Popen(command, cwd=evidence.REPOSITORY, text=True, errors="replace", **pipes) as process:
         while process.returncode is None:
             try:
                 output, errors = process.communicate(timeout=SECONDS_PER_POLL)
@@ -182,7 +182,7 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
     work_rates = {name: megabytes / median(run.work_s for run in runs[name]) for name in peers}
     rows = []
     for name, each in runs.items():
-        seconds = measuring.median_and_spread([run.seconds for run in each], ".2f", low=0, high=1)
+        seconds = evidence.median_and_spread([run.seconds for run in each], ".2f", low=0, high=1)
         cells = [name, seconds, f"{rates[name]:.2f}", f"{work_rates[name]:.2f}" if name in peers else "-"]
         cells += [f"{median(run.cpu_seconds for run in each):.1f}", f"{max(run.peak_gib for run in each):.2f}"]
         over = {peer: f"{rates[name] / rates[peer]:.1f}" for peer in peers if name in OURS}
@@ -190,13 +190,13 @@ def table_rows(runs: dict[str, list[TimedRun]], megabytes: float) -> list[list[s
     return rows
 
 
-def benchmark(config: DataBenchmarkConfig, report: measuring.Report, special_tokens: list[str], folder: Path) -> None:
+def benchmark(config: DataBenchmarkConfig, report: evidence.Report, special_tokens: list[str], folder: Path) -> None:
     """Write the text into `folder`, which holds the tokenizer already; time all programs on it and write the report."""
     documents = read_documents(config.text_dir, config.megabytes * MEGABYTE, special_tokens)
     write_text(documents, folder)
     megabytes = sum(len(text.encode()) for text in documents) / MEGABYTE
     runs = time_programs([*OURS, *dict.fromkeys(config.peers)], config.repetitions, folder, config.num_proc)
-    reading = measuring.median_and_spread(measure_reading(folder / OURS[0]), ".1f", low=0, high=1)
+    reading = evidence.median_and_spread(measure_reading(folder / OURS[0]), ".1f", low=0, high=1)
     question = """\
 how fast does prepare_data.py turn text files into blocks, and with how much memory, compared with `datasets.map`
 and grouping (run_clm) and with a pool of tiktoken workers?"""
@@ -220,7 +220,7 @@ Limits: the input is read from the page cache. run_clm writes no EOS token; one 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
-        report = measuring.Report("data", config.output, torch.device("cpu"), argv, *PACKAGES)
+        report = evidence.Report("data", config.output, torch.device("cpu"), argv, *PACKAGES)
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
         except (OSError, ValueError) as error:

@@ -37,6 +37,7 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks import measuring, precision, throughput
 from benchmarks.peers import PEERS
 from benchmarks.throughput import Row
+from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import first_line
 from gpt2modern.settings import setting
@@ -233,14 +234,14 @@ def target_of(name: str, rates: dict[str, float], step_tokens: int, device_name:
     return f"{text}: {'reached' if value >= least else '**missed**'}", value >= least
 
 
-def write_report(report: measuring.Report, config: GPUBenchmarkConfig, found: dict, waiting: list[str]) -> bool:
+def write_report(report: evidence.Report, config: GPUBenchmarkConfig, found: dict, waiting: list[str]) -> bool:
     """Write the results so far as Markdown and JSON; waiting: names of rows without one. Return False for failures."""
     rates = {name: median(row["rates"]) for name, row in found.items() if "rates" in row}
     step_tokens = config.per_device_train_batch_size * config.block_size
     targets = {name: target_of(name, rates, step_tokens, report.device_name) for name in found}
     table = [["row", "tokens/s (p20 to p80)", "target", "more"]]
     for name, row in found.items():
-        rate = measuring.median_and_spread(row["rates"], ",.0f") if "rates" in row else "-"
+        rate = evidence.median_and_spread(row["rates"], ",.0f") if "rates" in row else "-"
         table.append([name, rate, targets[name][0], row.get("error") or row["facts"]])
     method = f"""
 {config.per_device_train_batch_size} x {config.block_size} tokens in a step, in the ladder a quarter of them; bf16
@@ -266,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         blocks = throughput.read_blocks(config, config.data, WARM_UP_STEPS + config.steps)
         for preset in PRESETS:  # raises if the settings or the data do not fit
             throughput.weightless_model(Row(preset), config, blocks)
-        report = measuring.Report("gpu", config.output, torch.device(config.device), argv)
+        report = evidence.Report("gpu", config.output, torch.device(config.device), argv)
         parts = {part: jobs for part, jobs in jobs_of(config, Path(folder)).items() if part in config.parts}
         found, waiting = {}, [name for jobs in parts.values() for name in jobs]
         for part, jobs in parts.items():

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
-from benchmarks import measuring, throughput
+from benchmarks import throughput
 from benchmarks.throughput import LEARNING_RATE_WARM_UP, NO_DROPOUT, Row, StepConfig
+from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.settings import setting
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         logging.set_verbosity_error()  # hides warnings about special tokens, which are not used
         config.config_overrides = ",".join(filter(None, [config.config_overrides, NO_DROPOUT]))
         blocks = throughput.read_blocks(config, config.data, config.steps)
-        report = measuring.Report("precision", config.output, torch.device(config.device), argv)
+        report = evidence.Report("precision", config.output, torch.device(config.device), argv)
         lines, failures = compare(rows_of(config), config, blocks)
         method = f"""
 Data: {blocks.data_dir.name}, {config.steps} batches of {config.per_device_train_batch_size} x {config.block_size} \

@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from torch import distributed
 
-from benchmarks import measuring
+from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
@@ -61,7 +61,7 @@ def seconds_per_step(flags: list[str], way: str, tokens: int, steps: int) -> flo
     with tempfile.TemporaryDirectory() as folder:
         own = f"--max_steps={2 * steps} --logging_steps={steps} --save_steps=0 --eval_steps=0 --eval_blocks=1".split()
         own += [f"--total_batch_size={int(share * tokens)}", "--warmup_steps=0", f"--output_dir={folder}/run"]
-        command = [sys.executable, *launcher, str(measuring.REPOSITORY / "train_accelerate.py"), *flags, *own]
+        command = [sys.executable, *launcher, str(evidence.REPOSITORY / "train_accelerate.py"), *flags, *own]
         result = subprocess.run(command, env=variables, capture_output=True, text=True)
         if result.returncode:
             raise GPT2ModernError(f"{way}: {re.search('(error: .*|.*)$', result.stderr.strip(), re.MULTILINE)[0]}")
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             model = build_model(settings, blocks, load_weights=False)
         plan = plan_batches(settings, block_size=blocks.block_size, num_processes=2)
         tokens, passes = plan.samples_per_step * plan.block_size, plan.grad_accum_steps(settings.max_steps)
-        report = measuring.Report("scaling", config.output, torch.device("cpu"), argv, "accelerate")
+        report = evidence.Report("scaling", config.output, torch.device("cpu"), argv, "accelerate")
         bandwidths, times = [], {way: [] for way in WAYS}
         for _ in range(config.repetitions):
             bandwidths.append(ring_bandwidth(4 * model.num_parameters(only_trainable=True)))
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             predicted = predict_step(model, plan, core, passes, fsdp2=bool(variables), autocast=autocast)[0]
             cells = [f"{predicted:.3f}", f"{predicted / medians[way] - 1:+.0%}"] if processes > 1 else ["-", "-"]
             speed = f"{share * medians[PEER] / medians[way]:.2f}"
-            lines.append([way, measuring.median_and_spread(times[way], ".3f"), speed, *cells])
+            lines.append([way, evidence.median_and_spread(times[way], ".3f"), speed, *cells])
         method = f"""
 {model.num_parameters():,} parameters, {tokens:,} tokens per step, {passes} passes of {plan.micro_batch_size} sequences
 in each of two processes. n = {config.repetitions} repetitions in turn of {config.steps} steps after as many others."""

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from benchmarks import measuring, throughput
 from benchmarks.throughput import NO_DROPOUT, WARM_UP_STEPS, Row, StepConfig, measure_training
+from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, first_line
@@ -193,7 +194,7 @@ def table(numbers: Sequence[dict[str, Any]]) -> list[list[str]]:
         form = ",.0f" if each["part"] == "train" else ",.2f"
         keys = {"values": form, "peer_values": form, "ratios": ".2f"}
         values, peer_values, ratios = (
-            measuring.median_and_spread(each[key], form) if key in each else "-" for key, form in keys.items()
+            evidence.median_and_spread(each[key], form) if key in each else "-" for key, form in keys.items()
         )
         target = "-" if each["target"] is None else f"at {'most' if each['at_most'] else 'least'} {each['target']:g}"
         cells = [each["row"], each["unit"], each.get("error", values), each["peer"], peer_values]
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = {row.peer or row.model_preset: row for line in lines for row in (line.row, line.peer)}
         models = {name: throughput.weightless_model(row, config, blocks) for name, row in rows.items()}
         sizes = [f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items()]
-        report = measuring.Report("targets", config.output, torch.device(config.device), argv)
+        report = evidence.Report("targets", config.output, torch.device(config.device), argv)
         started = time.monotonic()
         numbers = compare(lines, measure(lines, config, blocks))
         method = f"""

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import attention, precision, targets
-from benchmarks.measuring import median_and_spread
 from benchmarks.peers import PEERS, peer_loss
 from benchmarks.targets import Target, TargetsConfig, compare, measure, measure_generation, table
 from benchmarks.throughput import (
@@ -21,6 +20,7 @@ from benchmarks.throughput import (
     training_step,
     weightless_model,
 )
+from eval.evidence import median_and_spread
 from gpt2modern.evaluation.loss import batch_loss
 from gpt2modern.training.config import TrainConfig
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
@@ -188,7 +188,7 @@ def test_the_command_fails_if_a_target_is_missed(data_dir, tmp_path, monkeypatch
         "Verdict: not reached: gpt2, compiled over GPT2LMHeadModel, plain loop, compiled" in page.read_text()
     ) == misses
     content = json.loads(numbers.read_text())
-    assert any(line.startswith("Versions: torch") for line in content["provenance"])
+    assert content["versions"].startswith("torch ") and content["command"].startswith("python -m benchmarks.targets")
     assert [each["reached"] for each in content["results"]].count("no") == (4 if misses else 0)
     assert page.read_text().count("\n| ") == 2 + len(content["results"])
 
