@@ -1,51 +1,136 @@
-"""Generate text after one or more prompts with a trained model, and print it.
+"""Continue prompts with one or more trained models, side by side with the same seeds, or chat with one in the terminal.
 
-python -m eval.generate --model DIR --prompt "def " "class " [--max_new_tokens 100] [--seed 1]
+python -m eval.generate --model DIR [DIR ...] --prompt "def " "class " [--num_samples 2] [--output FILE.html]
+python -m eval.generate --model DIR --chat
 """
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from gpt2modern.cli import one_line_errors, parse_arguments
-from gpt2modern.evaluation.generation import generate_text
-from gpt2modern.files import check_writable_file, write_json
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.generation import fenced, generate_text
+from gpt2modern.files import check_writable_file, write_file, write_json
 from gpt2modern.loading import best_device, load_model, load_tokenizer
 from gpt2modern.settings import check_ranges, setting
+
+STYLE = (
+    "body { font: 15px sans-serif; margin: 2em } table { border-collapse: collapse } "
+    "th, td { border: 1px solid #ccc; padding: .5em; text-align: left; vertical-align: top } "
+    "td { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 18em } "
+    "b { color: #4c78a8 }"
+)
 
 
 @dataclass
 class GenerateConfig:
-    model: str = setting(help="model folder, or Hub repository id (owner/name)")
-    prompt: list[str] = setting(help="one or more texts to continue", may_be_empty=True)
+    model: list[str] = setting(help="one or more model folders, or Hub repository ids (owner/name)")
+    prompt: list[str] | None = setting(None, "one or more texts to continue", may_be_empty=True)
+    chat: bool = setting(False, "answer what is typed, line by line, with a model that was trained on conversations")
     max_new_tokens: int = setting(100, "maximum number of new tokens per prompt", least=1)
     temperature: float = setting(0.8, "sampling temperature; 0 always takes the most likely token", least=0)
     top_k: int = setting(50, "sample among this number of most likely tokens; 0 means all tokens", least=0)
     top_p: float = setting(
         1.0, "sample among the most likely tokens that have this probability in total", least=0.0, most=1.0
     )
+    num_samples: int = setting(1, "number of texts per prompt and model, with the seeds seed, seed + 1, ...", least=1)
     seed: int = setting(0, "random seed; the same seed gives the same text", least=0, most=2**63 - 1)
-    output: str | None = setting(None, "JSON file to which prompts and texts are also written")
+    output: str | None = setting(None, "file to which the texts are also written: .json, .md (Markdown) or .html")
 
     def __post_init__(self):
         check_ranges(self)
+        if self.chat == (self.prompt is not None):
+            raise ValueError("--prompt and --chat exclude each other; give one of them")
+        if self.chat and len(self.model) > 1:
+            raise ValueError(f"--chat talks to one model, but --model names {len(self.model)}; name one")
         if 0 < self.temperature < 0.01:  # logits divided by a smaller number overflow
             raise ValueError(f"--temperature {self.temperature} must be 0 or at least 0.01")
+        if self.output and Path(self.output).suffix not in WRITERS:
+            raise ValueError(f"--output {self.output} must end in {', '.join(WRITERS)}")
         check_writable_file("--output", self.output)
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(GenerateConfig, argv, __doc__)
-        model, tokenizer = load_model(config.model).to(best_device()), load_tokenizer(config.model)
-        sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-        rows = []
-        for prompt in config.prompt:
-            text = generate_text(model, tokenizer, prompt, **sampling)
-            rows.append({"prompt": prompt, "text": text})
-            print(f"--- {prompt!r}\n{prompt}{text}\n")
+        sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+        if config.chat:
+            model, tokenizer = load_model(config.model[0]).to(best_device()), load_tokenizer(config.model[0])
+            return chat(model, tokenizer, seed=config.seed, **sampling)
+        samples = []
+        for name in config.model:  # one model in memory at a time
+            model, tokenizer = load_model(name).to(best_device()), load_tokenizer(name)
+            for prompt in config.prompt:
+                for seed in range(config.seed, config.seed + config.num_samples):
+                    text = generate_text(model, tokenizer, prompt, seed=seed, **sampling)
+                    samples.append({"model": name, "prompt": prompt, "seed": seed, "text": text})
+                    of_model = f" ({name})" if len(config.model) > 1 else ""
+                    print(f"--- {prompt!r}, seed {seed}{of_model}\n{prompt}{text}\n")
         if config.output:
-            write_json(Path(config.output), {"model": config.model, "seed": config.seed, "samples": rows})
+            WRITERS[Path(config.output).suffix](Path(config.output), samples, sampling)
 
+
+def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, **sampling: Any) -> None:
+    """Answer each line of standard input as the assistant of one conversation, until it ends (Ctrl-D).
+
+    The words appear as they are generated. sampling: arguments of `generate_text`. Raises GPT2ModernError if the
+    tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise GPT2ModernError("--chat: the model's tokenizer has no chat template; give a --prompt to continue instead")
+    messages, streamer = [], TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    while True:
+        try:
+            messages.append({"role": "user", "content": input("> ")})
+        except EOFError:
+            return print()
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        answer = generate_text(
+            model, tokenizer, prompt, seed=seed, streamer=streamer, add_special_tokens=False, **sampling
+        )
+        messages.append({"role": "assistant", "content": answer})
+
+
+def write_samples(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
+    """Write the samples and how they were drawn as JSON."""
+    write_json(path, {"sampling": sampling, "samples": samples})
+
+
+def write_markdown(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
+    """Write a heading for each prompt and seed, and below it the text of each model."""
+    parts = ["# Samples", ", ".join(f"{name} {value}" for name, value in sampling.items())]
+    for (prompt, seed), texts in by_prompt(samples).items():
+        parts.append(f"## {prompt!r}, seed {seed}")
+        parts += [part for model, text in texts.items() for part in (f"{model}:", fenced(prompt + text))]
+    write_file(path, "\n\n".join(parts) + "\n")
+
+
+def write_page(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
+    """Write an HTML page with a table: a line for each prompt and seed, a column for each model."""
+    rows = [
+        f"<tr><th>seed {seed}</th>"
+        + "".join(f"<td><b>{html.escape(prompt)}</b>{html.escape(text)}</td>" for text in texts.values())
+        for (prompt, seed), texts in by_prompt(samples).items()
+    ]
+    models = "".join(f"<th>{html.escape(model)}</th>" for model in dict.fromkeys(each["model"] for each in samples))
+    described = html.escape(", ".join(f"{name} {value}" for name, value in sampling.items()))
+    page = f"<h1>Samples</h1><p>{described}</p><table><tr><th></th>{models}</tr>{''.join(rows)}</table>"
+    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Samples</title><style>{STYLE}</style>'
+    write_file(path, f"{head}\n{page}\n</html>\n")
+
+
+def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, str]]:
+    """Return the text of each model, by prompt and seed."""
+    grouped: dict[tuple[str, int], dict[str, str]] = {}
+    for each in samples:
+        grouped.setdefault((each["prompt"], each["seed"]), {})[each["model"]] = each["text"]
+    return grouped
+
+
+WRITERS = {".json": write_samples, ".md": write_markdown, ".html": write_page}
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,6 @@
 """Evaluation: exact losses, reproducible samples."""
 
+import io
 import json
 import math
 import os
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from eval import generate, perplexity
 from gpt2modern.conversion import convert_folder
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.evaluation.generation import generate_text
 from gpt2modern.evaluation.loss import bits_per_byte, evaluate_loss
 from gpt2modern.loading import load_model
 from modeling_gpt2modern import GPT2ModernForCausalLM
@@ -194,3 +196,38 @@ def test_several_prompts_and_the_empty_one_are_continued(model_dir, tmp_path, ca
     texts = samples(model_dir, tmp_path, "--prompt", "def f", "", "--seed", 1)
     assert len(texts) == 2 and all(texts)
     assert "def f" + texts[0] in capsys.readouterr().out
+
+
+def test_models_are_compared_on_the_same_prompts_and_seeds(model_dir, tmp_path, capsys):
+    """A text is the one that its model alone generates; Markdown and HTML show the models next to each other."""
+    shutil.copytree(model_dir, tmp_path / "other")
+    config = json.loads((model_dir / "config.json").read_text()) | {"norm_eps": 1e-2}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    flags = ("--prompt", "def <f>", "x", "--num_samples", 2, "--seed", 5, "--max_new_tokens", 8)
+    for suffix in (".json", ".md", ".html"):
+        run(generate.main, "--model", model_dir, tmp_path / "other", "--output", tmp_path / f"both{suffix}", *flags)
+    both = json.loads((tmp_path / "both.json").read_text())["samples"]
+    assert [(each["prompt"], each["seed"]) for each in both] == [("def <f>", 5), ("def <f>", 6), ("x", 5), ("x", 6)] * 2
+    alone = samples(tmp_path / "other", tmp_path, "--prompt", "x", "--seed", 6, "--max_new_tokens", 8)
+    assert [both[-1]["text"]] == alone
+    page, markdown = (tmp_path / "both.html").read_text(), (tmp_path / "both.md").read_text()
+    assert page.count("<tr>") == 5 and page.count("<td>") == 8 and "<b>def &lt;f&gt;</b>" in page
+    assert markdown.count("## ") == 4 and markdown.count("```text") == 8 and f"def <f>{both[0]['text']}" in markdown
+    assert f"seed 6 ({tmp_path / 'other'})" in capsys.readouterr().out
+
+
+def test_a_chat_answers_each_line_with_the_whole_conversation(model_dir, tmp_path, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    with pytest.raises(SystemExit):
+        run(generate.main, "--model", model_dir, "--chat")
+    assert "the model's tokenizer has no chat template" in capsys.readouterr().err
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    shutil.copytree(model_dir, tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f\nclass\n"))
+    run(generate.main, "--model", tmp_path / "chat", "--chat", "--max_new_tokens", 6)
+    shown = capsys.readouterr().out
+    model, first = load_model(str(model_dir)), "user: def f\nassistant:"
+    answer = generate_text(model, tokenizer, first, max_new_tokens=6)
+    second = f"user: def f\nassistant: {answer}\nuser: class\nassistant:"
+    assert shown == f"> {answer}\n> {generate_text(model, tokenizer, second, max_new_tokens=6)}\n> \n"

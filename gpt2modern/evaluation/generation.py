@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.loading import longest_sequence
@@ -20,13 +21,19 @@ def generate_text(
     top_k: int = 50,
     top_p: float = 1.0,
     seed: int = 0,
+    add_special_tokens: bool = True,
+    streamer: BaseStreamer | None = None,
 ) -> str:
     """Return the text that the model generates after `prompt`: at most `max_new_tokens` tokens, without the prompt.
 
     Sampling uses `seed`; temperature 0 is greedy. Generation stops at the end-of-text token, which also replaces an
-    empty prompt. Raises GPT2ModernError if the tokens exceed the model's learned positions or its vocabulary.
+    empty prompt. add_special_tokens: whether the tokenizer adds those that it puts around a text; a chat template has
+    them already. streamer: receives the tokens one by one. Raises GPT2ModernError if the tokens exceed the model's
+    learned positions or its vocabulary.
     """
-    input_ids = tokenizer(prompt, return_tensors="pt").input_ids if prompt else None
+    input_ids = (
+        tokenizer(prompt, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids if prompt else None
+    )
     if input_ids is None or input_ids.shape[1] == 0:
         input_ids = torch.tensor([[tokenizer.eos_token_id]])  # (1, prompt_len)
     vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
@@ -43,6 +50,7 @@ def generate_text(
         attention_mask=torch.ones_like(input_ids).to(model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
+        streamer=streamer,
         **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}),
     )
     return tokenizer.decode(output_ids[0, input_ids.shape[1] :], skip_special_tokens=True)
@@ -93,3 +101,11 @@ def generate_samples(
     except Exception as error:
         warn(f"the samples could not be generated ({type(error).__name__}: {error}) and are skipped this time")
         return []
+
+
+def fenced(text: str) -> str:
+    """Return `text` as a Markdown code block whose fence has more backticks than any fence inside the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.evaluation.generation import fenced
 from gpt2modern.evaluation.loss import METRICS, evaluated_blocks
 from gpt2modern.files import is_hub_name, public_name
 from gpt2modern.training.batches import BatchPlan
@@ -173,7 +174,7 @@ def model_card(
             ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
         ],
         samples=[
-            {"step": sample["step"], "block": _fenced(sample["prompt"] + sample["text"])}
+            {"step": sample["step"], "block": fenced(sample["prompt"] + sample["text"])}
             for sample in samples
             if sample["step"] == samples[-1]["step"]
         ],
@@ -233,14 +234,6 @@ def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dic
         )
         for name, metric in METRICS.items()
     ]
-
-
-def _fenced(text: str) -> str:
-    """Return `text` as a Markdown code block whose fence has more backticks than any fence inside the text."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def _rounded(value: float | None) -> str:
