@@ -113,7 +113,8 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, optimizers, train_blocks, plan)
         state = checkpoints.restore()
         with processes.errors_of_main():
-            records = Records(config, state, plan, is_main=accelerator.is_main_process)
+            new_model = None if config.model_name_or_path else unwrapped_model.config
+            records = Records(config, state, plan, is_main=accelerator.is_main_process, new_model=new_model)
         publisher = Publisher(config, records, unwrapped_model, plan, eval_blocks)
         clock = Stopwatch(accelerator.device, unwrapped_model, plan, step=state.step, wall_time_s=state.wall_time_s)
         evaluation = functools.partial(

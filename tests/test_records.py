@@ -6,9 +6,12 @@ import threading
 import time
 
 import pytest
+import torch
 
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.loss import batch_loss
 from gpt2modern.files import locked
+from gpt2modern.training.nonfinite import first_loss_message
 from gpt2modern.training.records import (
     RowLog,
     bar_numbers,
@@ -17,6 +20,8 @@ from gpt2modern.training.records import (
     read_rows,
     reserved_output_dir,
 )
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+from tests.support.trainer import losses, train
 
 NUMBERS = '{"step": 1, "tokens_seen": 2, '
 
@@ -131,3 +136,40 @@ def test_a_lock_whose_file_was_deleted_meanwhile_is_taken_on_a_new_one(tmp_path)
         pass
     release.set()
     waiting.join()
+
+
+@pytest.mark.parametrize(
+    "preset, changes, ending",
+    [
+        ("gpt2", {}, "= 5.545"),
+        ("modern", {}, "= 5.545"),
+        ("speedrun", {}, "= 5.545"),
+        ("modern", {"hidden_size": 512, "zero_init_projections": True}, "each token first predicts itself"),
+        (
+            "modern",
+            {"hidden_size": 256, "initializer_range": 0.2, "tie_word_embeddings": False},
+            "initializer_range 0.2",
+        ),
+    ],
+)
+def test_the_first_loss_of_a_new_model_is_compared_with_ln_v(preset, changes, ending):
+    """What the configuration explains is no warning: the presets start at ln(V), a tied head may start above it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256} | changes
+    model = GPT2ModernForCausalLM(GPT2ModernConfig.from_preset(preset, **sizes))
+    batch = torch.randint(256, (4, 65))
+    loss = batch_loss(model, batch, num_items=4 * 64)[1].item()
+    message = first_loss_message(loss, model.config)
+    assert message.endswith(ending) and message.startswith(f"the first loss is {loss:.3f}; that of 256 equally likely")
+
+
+def test_a_first_loss_that_nothing_explains_is_a_warning():
+    message = first_loss_message(4.0, GPT2ModernConfig(vocab_size=512, unpadded_vocab_size=256))
+    assert message.startswith("warning: the first loss is 4.000; that of 256 equally likely tokens is ln(V) = 5.545")
+
+
+def test_only_a_new_model_is_compared_with_ln_v(data_dir, tmp_path, capsys):
+    train(data_dir, tmp_path / "new", max_steps=2, save_steps=0)
+    assert f"the first loss is {losses(tmp_path / 'new')[0]:.3f}; that of 300 equally" in capsys.readouterr().out
+    train(data_dir, tmp_path / "tuned", model_name_or_path=tmp_path / "new", config_overrides="hidden_dropout=0.0")
+    assert "first loss" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Record each update that has a NaN or infinite loss or gradient, then skip it or end the run; warn of loss spikes."""
+"""Handle losses that look wrong: record NaN or infinite ones, then skip the update or end the run; warn of others."""
 
 import json
 import math
@@ -14,10 +14,12 @@ from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.state import TrainState
+from modeling_gpt2modern import GPT2ModernConfig
 
 NONFINITE_LOG = "nonfinite_steps.jsonl"
 SPIKE_WINDOW = 20  # logged losses that a new one is compared with
 SPIKE_DEVIATIONS, SPIKE_NATS = 6.0, 0.2  # a spike is above their median by more than either of these
+FIRST_LOSS_NATS = 0.5  # the presets start at most 0.2 above ln(V)
 
 
 def handle_nonfinite(
@@ -105,3 +107,19 @@ def spike_warning(rows: list[dict[str, Any]], loss: float) -> str | None:
     return (
         f"warning: the loss jumped to {loss:.3f}; the median of the last {SPIKE_WINDOW} logged losses is {median:.3f}"
     )
+
+
+def first_loss_message(loss: float, config: GPT2ModernConfig) -> str:
+    """Return a line that compares the first loss of a new model with ln(V), that of V equally likely tokens: a warning
+    if they differ and the initialisation that `config` describes does not explain it."""
+    vocab_size = config.unpadded_vocab_size or config.vocab_size
+    expected = math.log(vocab_size)
+    line = f"the first loss is {loss:.3f}; that of {vocab_size:,} equally likely tokens is ln(V) = {expected:.3f}"
+    if abs(loss - expected) <= FIRST_LOSS_NATS:
+        return line
+    embedding_std = config.embedding_initializer_range or config.initializer_range
+    if config.tie_word_embeddings and (config.zero_init_projections or embedding_std > 0.05):
+        return f"{line}. It is higher because the head is the embedding, so that each token first predicts itself"
+    if config.initializer_range > 0.05:
+        return f"{line}. It is higher because of initializer_range {config.initializer_range}"
+    return f"warning: {line}. Nothing in the configuration explains the difference: check the data and its tokenizer"

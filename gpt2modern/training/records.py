@@ -23,9 +23,10 @@ from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.card import public_settings
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.nonfinite import spike_warning
+from gpt2modern.training.nonfinite import first_loss_message, spike_warning
 from gpt2modern.training.state import TrainState
 from gpt2modern.training.trackers import Trackers
+from modeling_gpt2modern import GPT2ModernConfig
 
 SETTINGS_FILE, CURVES_FILE = "resolved_config.yaml", "training_curves.png"
 
@@ -101,10 +102,20 @@ class Records:
 
     Does nothing on processes other than the main one. Use it in a `with` block, which closes trackers and bar. Raises
     GPT2ModernError when it is created if --output_dir cannot be written or has a file that is not a log of a run.
+    new_model: configuration of a model that starts with random weights, else None.
     """
 
-    def __init__(self, config: TrainConfig, state: TrainState, plan: BatchPlan, *, is_main: bool):
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        plan: BatchPlan,
+        *,
+        is_main: bool,
+        new_model: GPT2ModernConfig | None = None,
+    ):
         self.output_dir = Path(config.output_dir)
+        self.new_model = new_model
         self.plan = plan
         self.is_main = is_main
         if is_main:
@@ -150,6 +161,8 @@ class Records:
             return
         if row.get("loss") is not None and (warning := spike_warning(self.metrics.rows, row["loss"])):
             self.bar.write(f"step {step}: {warning}")
+        if step == 1 and self.new_model is not None and row.get("loss") is not None:
+            self.bar.write(first_loss_message(row["loss"], self.new_model))
         row = {"tokens_seen": self.plan.tokens_seen(step)} | row
         self.metrics.add({"step": step} | row)
         if "eval_loss" in row:
