@@ -47,7 +47,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/structure.py
 
-# Ratios to other implementations and their targets: about 45 minutes on two cores. Some of it: make bench FLAGS="--parts memory"
+# Ratios to other implementations and their targets: about an hour on two cores. Some of it: make bench FLAGS="--parts memory"
 BENCH_DATA := data/bench
 
 bench: $(INSTALLED)

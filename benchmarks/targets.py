@@ -3,8 +3,8 @@
     make bench                      # prepares text, then runs this
     python -m benchmarks.targets --data DATA --parts train --repetitions 5
 
-DATA is a folder that prepare_data.py wrote. It takes about 45 minutes on two quiet cores, and 10 more the first time,
-when the compiler's cache is empty. Every measurement has a process of its own; they are made in turn, --repetitions
+DATA is a folder that prepare_data.py wrote. It takes about an hour on two quiet cores, and 10 minutes more when the
+compiler's cache is empty. Every measurement has a process of its own; they are made in turn, --repetitions
 times, and a ratio is formed of two in the same turn. The peers are transformers' GPT-2 and Llama, and a GPT-2 in the
 form of nanoGPT, in the same sizes. The exit code is 1 if a ratio misses its target by more than its spread (p20 to
 p80), or if a measurement failed.
