@@ -8,7 +8,6 @@ the list. A change is a name from AXES, or a setting of the model or the trainer
 The same command continues a set of runs that was stopped, and skips the finished ones.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -20,9 +19,8 @@ import shutil
 import signal
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +35,7 @@ from gpt2modern.cli import find_recipe, one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.files import atomic_file, check_writable_folder, locked
+from gpt2modern.files import check_writable_folder, locked
 from gpt2modern.loading import best_device
 from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.config import TrainConfig
@@ -55,7 +53,7 @@ BASES = {
 AXES = {
     "rope": "position_embedding_type=rope",
     "rmsnorm": "norm_type=rmsnorm",
-    "swiglu": "mlp_type=swiglu",  # and the width at which it has as many parameters
+    "swiglu": "mlp_type=swiglu",  # of two thirds of the width, for as many parameters
     "relu2": "mlp_type=relu2",
     "qk_norm": "use_qk_norm=true",
     "muon": "optimizer=muon",
@@ -73,32 +71,27 @@ AXES = {
     "document_masking": "document_masking=true",
     "z_loss": "z_loss=0.0001",
 }
-SPEED_STEPS = 30  # of the run that measures a variant's speed, for --matched time
-EMBEDDINGS = ("embed_tokens", "embed_positions", "lm_head")
-MEASURES = [
-    "train_accelerate.py",
-    *(f"gpt2modern/training/{name}.py" for name in ("batches", "models", "optimizers", "schedules")),
-    "gpt2modern/evaluation/loss.py",
-    "modeling_gpt2modern",
-]
+TRAIN_SETTINGS = {field.name: field for field in fields(TrainConfig)}
+SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
+# The code that decides the losses.
+MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern"]
+MEASURES += [f"gpt2modern/training/{name}.py" for name in ("batches", "models", "optimizers", "schedules")]
 
 
 @dataclass
 class AblationConfig:
     data_dir: str = setting(help="folder from prepare_data.py")
-    output_dir: str = setting(help="folder of the runs; more of them can be added by later commands")
+    output_dir: str = setting(help="folder of the runs; later commands may add more of them")
     variants: str = setting(help="comma-separated: vanilla,+rope,modern; the others are compared with the first")
     recipe: str = setting("ablation", "recipe with sizes, batch, steps and precision: a YAML file or a shipped one")
-    train_flags: str = setting("", "flags of train_accelerate.py that override the recipe's values", may_be_empty=True)
+    train_flags: str = setting("", "flags of train_accelerate.py that override the recipe", may_be_empty=True)
     seeds: int = setting(3, "runs per variant, with the seeds 1, 2, ...", least=1)
     tokens: str | None = setting(None, "training tokens per run, such as 0.8M; default: those of the recipe")
     matched: Literal["tokens", "params", "time"] = setting(
-        "tokens",
-        "what all variants have as much of as the first: tokens; parameters outside of embeddings and head, by the MLP "
-        "width; training time, by the number of steps",
+        "tokens", "what each variant has as much of as the first; params, outside of embeddings and head: by MLP width"
     )
     tune: list[str] = setting(
-        default_factory=list, help="learning_rate=0.001,0.002,...: choose the best for the first variant that uses it"
+        default_factory=list, help="learning_rate=0.001,0.002,...: find the best for the first variant that uses it"
     )
     jobs: int | None = setting(
         None, "runs at a time, which share the cores; default: one per core, 1 on a GPU", least=1
@@ -113,117 +106,94 @@ class AblationConfig:
         if self.tokens is not None and not re.fullmatch(r"\d+(\.\d+)?[KMB]?", self.tokens):
             raise ValueError(f"--tokens {self.tokens} must be a number, such as 800000, 0.8M or 1.5B")
         for text in self.tune:
-            key, _, values = text.partition("=")
-            if key not in (field.name for field in fields(TrainConfig)) or not all(values.split(",")):
-                raise ValueError(f"--tune {text} must be a setting of train_accelerate.py and its values: key=1,2,3")
+            if not re.fullmatch(r"\w+=[\d.e-]+(,[\d.e-]+)+", text) or text.partition("=")[0] not in TRAIN_SETTINGS:
+                raise ValueError(f"--tune {text} must be a setting of train_accelerate.py and numbers: key=1,2,3")
         names = self.variants.split(",")
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"--variants has {repeated[0]} twice; remove one")
 
 
-@dataclass
-class Variant:
-    """Hold the settings, as text by name, with which a variant differs from the recipe. own: names of those that tuning
-    does not replace."""
-
-    name: str
-    settings: dict[str, str]
-    own: set[str]
-
-
-@dataclass(frozen=True)
 class Run:
-    """Hold the settings of one training run and the folder with its records, whose name has a hash of the settings."""
+    """Describe one training run: its settings, and its folder, whose name has a hash of the settings and the data."""
 
-    config: TrainConfig
-    folder: Path
-
-    @property
-    def is_finished(self) -> bool:
-        return (self.folder / "summary.json").exists()
-
-    @cached_property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text())
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        return read_rows(self.folder / "metrics.jsonl")
+    def __init__(self, config: TrainConfig, variant: str, folder: str, manifest: dict[str, Any]):
+        identity = json.dumps([config.chosen(card=True), manifest], sort_keys=True)
+        name = re.sub(r"[^\w+=.-]", "_", variant.lstrip("+"))
+        self.name = f"{name}-seed{config.seed}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        self.folder = Path(folder, self.name)
+        self.config = replace(config, output_dir=str(self.folder))
+        self.tokens_per_step: int = config.total_batch_size
 
     @property
-    def loss(self) -> float:
-        """Return the validation loss at the end (nats/token), infinite if the run has not finished."""
-        return self.summary["eval_loss"] if self.is_finished else math.inf
+    def summary(self) -> dict[str, Any] | None:
+        """Return the contents of summary.json, None if the run has not finished."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
-    @property
-    def curve(self) -> list[tuple[int, float]]:
-        """Return (tokens seen, validation loss) of each evaluation."""
-        return [(row["tokens_seen"], row["eval_loss"]) for row in self.rows if row.get("eval_loss") is not None]
+    def rows_with(self, name: str) -> list[tuple[int, float]]:
+        """Return (tokens seen, value) of each row of metrics.jsonl that has a value of this name."""
+        rows = read_rows(self.folder / "metrics.jsonl")
+        return [(row["tokens_seen"], row[name]) for row in rows if row.get(name) is not None]
 
 
-@dataclass
 class Ablation:
-    """Plan the runs of an ablation: which settings each variant has. Raises GPT2ModernError for an unknown variant, and
-    for settings that contradict each other or do not fit the data."""
+    """Plan the runs of an ablation. variants: by name, the settings with which each differs from the recipe, as text.
+    Raises GPT2ModernError for an unknown variant, and for settings that are invalid or do not fit the data."""
 
-    config: AblationConfig
-    warnings: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        config = self.config
+    def __init__(self, config: AblationConfig):
+        self.config = config
         flags = ["--config", str(find_recipe(config.recipe)), *shlex.split(config.train_flags)]
-        flags += ["--data_dir", config.data_dir, "--output_dir", config.output_dir]
-        self.recipe = parse_arguments(TrainConfig, flags)
-        self.blocks = PackedBlocks(config.data_dir, "train", self.recipe.block_size)
-        if self.recipe.warmup_steps is not None:
-            ratio = self.recipe.warmup_steps / self.recipe.max_steps
-            self.recipe = replace(self.recipe, warmup_steps=None, warmup_ratio=ratio)
-        batch = self.recipe.total_batch_size or self.blocks.block_size * int(self.recipe.per_device_train_batch_size)
-        self.recipe = replace(self.recipe, total_batch_size=batch)
+        recipe = parse_arguments(
+            TrainConfig, [*flags, "--data_dir", config.data_dir, "--output_dir", config.output_dir]
+        )
+        self.blocks = PackedBlocks(config.data_dir, "train", recipe.block_size)
+        batch = recipe.total_batch_size or self.blocks.block_size * int(recipe.per_device_train_batch_size)
+        steps = recipe.max_steps
         if config.tokens is not None:
             unit = {"K": 1e3, "M": 1e6, "B": 1e9}.get(config.tokens[-1], 1)
-            self.recipe = with_steps(self.recipe, round(float(config.tokens.rstrip("KMB")) * unit / batch))
-        needed = self.recipe.max_steps * batch
-        if needed > self.blocks.tokens:
-            self.warn(f"each run trains on {needed:,} tokens, but the data has {self.blocks.tokens:,}: it repeats them")
-        first, *others = config.variants.split(",")
-        self.variants = [self.variant(name, first) for name in (first, *others)]
+            steps = max(1, round(float(config.tokens.rstrip("KMB")) * unit / batch))
+        ratio = recipe.schedule.warmup_steps / recipe.max_steps
+        recipe = replace(recipe, total_batch_size=batch, warmup_steps=None, warmup_ratio=ratio)
+        self.recipe = with_steps(recipe, steps)
+        self.tokens = steps * batch
+        if self.tokens > self.blocks.tokens:
+            warn(
+                f"each run takes {self.tokens:,} tokens, more than the {self.blocks.tokens:,} of the data: some repeat"
+            )
+        self.first, *others = config.variants.split(",")
+        self.variants = {name: self.settings_of(name) for name in (self.first, *others)}
         if config.matched == "params":
-            target = self.parameters(self.variants[0].settings)
-            for variant in self.variants[1:]:
-                variant.settings["intermediate_size"] = self.matched_width(variant.settings, target)
+            for name in others:
+                self.match_parameters(self.variants[name])
 
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        warn(message)
-
-    def variant(self, name: str, first: str) -> Variant:
-        base, *axes = (first + name if name.startswith("+") else name).split("+")
+    def settings_of(self, name: str) -> dict[str, str]:
+        """Return the settings of a variant's base and changes. An MLP that becomes gated, or ceases to be, gets the
+        width, a multiple of 8, at which it has as many parameters. Raises GPT2ModernError for an unknown name."""
+        base, *axes = (self.first + name if name.startswith("+") else name).split("+")
         if base not in BASES:
             raise GPT2ModernError(f"--variants {name}: {base!r} is no base; choose from {', '.join(BASES)}, or +CHANGE")
-        before = dict(word.split("=", 1) for word in BASES[base].split())
-        settings = dict(before)
+        words = BASES[base].split()
+        before = self.model(dict(word.split("=", 1) for word in words)).config
         for axis in axes:
-            text = AXES.get(axis, axis)
-            keys = {word.partition("=")[0] for word in text.split()}
-            if "=" not in text or not keys <= {*MODEL_SETTINGS, *(field.name for field in fields(TrainConfig))}:
+            if axis not in AXES and axis.partition("=")[0] not in {*MODEL_SETTINGS, *TRAIN_SETTINGS}:
                 raise GPT2ModernError(
                     f"--variants {name}: {axis!r} is no change; choose from {', '.join(AXES)}, or give a setting of the "
                     "model or of train_accelerate.py as key=value"
                 )
-            settings |= dict(word.split("=", 1) for word in text.split())
-        old, new = (self.model(each).config for each in (before, settings))
-        if (gated := MLPS[new.mlp_type].gated) != MLPS[old.mlp_type].gated and "intermediate_size" not in settings:
-            width = old.intermediate_size * (2 / 3 if gated else 3 / 2)  # a gated MLP has three matrices, not two
-            settings["intermediate_size"] = str(8 * round(width / 8))
-        return Variant(name, settings, {key for key in settings if "rate" in key})
+            words += AXES.get(axis, axis).split()
+        settings = dict(word.split("=", 1) for word in words)
+        gated = MLPS[self.model(settings).config.mlp_type].gated
+        if gated != MLPS[before.mlp_type].gated and "intermediate_size" not in settings:
+            factor = 2 / 3 if gated else 3 / 2  # a gated MLP has three matrices, another two
+            settings["intermediate_size"] = str(8 * round(before.intermediate_size * factor / 8))
+        return settings
 
-    def changed(self, settings: dict[str, str]) -> TrainConfig:
+    def train_config(self, settings: dict[str, str]) -> TrainConfig:
         """Return the recipe with other settings, of the trainer and of the model."""
-        flags = {key: value for key, value in settings.items() if key not in MODEL_SETTINGS}
         overrides = parse_config_overrides(self.recipe.config_overrides)
         overrides = {key: json.dumps(value) for key, value in overrides.items()}
-        overrides |= {key: value for key, value in settings.items() if key not in flags}
+        overrides |= {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
+        flags = {key: value for key, value in settings.items() if key not in overrides}
         flags["config_overrides"] = ",".join(f"{key}={value}" for key, value in overrides.items())
         typed = parse_arguments(TrainConfig, ["--dry_run", *(f"--{key}={value}" for key, value in flags.items())])
         try:
@@ -233,42 +203,38 @@ class Ablation:
 
     def model(self, settings: dict[str, str]) -> PreTrainedModel:
         with torch.device("meta"):
-            return build_model(self.changed(settings), self.blocks)
+            return build_model(self.train_config(settings), self.blocks)
 
     def parameters(self, settings: dict[str, str]) -> int:
         """Return the number of parameters outside of embeddings and head."""
-        named = self.model(settings).named_parameters()
-        return sum(each.numel() for name, each in named if not any(part in name for part in EMBEDDINGS))
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model(settings).named_parameters()
+            if not re.search("embed_tokens|embed_positions|lm_head", name)
+        )
 
-    def matched_width(self, settings: dict[str, str], target: int) -> str:
-        """Return the MLP width, a multiple of 8, at which the model has nearest to `target` parameters outside of
-        embeddings and head."""
-        at_8, at_16 = (self.parameters(settings | {"intermediate_size": str(width)}) for width in (8, 16))
-        return str(8 * max(1, 1 + round((target - at_8) / (at_16 - at_8))))
+    def match_parameters(self, settings: dict[str, str]) -> None:
+        """Set the MLP width to the multiple of 8 at which the model has nearest to as many parameters as the first."""
+        at_8, at_16 = (self.parameters(settings | {"intermediate_size": width}) for width in ("8", "16"))
+        wanted = (self.parameters(self.variants[self.first]) - at_8) / (at_16 - at_8)
+        settings["intermediate_size"] = str(8 * max(1, 1 + round(wanted)))
 
-    def run(self, variant: Variant, seed: int, steps: int | None = None, **changes: Any) -> Run:
-        """Return the run of a variant with a seed; `steps` and `changes` replace settings of it."""
-        config = replace(self.changed(variant.settings), seed=seed)
-        config = replace(with_steps(config, steps or config.max_steps), **changes)
-        identity = [config.chosen(card=True), self.blocks.manifest]
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        name = re.sub(r"[^\w+=.-]", "_", variant.name.lstrip("+"))
-        folder = Path(self.config.output_dir, f"{name}-seed{seed}-{digest}")
-        return Run(replace(config, output_dir=str(folder)), folder)
+    def run(self, variant: str, seed: int, changes: dict[str, str] | None = None, **values: Any) -> Run:
+        """Return the run of a variant with a seed. changes: further settings, as text; values: the same, typed."""
+        config = replace(self.train_config(self.variants[variant] | (changes or {})), seed=seed, **values)
+        return Run(config, variant, self.config.output_dir, self.blocks.manifest)
 
 
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
-    """Return `config` with another number of steps, and evaluations at the same shares of them."""
-    if steps < 1:
-        raise GPT2ModernError(f"--tokens are less than one step of {config.total_batch_size:,} tokens; give more")
+    """Return `config` with another number of steps, and evaluations after the same shares of them."""
     eval_steps = config.eval_steps and max(1, round(config.eval_steps * steps / config.max_steps))
     return replace(config, max_steps=steps, eval_steps=eval_steps)
 
 
-def train_run(config: TrainConfig, threads: int, step: Any) -> None:
-    """Train one run in this process, which was started for it, and end the process. `step`: a shared number, the last
-    update begun. If the process that has started this one is gone, the run is saved and stopped."""
-    folder, parent, told = Path(config.output_dir), multiprocessing.parent_process(), False
+def train_run(run: Run, threads: int, step: Any) -> None:
+    """Train a run in this process, which was started for it, and end the process. step: shared, the last update begun.
+    If the process that has started this one is gone, the run is saved and stopped."""
+    parent, told = multiprocessing.parent_process(), False
 
     def callback(event: str, **details: Any) -> None:
         nonlocal told
@@ -277,22 +243,21 @@ def train_run(config: TrainConfig, threads: int, step: Any) -> None:
             told = True
             signal.raise_signal(signal.SIGTERM)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.setsid()  # Ctrl-C reaches only the parent: a second request to stop would end the run without saving it
+    run.folder.mkdir(parents=True, exist_ok=True)
+    output = os.open(run.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     torch.set_num_threads(threads)
-    with one_line_errors(), locked(folder / ".run"):  # the process of a killed set may still be saving this run
-        stopped = train(config, callback)["stopped"]
-        if not stopped:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    sys.exit(75 if stopped else 0)
+    with one_line_errors(), locked(run.folder / ".run"):  # a process of a killed set may still be saving the run
+        if run.summary is None and not train(run.config, callback)["stopped"]:
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 
 class Workers:
     """Train runs, `jobs` at a time, each in a process of its own with its share of the cores, and show the progress.
 
-    tokens: the number that all runs have together, for the time left. failures: why runs have failed, by folder.
+    tokens: the number of all runs together, for the time left. failures: why runs have failed, by name.
     """
 
     def __init__(self, jobs: int, tokens: int):
@@ -304,95 +269,95 @@ class Workers:
         self.bar = tqdm(total=tokens, desc="ablation", unit="tok", unit_scale=True, mininterval=every)
 
     def train(self, runs: Sequence[Run]) -> None:
-        """Train the runs that have not finished; returns when all have. On Ctrl-C, all are saved and stopped."""
+        """Train the runs that have not finished; returns when all have ended. On Ctrl-C, all are saved and stopped."""
         waiting, running = [], {}
-        for run in {run.folder: run for run in runs}.values():
-            if run.is_finished:
-                self.bar.initial += (tokens := run.config.max_steps * run.config.total_batch_size)
-                self.bar.update(tokens)
-            else:
+        for run in runs:
+            if run.summary is None:
                 waiting.append(run)
+            else:
+                self._advance(run, 0, run.config.max_steps, in_no_time=True)
         try:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
                     run, step = waiting.pop(0), self.context.Value("q", 0)
-                    process = self.context.Process(target=train_run, args=(run.config, self.threads, step))
-                    running[process] = [run, step, 0]
+                    process = self.context.Process(target=train_run, args=(run, self.threads, step))
+                    running[process] = (run, step, 0)
                     process.start()
                 wait([process.sentinel for process in running], timeout=1.0)
-                for process, progress in list(running.items()):
-                    self._update(progress)
+                for process, (run, step, seen) in list(running.items()):
+                    now = step.value
+                    if not seen and now:  # what a resumed run has trained before
+                        self._advance(run, 0, now - 1, in_no_time=True)
+                        seen = now - 1
+                    self._advance(run, seen, now)
+                    running[process] = (run, step, now)
                     if process.exitcode is not None:
-                        self._finish(process.exitcode, *running.pop(process))
+                        del running[process]
+                        self._advance(run, now, run.config.max_steps)
+                        self._finish(run, process.exitcode)
         finally:
             for process in running:
                 process.terminate()
             for process in running:
                 process.join()
 
-    def _update(self, progress: list) -> None:
-        run, step, seen = progress
-        if not seen and step.value:  # what a resumed run had already trained took no time
-            self.bar.initial += (step.value - 1) * run.config.total_batch_size
-        progress[2] = step.value
-        self.bar.update((progress[2] - seen) * run.config.total_batch_size)
+    def _advance(self, run: Run, seen: int, now: int, *, in_no_time: bool = False) -> None:
+        tokens = (now - seen) * run.tokens_per_step
+        self.bar.initial += tokens if in_no_time else 0
+        self.bar.update(tokens)
 
-    def _finish(self, exitcode: int, run: Run, step: Any, seen: int) -> None:
-        self.bar.update((run.config.max_steps - seen) * run.config.total_batch_size)
-        if run.is_finished:
-            self.failures.pop(run.folder.name, None)
-            self.bar.write(f"{run.folder.name}: {run.loss:.4f} after {run.summary['wall_time_s']:.0f} s")
+    def _finish(self, run: Run, exitcode: int) -> None:
+        if summary := run.summary:
+            self.bar.write(f"{run.name}: {summary['eval_loss']:.4f} after {summary['wall_time_s']:.0f} s")
             return
-        lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines() or [""]
-        self.failures[run.folder.name] = f"exit code {exitcode}: {lines[-1].removeprefix('error: ')[:300]}"
-        warn(f"{run.folder.name} has failed: {self.failures[run.folder.name]}")
+        lines = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["no output"]
+        self.failures[run.name] = f"exit code {exitcode}: {lines[-1].removeprefix('error: ')[-300:]}"
+        warn(f"{run.name} has failed, {self.failures[run.name]}")
+
+    def first_failure(self) -> str:
+        return "".join(f"; {name}: {problem}" for name, problem in list(self.failures.items())[:1])
 
 
 def tune(ablation: Ablation, workers: Workers) -> list[dict[str, Any]]:
-    """Train the first variant that uses a setting with each of its values in --tune, and give the best value to all
-    variants that do not set it themselves. Returns what the report says of it."""
+    """Train the first variant that uses a setting in --tune with each value, and give the best one to all variants that
+    do not set it themselves. Returns what the report says of it."""
     tuned = []
     for text in ablation.config.tune:
         key, _, values = text.partition("=")
-        optimizer = next(each for each in fields(TrainConfig) if each.name == key).metadata.get("optimizer")
-        users = [each for each in ablation.variants if optimizer in (None, ablation.changed(each.settings).optimizer)]
+        kind = TRAIN_SETTINGS[key].metadata.get("optimizer")
+        users = [name for name, each in ablation.variants.items() if each.get("optimizer", "adamw") == kind or not kind]
         if not users:
-            raise GPT2ModernError(f"--tune {key}: no variant has the optimizer {optimizer}; remove it")
-        first = users[0]
-        runs = {
-            value: ablation.run(replace(first, settings=first.settings | {key: value}), seed=1)
-            for value in sorted(values.split(","), key=float)
-        }
-        if not ablation.config.report_only:
-            workers.train(list(runs.values()))
-        losses = {value: run.loss if run.is_finished else None for value, run in runs.items()}
-        best = min(runs, key=lambda value: runs[value].loss)
-        if losses[best] is None:
-            raise GPT2ModernError(f"--tune {key}: no run has finished{first_failure(workers)}")
-        at_edge = best in (next(iter(runs)), next(reversed(runs)))
+            raise GPT2ModernError(f"--tune {key}: no variant has --optimizer {kind}; remove it")
+        values = sorted(values.split(","), key=float)
+        runs = [ablation.run(users[0], 1, {key: value}) for value in values]
+        workers.train([] if ablation.config.report_only else runs)
+        losses = [run.summary["eval_loss"] if run.summary else None for run in runs]
+        if not any(losses):
+            raise GPT2ModernError(f"--tune {key}: no run has finished{workers.first_failure()}")
+        best = values[losses.index(min(filter(None, losses)))]
+        at_edge = best in (values[0], values[-1])
         if at_edge:
-            ablation.warn(f"--tune {key}: the best value, {best}, is at the edge; add values beyond it")
-        for variant in ablation.variants:
-            if variant is first or key not in variant.own:
-                variant.settings[key] = best
-        tuned.append({"setting": key, "variant": first.name, "losses": losses, "best": best, "at_edge": at_edge})
+            warn(f"--tune {key}: the best value, {best}, is at the edge; add values beyond it")
+        if key in (settings := ablation.variants[users[0]]):
+            settings[key] = best
+        ablation.recipe = replace(ablation.recipe, **{key: getattr(runs[values.index(best)].config, key)})
+        losses = dict(zip(values, losses, strict=True))
+        tuned.append({"setting": key, "variant": users[0], "losses": losses, "best": best, "at_edge": at_edge})
     return tuned
 
 
-def first_failure(workers: Workers) -> str:
-    return "".join(f"; {name}: {problem}" for name, problem in list(workers.failures.items())[:1])
-
-
-def steps_of_same_time(ablation: Ablation, workers: Workers) -> list[int]:
-    """Return for each variant the number of steps that take as long as the first variant's, by a short run of each."""
-    changes = {"steps": SPEED_STEPS, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0, "logging_steps": 5}
-    runs = [ablation.run(variant, 1, **changes) for variant in ablation.variants]
-    if not ablation.config.report_only:
-        workers.train(runs)
-    if missing := [run.folder.name for run in runs if not run.is_finished]:
-        raise GPT2ModernError(f"--matched time: the speed of {missing[0]} is not measured{first_failure(workers)}")
-    speeds = [statistics.median(row["tokens_per_second"] for row in run.rows[1:]) for run in runs]
-    return [max(1, round(ablation.recipe.max_steps * speed / speeds[0])) for speed in speeds]
+def match_time(ablation: Ablation, workers: Workers) -> dict[str, dict[str, int]]:
+    """Return for each variant the settings with which it trains as long as the first, by the speed in a short run."""
+    runs = [ablation.run(name, 1, **SPEED_RUN) for name in ablation.variants]
+    workers.train([] if ablation.config.report_only else runs)
+    if missing := [run.name for run in runs if run.summary is None]:
+        raise GPT2ModernError(f"--matched time: {missing[0]} has not measured a speed{workers.first_failure()}")
+    speeds = [statistics.median(speed for _, speed in run.rows_with("tokens_per_second")[1:]) for run in runs]
+    changed = [
+        with_steps(ablation.recipe, max(1, round(ablation.recipe.max_steps * each / speeds[0]))) for each in speeds
+    ]
+    values = [{"max_steps": each.max_steps, "eval_steps": each.eval_steps} for each in changed]
+    return dict(zip(ablation.variants, values, strict=True))
 
 
 def tokens_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float | None:
@@ -407,8 +372,8 @@ def tokens_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float 
     return None
 
 
-def spread(*groups: Sequence[float]) -> float | None:
-    """Return the standard deviation in groups of numbers around their group's mean, pooled; None without a pair."""
+def pooled_sd(*groups: Sequence[float]) -> float | None:
+    """Return the standard deviation of numbers around the mean of their group; None if no group has two."""
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum((len(group) - 1) * statistics.variance(group) for group in groups if len(group) > 1)
     return math.sqrt(squares / freedom) if freedom else None
@@ -417,169 +382,135 @@ def spread(*groups: Sequence[float]) -> float | None:
 def verdict(losses: Sequence[float], base: Sequence[float]) -> str:
     """Return adopt or reject if the mean loss is lower or higher than the base's by more than 2 pooled standard
     deviations, otherwise inconclusive."""
-    sd, difference = spread(losses, base), statistics.mean(losses) - statistics.mean(base)
+    sd, difference = pooled_sd(losses, base), statistics.mean(losses) - statistics.mean(base)
     if sd is None or abs(difference) <= 2 * sd:
         return "inconclusive"
     return "adopt" if difference < 0 else "reject"
 
 
-def summarize(runs: Sequence[Run], base: Sequence[Run], variant: Variant, parameters: int) -> dict[str, Any]:
-    """Return the results of a variant, from its finished runs and those of the base."""
-    losses, base_losses = [run.loss for run in runs], [run.loss for run in base]
-    target, base_tokens = statistics.mean(base_losses), base[0].summary["tokens_seen"]
-    base_time = base_tokens / statistics.mean(run.summary["tokens_per_second"] for run in base)
-    reached = [tokens_to_reach(run.curve, target) for run in runs]
-    tokens = time = None
-    if runs is base:
-        tokens = time = 1.0
-    elif None not in reached:
+def results_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
+    """Return the results of a variant's finished runs, and how they compare with those of the base."""
+    summaries, base_summaries = ([run.summary for run in each] for each in (runs, base))
+    losses, base_losses = ([each["eval_loss"] for each in some] for some in (summaries, base_summaries))
+    mean, target = statistics.mean(losses), statistics.mean(base_losses)
+    speeds = [each["tokens_per_second"] for each in summaries]
+    base_tokens = base_summaries[0]["tokens_seen"]
+    base_time = base_tokens / statistics.mean(each["tokens_per_second"] for each in base_summaries)
+    curves = [run.rows_with("eval_loss") for run in runs]
+    reached = [tokens_to_reach(curve, target) for curve in curves]
+    tokens, time = (1.0, 1.0) if runs is base else (None, None)
+    if runs is not base and None not in reached:
         tokens = statistics.mean(reached) / base_tokens
-        times = [each / run.summary["tokens_per_second"] for each, run in zip(reached, runs, strict=True)]
-        time = statistics.mean(times) / base_time
-    points = list(zip(*(run.curve for run in runs), strict=False))  # one per evaluation: (tokens, loss) of each seed
+        time = statistics.mean(each / speed for each, speed in zip(reached, speeds, strict=True)) / base_time
+    points = [(point[0][0], [loss for _, loss in point]) for point in zip(*curves, strict=False)]  # of all seeds
     return {
-        "settings": variant.settings,
-        "parameters": runs[0].summary["params"],
-        "parameters_without_embeddings": parameters,
-        "tokens": runs[0].summary["tokens_seen"],
-        "losses": {run.config.seed: run.loss for run in runs},
-        "mean_loss": statistics.mean(losses),
-        "sd_loss": spread(losses),
-        "difference": statistics.mean(losses) - target,
-        "pooled_sd": spread(losses, base_losses),
+        "parameters": summaries[0]["params"],
+        "tokens": summaries[0]["tokens_seen"],
+        "losses": {run.config.seed: loss for run, loss in zip(runs, losses, strict=True)},
+        "mean_loss": mean,
+        "sd_loss": pooled_sd(losses),
+        "difference": mean - target,
+        "pooled_sd": pooled_sd(losses, base_losses),
         "tokens_to_base_loss": tokens,
         "time_to_base_loss": time,
-        "tokens_per_second": statistics.mean(run.summary["tokens_per_second"] for run in runs),
-        "peak_memory_gib": max(run.summary["peak_memory_gib"] for run in runs),
+        "tokens_per_second": statistics.mean(speeds),
+        "peak_memory_gib": max(each["peak_memory_gib"] for each in summaries),
         "verdict": "base" if runs is base else verdict(losses, base_losses),
-        "curve": [
-            [point[0][0], *(f([loss for _, loss in point]) for f in (statistics.mean, min, max))] for point in points
-        ],
+        "curve": [[tokens, statistics.mean(of), min(of), max(of)] for tokens, of in points],
     }
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the mean validation loss of each variant over tokens, with a band from the lowest to the highest seed. The
-    base is black, and only those that differ from it are in colour; the legend is in the order of the final losses."""
+def draw_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw the mean validation loss of each variant over tokens, in a band from the lowest to the highest seed. The
+    base is black, those that do not differ from it are gray; the legend has the order of the final losses."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axis = figure.subplots()
-    colours = iter([f"C{number}" for number in range(10) if number != 7] * 9)  # C7 is gray
+    colours = iter([f"C{number}" for number in range(10) if number != 7] * len(results))  # C7 is gray
     for index, (name, each) in enumerate(sorted(results.items(), key=lambda item: -item[1]["mean_loss"])):
         tokens, mean, low, high = zip(*each["curve"], strict=True)
-        differs, is_base = each["verdict"] in ("adopt", "reject"), each["verdict"] == "base"
-        colour = "black" if is_base else next(colours) if differs else "0.65"
-        style = {"color": colour, "linestyle": "-" if differs or is_base else ["--", ":", "-."][index % 3]}
-        sd = "" if each["sd_loss"] is None else f" ± {each['sd_loss']:.3f}"
-        axis.plot(tokens, mean, label=f"{name}  {mean[-1]:.3f}{sd}", linewidth=2.5 if is_base else 1.5, **style)
+        style = {"adopt": "-", "reject": "-", "base": "-"}.get(each["verdict"], ("--", ":", "-.")[index % 3])
+        colour = {"base": "black", "inconclusive": "0.6"}.get(each["verdict"]) or next(colours)
+        width = 2.5 if each["verdict"] == "base" else 1.5
+        axis.plot(tokens, mean, style, color=colour, linewidth=width, label=f"{name}: {loss_text(each)}")
         axis.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
-    every = [loss for each in results.values() for _, loss, *_ in each["curve"][max(1, len(each["curve"]) // 4) :]]
-    if every:  # without the first quarter, in which the losses fall from ln(V)
-        axis.set_ylim(min(every) - 0.05, max(every) + 0.05)
-    axis.set_xlabel("training tokens")
-    axis.set_ylabel("validation loss (nats/token)")
+    curves = [each["curve"] for each in results.values()]
+    losses = [loss for curve in curves for _, *of in curve[len(curve) // 4 :] for loss in of]  # after the steep start
+    axis.set_ylim(min(losses) - 0.05, max(losses) + 0.05)
+    axis.set(xlabel="training tokens", ylabel="validation loss (nats/token)")
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right center", title="mean of the last evaluation ± sd", reverse=False)
+    figure.legend(loc="outside right center", title="final loss, mean +- sd")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    figure.savefig(path, dpi=120)
 
 
-def table(results: dict[str, dict[str, Any]], jobs: int) -> list[list[str]]:
+def loss_text(result: dict[str, Any]) -> str:
+    return f"{result['mean_loss']:.3f}" + ("" if result["sd_loss"] is None else f" +- {result['sd_loss']:.3f}")
+
+
+def table_of(results: dict[str, dict[str, Any]], jobs: int) -> list[list[str]]:
     """Return the rows of the report's table, the header first."""
-    indicative = f" (indicative: {jobs} runs at a time)" if jobs > 1 else ""
-    header = ["variant", "parameters", "loss, nats/token", "difference", "tokens to the base's loss"]
-    header += [f"time to it{indicative}", f"tokens/s{indicative}", "peak GiB", "verdict"]
-    rows = [header]
+    rough = f" (indicative: {jobs} runs at a time)" if jobs > 1 else ""
+    header = (
+        "variant|parameters|loss, nats/token|difference|tokens to the base's loss|time to it|tokens/s|peak GiB|verdict"
+    )
+    rows = [[f"{cell}{rough if cell in ('time to it', 'tokens/s') else ''}" for cell in header.split("|")]]
     for name, each in results.items():
-        sd = "" if each["sd_loss"] is None else f" +- {each['sd_loss']:.3f}"
         shares = (each["tokens_to_base_loss"], each["time_to_base_loss"])
-        rows.append(
-            [
-                f"`{name}`",
-                f"{each['parameters']:,}",
-                f"{each['mean_loss']:.3f}{sd} (n = {len(each['losses'])})",
-                f"{each['difference']:+.3f}",
-                *("not reached" if share is None else f"{share:.0%}" for share in shares),
-                f"{each['tokens_per_second']:,.0f}",
-                f"{each['peak_memory_gib']:.2f}",
-                each["verdict"],
-            ]
-        )
+        numbers = [
+            f"{each['parameters']:,}",
+            f"{loss_text(each)} (n = {len(each['losses'])})",
+            f"{each['difference']:+.3f}",
+        ]
+        numbers += ["not reached" if share is None else f"{share:.1%}" for share in shares]
+        numbers += [f"{each['tokens_per_second']:,.0f}", f"{each['peak_memory_gib']:.2f}"]
+        rows.append([f"`{name}`", *numbers, each["verdict"]])
     return rows
 
 
-def tuning_table(tuned: dict[str, Any]) -> str:
-    cells = [("-" if loss is None else f"{loss:.3f}") for loss in tuned["losses"].values()]
+def tuning_text(tuned: dict[str, Any]) -> str:
+    losses = ["-" if loss is None else f"{loss:.3f}" for loss in tuned["losses"].values()]
     values = [f"**{value}**" if value == tuned["best"] else value for value in tuned["losses"]]
-    lines = [[tuned["setting"], *values], ["---"] * (len(cells) + 1), ["loss", *cells]]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"Tuning of `{tuned['variant']}`, seed 1; the best value is used for all that do not set it:\n\n{text}\n"
-
-
-def write_report(
-    report: Report, ablation: Ablation, runs: dict[str, list[Run]], tuned: list[dict[str, Any]], workers: Workers
-) -> None:
-    """Write table, tuning and picture of the finished runs. Raises GPT2ModernError if the base has none."""
-    config, recipe = ablation.config, ablation.recipe
-    finished = {name: [run for run in each if run.is_finished] for name, each in runs.items()}
-    first = ablation.variants[0].name
-    if not finished[first]:
-        raise GPT2ModernError(f"the base {first} has no finished run{first_failure(workers)}")
-    results = {
-        each.name: summarize(finished[each.name], finished[first], each, ablation.parameters(each.settings))
-        for each in ablation.variants
-        if finished[each.name]
-    }
-    missing = [run.folder.name for each in runs.values() for run in each if not run.is_finished]
-    picture = report.path.with_suffix(".png")
-    plot(results, picture)
-    tokens = recipe.max_steps * recipe.total_batch_size
-    method = f"""
-Recipe `{config.recipe}`{f" with {config.train_flags}" if config.train_flags else ""}: {recipe.max_steps:,} steps of
-{recipe.total_batch_size:,} tokens ({tokens / 1e6:.2f}M), the same {config.matched}. Data: {ablation.blocks.data_dir.name},
-{ablation.blocks.tokens:,} tokens. {workers.jobs} runs at a time, {workers.threads} threads each. A variant is adopted or
-rejected if its mean loss differs from that of `{first}` by more than 2 pooled standard deviations of the seeds. Tokens
-and time to the base's mean final loss: in % of the base's, linear between evaluations, mean over the seeds."""
-    remarks = [f"![validation loss over training tokens]({picture.name})", *map(tuning_table, tuned)]
-    remarks += [f"Warning: {warning}." for warning in ablation.warnings]
-    remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
-    remarks += [f"Failed: {name} ({problem})." for name, problem in workers.failures.items()]
-    report.write(
-        f"Ablation of {first}",
-        f"which changes lower the validation loss of `{first}`, and by how much?",
-        method,
-        table(results, workers.jobs),
-        "\n\n".join(remarks),
-        results={
-            "base": first,
-            "matched": config.matched,
-            "tokens": tokens,
-            "jobs": workers.jobs,
-            "threads": workers.threads,
-            "tuning": tuned,
-            "variants": results,
-            "not_finished": missing,
-            "failures": workers.failures,
-        },
+    lines = [[tuned["setting"], *values], ["---"] * (1 + len(values)), ["loss", *losses]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    edge = " It is at the edge of the values: there may be a better one." if tuned["at_edge"] else ""
+    return (
+        f"Tuning of `{tuned['variant']}`, seed 1. Variants without a value of their own have the best.{edge}\n\n{table}"
     )
 
 
-@contextlib.contextmanager
-def reserved(config: AblationConfig) -> Iterator[None]:
-    """Keep other ablations out of --output_dir while this one trains."""
-    if config.report_only:
-        yield
-        return
-    try:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        with locked(Path(config.output_dir, ".ablation"), seconds=0):
-            yield
-    except BlockingIOError:
-        raise GPT2ModernError(
-            f"another ablation is training in --output_dir {config.output_dir}; wait until it ends, or use another folder"
-        ) from None
-    except OSError as error:
-        raise GPT2ModernError(f"--output_dir {config.output_dir} cannot be written ({error.strerror})") from None
+def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]], tuned: list, workers: Workers) -> None:
+    """Write the table, tuning and picture of the finished runs. Raises GPT2ModernError if the base has none."""
+    config, recipe, first = ablation.config, ablation.recipe, ablation.first
+    finished = {name: [run for run in each if run.summary] for name, each in runs.items()}
+    if not finished[first]:
+        raise GPT2ModernError(f"the base {first} has no finished run{workers.first_failure()}")
+    results = {
+        name: results_of(each, finished[first])
+        | {
+            "settings": ablation.variants[name],
+            "non_embedding_parameters": ablation.parameters(ablation.variants[name]),
+        }
+        for name, each in finished.items()
+        if each
+    }
+    missing = [run.name for each in runs.values() for run in each if not run.summary]
+    picture = report.path.with_suffix(".png")
+    draw_curves(results, picture)
+    flags = f" with `{config.train_flags}`" if config.train_flags else ""
+    method = f"""
+Recipe `{config.recipe}`{flags}: {recipe.max_steps:,} steps of {recipe.total_batch_size:,} tokens, {ablation.tokens / 1e6:.2f}M,
+{ablation.tokens / ablation.blocks.tokens:.2f} epochs of {ablation.blocks.data_dir.name}; the same {config.matched} for all
+variants; {workers.jobs} runs at a time, {workers.threads} threads each. A variant is adopted or rejected if its mean final
+validation loss differs from that of `{first}` by more than 2 pooled standard deviations of the seeds. Tokens and time to
+the mean final loss of `{first}`, in % of its own: linear between evaluations, mean over the seeds."""
+    remarks = [f"![validation loss over training tokens]({picture.name})", *map(tuning_text, tuned)]
+    remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
+    remarks += [f"Failed: {name}, {problem}." for name, problem in workers.failures.items()]
+    facts = {"base": first, "matched": config.matched, "tokens": ablation.tokens, "tuning": tuned, "variants": results}
+    facts |= {"jobs": workers.jobs, "threads": workers.threads, "not_finished": missing, "failures": workers.failures}
+    question = f"which changes lower the validation loss of `{first}`, and by how much?"
+    rows = table_of(results, workers.jobs)
+    report.write(f"Ablation of {first}", question, method, rows, "\n\n".join(remarks), results=facts)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -588,23 +519,19 @@ def main(argv: list[str] | None = None) -> None:
         device = best_device()
         report = Report("ablation", config.output, device, argv, "accelerate", package="eval", measures=MEASURES)
         ablation = Ablation(config)
-        seeds = range(1, config.seeds + 1)
         jobs = config.jobs or (available_cores(physical=True) if device.type == "cpu" else 1)
-        count = len(ablation.variants) * config.seeds + sum(len(text.split(",")) - 1 for text in config.tune)
-        with reserved(config):
-            workers = Workers(jobs, count * ablation.recipe.max_steps * ablation.recipe.total_batch_size)
-            tuned = tune(ablation, workers)
-            steps = [None] * len(ablation.variants)
-            if config.matched == "time":
-                steps = steps_of_same_time(ablation, workers)
-            planned = list(zip(ablation.variants, steps, strict=True))
-            runs = {each.name: [ablation.run(each, seed, number) for seed in seeds] for each, number in planned}
-            if not config.report_only:
-                workers.train([each[index] for index in range(config.seeds) for each in runs.values()])
-            workers.bar.close()
+        count = len(ablation.variants) * config.seeds + sum(text.count(",") + 1 for text in config.tune)
+        workers = Workers(jobs, count * ablation.tokens)
+        tuned = tune(ablation, workers)
+        steps = match_time(ablation, workers) if config.matched == "time" else {}
+        seeds = range(1, config.seeds + 1)
+        runs = {name: [ablation.run(name, seed, **steps.get(name, {})) for seed in seeds] for name in ablation.variants}
+        in_turn = [run for each in zip(*runs.values(), strict=True) for run in each]  # first all variants with seed 1
+        workers.train([] if config.report_only else in_turn)
+        workers.bar.close()
         write_report(report, ablation, runs, tuned, workers)
         if workers.failures:
-            raise GPT2ModernError(f"{len(workers.failures)} runs have failed{first_failure(workers)}")
+            raise GPT2ModernError(f"{len(workers.failures)} runs have failed{workers.first_failure()}")
 
 
 if __name__ == "__main__":
