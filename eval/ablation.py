@@ -171,7 +171,7 @@ class Ablation:
         width, a multiple of 8, at which it has as many parameters. Raises GPT2ModernError for an unknown name."""
         base, *axes = (self.first + name if name.startswith("+") else name).split("+")
         if base not in BASES:
-            raise GPT2ModernError(f"--variants {name}: {base!r} is no base; choose from {', '.join(BASES)}, or +CHANGE")
+            raise GPT2ModernError(f"--variants {name}: {base!r} is no base; choose {', '.join(BASES)} or +CHANGE")
         words = BASES[base].split()
         before = self.model(dict(word.split("=", 1) for word in words)).config
         for axis in axes:
@@ -498,11 +498,12 @@ def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]],
     draw_curves(results, picture)
     flags = f" with `{config.train_flags}`" if config.train_flags else ""
     method = f"""
-Recipe `{config.recipe}`{flags}: {recipe.max_steps:,} steps of {recipe.total_batch_size:,} tokens, {ablation.tokens / 1e6:.2f}M,
-{ablation.tokens / ablation.blocks.tokens:.2f} epochs of {ablation.blocks.data_dir.name}; the same {config.matched} for all
-variants; {workers.jobs} runs at a time, {workers.threads} threads each. A variant is adopted or rejected if its mean final
-validation loss differs from that of `{first}` by more than 2 pooled standard deviations of the seeds. Tokens and time to
-the mean final loss of `{first}`, in % of its own: linear between evaluations, mean over the seeds."""
+Recipe `{Path(config.recipe).stem}`{flags}: {recipe.max_steps:,} steps of {recipe.total_batch_size:,} tokens, together
+{ablation.tokens / 1e6:.2f}M, {ablation.tokens / ablation.blocks.tokens:.2f} epochs of {ablation.blocks.data_dir.name};
+the same {config.matched} for all variants; {workers.jobs} runs at a time, {workers.threads} threads each.
+A variant is adopted or rejected if its mean final validation loss differs from that of `{first}` by more than 2 pooled
+standard deviations of the seeds. Tokens and time to the mean final loss of `{first}`, in % of its own: linear between
+evaluations, mean over the seeds."""
     remarks = [f"![validation loss over training tokens]({picture.name})", *map(tuning_text, tuned)]
     remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
     remarks += [f"Failed: {name}, {problem}." for name, problem in workers.failures.items()]

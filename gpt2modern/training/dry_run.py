@@ -161,7 +161,7 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
 
 
 def assumed_data(config: TrainConfig) -> DataShape:
-    """Return the vocabulary and context length that a model has without data. Raises GPT2ModernError if it is unknown."""
+    """Return vocabulary and context length of a model without data. Raises GPT2ModernError if the model is unknown."""
     name, preset = config.model_name_or_path, config.model_preset
     try:
         preset = load_config(name, flag="--model_name_or_path") if name else GPT2ModernConfig.from_preset(preset)
