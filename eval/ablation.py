@@ -177,8 +177,8 @@ class Ablation:
         for axis in axes:
             if axis not in AXES and axis.partition("=")[0] not in {*MODEL_SETTINGS, *TRAIN_SETTINGS}:
                 raise GPT2ModernError(
-                    f"--variants {name}: {axis!r} is no change; choose from {', '.join(AXES)}, or give a setting of the "
-                    "model or of train_accelerate.py as key=value"
+                    f"--variants {name}: {axis!r} is no change; choose from {', '.join(AXES)}, or give a setting of "
+                    "the model or of train_accelerate.py as key=value"
                 )
             words += AXES.get(axis, axis).split()
         settings = dict(word.split("=", 1) for word in words)
