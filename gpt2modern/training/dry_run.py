@@ -122,7 +122,7 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
     count, kind, device = accelerator.num_processes, accelerator.device.type, None
     if config.dry_run != "true":
         count, kind, device = named_devices(config.dry_run)
-    data = PackedBlocks(config.data_dir, "train", config.block_size) if config.data_dir else _assumed_data(config)
+    data = PackedBlocks(config.data_dir, "train", config.block_size) if config.data_dir else assumed_data(config)
     with torch.device("meta"):
         model = build_model(config, data, load_weights=False)
     plan = plan_batches(config, block_size=data.block_size, num_processes=count)
@@ -160,9 +160,13 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
     return settings + "".join(f"# {name:<20} {value}\n" for name, value in facts.items())
 
 
-def _assumed_data(config: TrainConfig) -> DataShape:
+def assumed_data(config: TrainConfig) -> DataShape:
+    """Return vocabulary and context length of a model without data. Raises GPT2ModernError if the model is unknown."""
     name, preset = config.model_name_or_path, config.model_preset
-    preset = load_config(name, flag="--model_name_or_path") if name else GPT2ModernConfig.from_preset(preset)
+    try:
+        preset = load_config(name, flag="--model_name_or_path") if name else GPT2ModernConfig.from_preset(preset)
+    except ValueError as error:
+        raise GPT2ModernError(f"--model_preset: {error}") from None
     return DataShape(
         preset.unpadded_vocab_size or preset.vocab_size,
         preset.eos_token_id,
