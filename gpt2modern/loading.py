@@ -71,9 +71,9 @@ def best_device() -> torch.device:
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Return the maximum sequence length (tokens) of a model with learned position embeddings, None for others."""
-    config = model.config
-    learned = getattr(config, "position_embedding_type", None) == "learned" or config.model_type == "gpt2"
-    return config.max_position_embeddings if learned else None
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    learned = any("pos" in name or "wpe" in name for name in names)  # as in OPT, BioGPT, GPT-2, GPT-Neo, ...
+    return model.config.max_position_embeddings if learned else None
 
 
 def check_model_name(name: str, flag: str, subfolder: str = "") -> None:

@@ -87,6 +87,15 @@ class PackedBlocks(torch.utils.data.Dataset):
             block[0] = token
             self._read(block[1 - is_read : 1 + size], start - is_read)
             block[1 + size :] = IGNORE_INDEX
+        return self._as_ids(out)
+
+    def stream(self, start: int, stop: int) -> torch.Tensor:
+        """Return tokens number `start` to `stop` - 1 of the split as one text: (stop - start,) int64; -1 is an EOS."""
+        out = np.full(stop - start, self.eos_token_id, dtype=np.int64)
+        self._read(out[max(0, -start) :], max(0, start))
+        return self._as_ids(out)
+
+    def _as_ids(self, out: np.ndarray) -> torch.Tensor:
         if (largest := out.max(initial=0)) >= self.vocab_size:  # an embedding would read beyond its table
             raise GPT2ModernError(
                 f"{self.data_dir / self.split} has token id {largest}, but the manifest says vocab_size "

@@ -314,6 +314,8 @@ MODELS = [
     BadInput(PERPLEXITY, "--output text.txt/x", "text.txt is a file, not a folder; choose another path"),
     BadInput(PERPLEXITY, "--model other_tokenizer", "was prepared with another tokenizer than"),
     BadInput(PERPLEXITY, "--model learned --block_size 64", "use --block_size 32"),
+    BadInput(PERPLEXITY, "--stride 33", "--stride 33 must be at most the block size 32"),
+    BadInput(PERPLEXITY, "--length_factors 1 0", "--length_factors 0 must be at least 1"),
     BadInput(PERPLEXITY, "--data no_bytes", "the split validation has 0 bytes of text in"),
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
