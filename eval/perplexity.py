@@ -2,8 +2,7 @@
 
 python -m eval.perplexity --model DIR --data DATA [--document_masking true] [--stride 64] [--length_factors 1 2 4]
 
-The model is any causal language model of transformers. Under accelerate launch or torchrun the processes share the
-work; with the same number of threads each, they print what one process prints.
+The model is any causal language model of transformers. Processes of accelerate launch or torchrun share the work.
 """
 
 import inspect
