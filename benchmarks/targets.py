@@ -206,10 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         models = {name: throughput.weightless_model(row, config, blocks) for name, row in rows.items()}
         sizes = [f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items()]
         variant = "" if set(config.parts) == set(PARTS) else "_".join(config.parts)
-        device, measures = (
-            torch.device(config.device),
-            [*throughput.MEASURES, "benchmarks/targets.py:measure_generation"],
-        )
+        device, measures = torch.device(config.device), [*throughput.MEASURES, "benchmarks/targets.py"]
         report = evidence.Report("targets", config.output, device, argv, measures=measures, variant=variant)
         started = time.monotonic()
         numbers = compare(lines, measure(lines, config, blocks))

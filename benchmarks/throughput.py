@@ -296,11 +296,11 @@ class LadderConfig(StepConfig):
     repetitions: int = setting(3, "number of measurements of each rung, in turn", least=1)
 
 
-def compare_rungs(
-    results: dict[tuple[str, Row, int], list[dict[str, Any]] | str],
-) -> tuple[list[dict], list[list[str]]]:
-    """Return the numbers of each rung and peer (name, row, sequences in a step), and their table lines. Ratios are
-    medians of those of each turn; one that failed has its `error`."""
+Results = dict[tuple[str, Row, int], list[dict[str, Any]] | str]  # of each (rung, row, sequences): turns, or an error
+
+
+def compare_rungs(results: Results) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Return the numbers of each rung and peer, and their table lines. Ratios are medians of those of each turn."""
     numbers, lines = [], []
     first = before = None
     for (name, row, sequences), found in results.items():
@@ -310,15 +310,17 @@ def compare_rungs(
             lines.append([name, str(sequences), found, *["-"] * (len(HEADER) - 3)])
             continue
         rates = [each["tokens/s"] for each in found]
-        step_up, total = (
-            base and median(np.divide(rates, base).tolist()) for base in (None if row.peer else before, first or rates)
-        )
+        bases = None if row.peer else before, first or rates
+        step_up, total = (base and median(np.divide(rates, base).tolist()) for base in bases)
         first, before = first or rates, before if row.peer else rates
         mfu, peak_gib = found[0]["MFU"], max(each["peak GiB"] for each in found)
         numbers[-1] |= {"tokens_per_s": rates, "mfu": mfu, "peak_gib": peak_gib, "step_up": step_up, "total": total}
         cells = [mfu and f"{mfu:.1%}", f"{peak_gib:.2f}", step_up and f"{step_up:.2f}", f"{total:.2f}"]
-        speed = evidence.median_and_spread(rates, ",.0f")
-        lines.append([name, str(sequences), speed, *(cell or "-" for cell in cells)])
+        lines.append(
+            [name, str(sequences), evidence.median_and_spread(rates, ",.0f"), *(cell or "-" for cell in cells)]
+        )
+    if first is None:
+        raise GPT2ModernError(f"no rung could be measured: {numbers[0]['error']}")
     return numbers, lines
 
 

@@ -2,8 +2,7 @@
 
     python -m eval.record --run out/demo --data data/stdlib
 
-It takes what the run has recorded, and evaluates the model. The report names the commit of the checkout: run it where
-the model was trained, before the code changes.
+The report names the commit of the checkout: record a run before the code changes.
 """
 
 import json
@@ -39,24 +38,21 @@ def main(argv: list[str] | None = None) -> None:
             raise GPT2ModernError(f"--run {run} has no summary.json; finish the run with train_accelerate.py")
         refuse_other_tokenizer(config.run, blocks)
         name = run.resolve().name
-        recipe = [f"recipes/{name}.yaml"] if (evidence.REPOSITORY / f"recipes/{name}.yaml").exists() else []
-        measures = [*MEASURES, *recipe]
-        report = evidence.Report("record", config.output, device, argv, package="eval", measures=measures, variant=name)
+        recipe = [path for path in (f"recipes/{name}.yaml",) if (evidence.REPOSITORY / path).exists()]
+        report = evidence.Report(
+            "record", config.output, device, argv, package="eval", measures=MEASURES + recipe, variant=name
+        )
         logged, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
         loss = evaluate_loss(load_model(config.run, flag="--run").to(device), blocks, batch_size=8)
         results = json.loads((run / "summary.json").read_text()) | {"validation_tokens": blocks.tokens}
         results |= {key: metric.of(loss, blocks) for key, metric in METRICS.items()}
-        results["rates"] = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
         results["samples"] = [each for each in samples if each["step"] == samples[-1]["step"]]
-        rows = [["measure", "value"], *([each.label, f"{results[key]:.3f}"] for key, each in METRICS.items())]
-        rows += [["parameters", f"{results['params']:,}"], ["tokens seen", f"{results['tokens_seen']:,}"]]
-        rows += [["tokens/s (p20 to p80)", evidence.median_and_spread(results["rates"], ",.0f")]]
-        rows += [["training time", f"{results['wall_time_s']:.0f} s"]]
-        rows += [["peak memory", f"{results['peak_memory_gib']:.2f} GiB"]]
+        results["rates"] = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
+        numbers = [(key, value) for key, value in results.items() if isinstance(value, int | float)]
+        rows = [["measure", "value"], *([k, f"{v:,}" if isinstance(v, int) else f"{v:,.3f}"] for k, v in numbers)]
         method = f"""
-Loss and bits per byte: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Speed, memory,
-curves and samples: as recorded in the training of {results["steps"]:,} steps in {results["num_processes"]} process(es),
---mixed_precision {results["mixed_precision"]}. One seed."""
+Loss: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Other values: of the training, at
+{evidence.median_and_spread(results["rates"], ",.0f")} tokens/s, median (p20 to p80) of what was logged. One seed."""
         texts = (f"```text\n{each['prompt']}{each['text']}\n```" for each in results["samples"])
         remarks = "\n\n".join(["Samples of the last step, not selected:", *texts])
         question, draw = f"what has the run {name} reached?", partial(plot_training_curves, logged)

@@ -6,9 +6,13 @@ import subprocess
 import pytest
 import torch
 
-from eval import evidence
+from eval import evidence, record
 from eval.evidence import REPORTS, REPOSITORY, Report, differences
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.evaluation.loss import evaluate_loss
+from gpt2modern.loading import load_model
 from tests.support.reports import changed_since, problems
+from tests.support.trainer import train
 
 TEMPLATE = """
 {% if "speed_cpu" in reports %}
@@ -213,3 +217,26 @@ def test_only_changes_of_what_is_measured_make_a_report_dirty(root):
 def test_an_unknown_commit_is_found(root):
     report(root, changes={"commit": "0123456789"})
     assert "0123456789, which is unknown here" in next(problems(root))
+
+
+def test_a_run_is_recorded_with_its_loss_on_the_whole_validation_split(data_dir, tmp_path, capsys):
+    run = train(
+        data_dir, tmp_path / "demo", ["--sample_prompts", "def ", "class "], eval_blocks=2, sample_max_new_tokens=4
+    )
+    record.main(["--run", str(run), "--data", str(data_dir), "--output", str(tmp_path / "reports")])
+    (page,) = (tmp_path / "reports").glob("*_record_demo_cpu.md")
+    content = json.loads(page.with_suffix(".json").read_text())
+    results, summary = content["results"], json.loads((run / "summary.json").read_text())
+    blocks = PackedBlocks(data_dir, "validation")
+    assert results["eval_loss"] == pytest.approx(evaluate_loss(load_model(str(run)), blocks, batch_size=1), abs=1e-6)
+    assert results["eval_loss"] != summary["eval_loss"] and results["tokens_seen"] == summary["tokens_seen"]
+    assert [each["prompt"] for each in results["samples"]] == ["def ", "class "] and len(results["rates"]) == 8
+    assert "recipes/demo.yaml" in content["measures"] and content["command"].startswith("python -m eval.record --run")
+    assert f"| eval_loss | {results['eval_loss']:.3f} |" in page.read_text() and content["picture"] in page.read_text()
+    assert str(tmp_path) not in page.with_suffix(".json").read_text() + page.read_text()
+
+
+def test_a_run_that_is_not_finished_is_not_recorded(data_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        record.main(["--run", str(tmp_path), "--data", str(data_dir), "--output", str(tmp_path / "reports")])
+    assert caught.value.code == 2 and "has no summary.json; finish the run" in capsys.readouterr().err
