@@ -1,6 +1,8 @@
 """Train a model as the benchmarks do: by the trainer's step, by the trainer as a whole, or in a plain loop of PyTorch.
 
-    python -m benchmarks.throughput --ladder --data DATA [--per_device_train_batch_size 2 --larger_batches 4 8]
+    python -m benchmarks.throughput --ladder --data DATA
+    # on two CPU cores, in about half an hour:
+    python -m benchmarks.throughput --ladder --data DATA --per_device_train_batch_size 2 --larger_batches 4 8 --steps 1
 
 A row is one way to train: the model, which may be a peer, the optimizer, the precision, compiled or not, the loop. The
 ladder starts with GPT-2 in fp32 as one writes it first, and adds one optimisation in each rung. DATA is a folder that
