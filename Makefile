@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults lint install bench bench-data clean
+.PHONY: demo test test-all test-faults lint install bench bench-data record report clean
 
 install: $(INSTALLED)
 
@@ -60,6 +60,14 @@ TEXT_DIR :=
 
 bench-data: $(INSTALLED)
 	$(BIN)/python -m benchmarks.data --tokenizer_name $(TOKENIZER) $(if $(TEXT_DIR),--text_dir $(TEXT_DIR))
+
+# A report of the demo: train it first, in a checkout without changes.
+record: $(INSTALLED)
+	$(BIN)/python -m eval.record --run $(DEMO) --data $(DATA)
+
+# Fill the tables of README.md and docs/ from the JSON files in eval/reports.
+report: $(INSTALLED)
+	$(BIN)/python -m eval.evidence
 
 clean:
 	rm -rf $(VENV) data out build *.egg-info

@@ -24,6 +24,7 @@ from modeling_gpt2modern import GPT2ModernConfig
 from modeling_gpt2modern.modeling_gpt2modern import GPT2ModernAttention
 
 HEADER = ["dtype", "tokens in a row", "documents in a row", "implementation", "ms (p20 to p80)", "time over sdpa's"]
+MEASURES = ["benchmarks/attention.py:seconds", "modeling_gpt2modern/attention_gpt2modern.py"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -76,19 +77,23 @@ def seconds(config: AttentionConfig, dtype: torch.dtype, seq_len: int, documents
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(AttentionConfig, argv, __doc__)
-        report = evidence.Report("attention", config.output, measuring.choose_device(config.device), argv)
-        lines = [HEADER]
+        device, variant = measuring.choose_device(config.device), "compiled" * config.compiled
+        report = evidence.Report("attention", config.output, device, argv, measures=MEASURES, variant=variant)
+        lines, results = [HEADER], []
         for dtype, seq_len, documents in tqdm([*itertools.product(DTYPES, config.seq_len, (1, 3))], unit="case"):
             times = seconds(config, DTYPES[dtype], seq_len, documents)
             for name, each in times.items():
+                ratio = median(each) / median(times["sdpa"])
+                facts = {"dtype": dtype, "seq_len": seq_len, "documents": documents, "implementation": name}
+                results.append(facts | {"seconds": each, "ratio": ratio})
                 cell = evidence.median_and_spread([1000 * value for value in each], ".1f")
-                ratio = f"{median(each) / median(times['sdpa']):.2f}"
-                lines.append([dtype, f"{seq_len:,}", str(documents), name, cell, ratio])
+                lines.append([dtype, f"{seq_len:,}", str(documents), name, cell, f"{ratio:.2f}"])
         method = f"""
 {config.num_tokens:,} tokens in a batch, {config.num_attention_heads} heads of 64 dimensions, {
             "" if config.compiled else "not "
         }compiled; n = {config.repetitions} passes each, in turn, after one. CPU threads: {torch.get_num_threads()}."""
-        report.write("Attention", "which attention is the fastest in a training step?", method, lines)
+        question = "which attention is the fastest in a training step?"
+        report.write("Attention", question, method, lines, results=results)
 
 
 if __name__ == "__main__":

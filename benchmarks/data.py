@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -46,6 +46,11 @@ MEGABYTE = 10**6
 NUM_FILES = 8  # per format
 READINGS, BATCHES_PER_READING, BATCH_SIZE = 5, 1000, 16
 SECONDS_PER_POLL = 0.1
+MEASURES = [
+    *("benchmarks/data.py:read_documents,write_text,measure,measure_reading", "gpt2modern/data/blocks.py:PackedBlocks"),
+    *("benchmarks/data_run_clm.py", "benchmarks/data_tiktoken.py", "gpt2modern/data/formats/reading.py"),
+    *(f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "packing", "rows", "shards", "workers")),
+]
 HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
 
 
@@ -196,7 +201,8 @@ def benchmark(config: DataBenchmarkConfig, report: evidence.Report, special_toke
     write_text(documents, folder)
     megabytes = sum(len(text.encode()) for text in documents) / MEGABYTE
     runs = time_programs([*OURS, *dict.fromkeys(config.peers)], config.repetitions, folder, config.num_proc)
-    reading = evidence.median_and_spread(measure_reading(folder / OURS[0]), ".1f", low=0, high=1)
+    rates = measure_reading(folder / OURS[0])
+    reading = evidence.median_and_spread(rates, ".1f", low=0, high=1)
     question = """\
 how fast does prepare_data.py turn text files into blocks, and with how much memory, compared with `datasets.map`
 and grouping (run_clm) and with a pool of tiktoken workers?"""
@@ -214,13 +220,16 @@ Columns `over ...`: MB/s of prepare_data.py divided by MB/s of the other program
 Reading the blocks: {reading} 10^6 tokens/s in one process, random batches of {BATCH_SIZE}, int64, n = {READINGS}.
 
 Limits: the input is read from the page cache. run_clm writes no EOS token; one per document is added to its count."""
-    report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks)
+    results = {"megabytes": megabytes, "documents": len(documents), "reading_mtokens_per_s": rates}
+    results["seconds"] = {name: median(run.seconds for run in each) for name, each in runs.items()}
+    results["runs"] = {name: [asdict(run) for run in each] for name, each in runs.items()}
+    report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks, results)
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(DataBenchmarkConfig, argv, __doc__)
-        report = evidence.Report("data", config.output, torch.device("cpu"), argv, *PACKAGES)
+        report = evidence.Report("data", config.output, torch.device("cpu"), argv, *PACKAGES, measures=MEASURES)
         try:
             tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name)
         except (OSError, ValueError) as error:

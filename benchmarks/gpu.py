@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import patch_environment
 from torch.autograd import DeviceType
 from torch.profiler import profile
 from transformers.utils import is_flash_attn_2_available
@@ -41,8 +40,7 @@ from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import first_line
 from gpt2modern.settings import setting
-from gpt2modern.training.speed import model_flops_per_token, peak_flops, peak_memory_gib
-from train_accelerate import train
+from gpt2modern.training.speed import peak_memory_gib
 
 PARTS = ["checks", "speed", "peers", "trainer", "ladder"]
 PRESETS = ["gpt2", "modern", "speedrun"]
@@ -76,9 +74,7 @@ class GPUBenchmarkConfig(throughput.StepConfig):
     data: str = setting(help="folder that prepare_data.py wrote, of a million tokens or more")
     minutes: float = setting(8.0, "time for everything", least=0.1)
     parts: list[str] = setting(default_factory=lambda: list(PARTS), help="what to check and measure", choices=PARTS)
-    config_overrides: str = setting(
-        f"vocab_size=50304,unpadded_vocab_size=50257,{throughput.NO_DROPOUT}", "settings to change in every preset"
-    )
+    vocab_size: int = setting(throughput.GPT2_VOCAB_SIZE, "number of token ids of every model", least=1)
     per_device_train_batch_size: int = setting(64, "sequences in a step; in the ladder a quarter of them", least=4)
     steps: int = setting(10, f"steps in each of the {WINDOWS} timings of a row", least=1)
     torch_compile: bool = setting(True, "compile all rows but the first ones of the ladder")
@@ -132,9 +128,8 @@ def measure_row(row: Row, config: GPUBenchmarkConfig) -> dict[str, Any]:
             seconds_per_step(batches[-1:])
     families = family_times(profiler.events(), on_cpu=device.type == "cpu")
     families["idle"] = max(0.0, step_ms - sum(families.values()))
-    model = throughput.weightless_model(replace(row, peer=None), config, blocks)
-    rates, peak = [batches[0][:, 1:].numel() / each for each in seconds], peak_flops(device)
-    mfu = median(rates) * model_flops_per_token(model, config.block_size) / peak if peak else None
+    rates = [batches[0][:, 1:].numel() / each for each in seconds]
+    mfu = throughput.mfu(row, config, blocks, median(rates))
     breaks = counters["graph_break"].total() + counters["stats"]["unique_graphs"] - row.compiled
     facts = f"MFU {mfu:.1%}, " if mfu else ""
     facts += f"{peak_gib:.2f} GiB, {breaks} graph breaks, {step_ms:.1f} ms per step: "
@@ -165,15 +160,11 @@ def family_times(events: Any, *, on_cpu: bool) -> dict[str, float]:
 
 def run_trainer(config: GPUBenchmarkConfig, folder: Path, **settings: Any) -> dict[str, Any]:
     """Run train_accelerate.py's `train` on the prepared data and return its rates, peak memory and last loss."""
-    rows = []
-    run = replace(
-        throughput.settings_of(Row("modern", precision="bf16", compiled=config.torch_compile), config),
-        dry_run=False, data_dir=config.data, output_dir=folder, block_size=config.block_size, eval_blocks=4,
-        per_device_train_batch_size=str(config.per_device_train_batch_size), max_steps=TRAINER_STEPS, logging_steps=5,
+    row = Row("modern", precision="bf16", compiled=config.torch_compile)
+    rows = throughput.run_trainer(
+        row, config, config.data, output_dir=folder, eval_blocks=4, max_steps=TRAINER_STEPS, logging_steps=5,
         eval_steps=0, save_steps=TRAINER_STEPS // 2, **settings,
     )  # fmt: skip
-    with patch_environment(ACCELERATE_TORCH_DEVICE=config.device):
-        train(run, lambda event, **details: rows.append(details["row"]) if event == "logged" else None)
     rates = [row["tokens_per_second"] for row in rows[2:]]  # without compilation
     breaks = torch._dynamo.utils.counters["graph_break"].total()
     peak_gib, loss = rows[-1]["peak_memory_gib"], rows[-1]["loss"]
@@ -185,9 +176,8 @@ def jobs_of(config: GPUBenchmarkConfig, folder: Path) -> dict[str, dict[str, Cal
     fast, on_gpu = {"precision": "bf16", "compiled": config.torch_compile}, config.device == "cuda"
     speed = {f"{p} {o}": Row(p, o, **fast) for o, p in product(("adamw", "muon"), PRESETS)}
     peers = {name: Row("modern" if "Llama" in name else "gpt2", peer=name, **fast) for name in PEERS}
-    eager = {name: Row("gpt2", precision=name, keeps_logits=True) for name in ("fp32", "tf32", "bf16")[:: 2 - on_gpu]}
-    ladder = eager | {"compiled": Row("gpt2", keeps_logits=True, **fast), "loss in chunks": speed["gpt2 adamw"]}
-    ladder |= {name: speed[name] for name in ("modern adamw", "modern muon")}
+    ladder = throughput.ladder() | {name: speed[name] for name in ("modern adamw", "modern muon")}
+    ladder = {name: replace(row, compiled=row.compiled and config.torch_compile) for name, row in ladder.items()}
     small = replace(config, per_device_train_batch_size=max(4, config.per_device_train_batch_size // 4))
     compared = ("gpt2 adamw", "modern adamw", "speedrun muon")
     checks = {f"loss, {name}": partial(compare_losses, speed[name], config) for name in compared}
@@ -252,7 +242,7 @@ n = {WINDOWS} windows of {config.steps} steps after {WARM_UP_STEPS}; each row in
 Not measured: {"; ".join(waiting) or "nothing"}.
 
 The rows `trainer` are `train_accelerate.train` on the prepared data, the last one resumed in the middle; all others are
-its `train_step`. The ladder starts with gpt2 in fp32, eager, with the loss from all logits; each row adds one change.
+its `train_step`. The ladder is that of `benchmarks.throughput --ladder`; each row adds one change.
 Muon's targets are for steps of {RECIPE_TOKENS:,} tokens. MFU: (6 N + 12 L D T) x tokens/s / the bf16 peak. The kernels
 are of one profiled step; idle is the rest of an unprofiled one. Graph breaks include recompilations."""
     question = "does training give the right results on this device, and how fast is it?"
@@ -268,7 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         blocks = throughput.read_blocks(config, config.data, WARM_UP_STEPS + config.steps)
         for preset in PRESETS:  # raises if the settings or the data do not fit
             throughput.weightless_model(Row(preset), config, blocks)
-        report = evidence.Report("gpu", config.output, torch.device(config.device), argv)
+        measures = [*throughput.MEASURES, "train_accelerate.py", "benchmarks/gpu.py:measure_row,run_trainer,jobs_of"]
+        report = evidence.Report("gpu", config.output, torch.device(config.device), argv, measures=measures)
         parts = {part: jobs for part, jobs in jobs_of(config, Path(folder)).items() if part in config.parts}
         found, waiting = {}, [name for jobs in parts.values() for name in jobs]
         for part, jobs in parts.items():

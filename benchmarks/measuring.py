@@ -1,13 +1,14 @@
-"""Functions that all benchmarks use: choose a device, run in a new process, reset the peak memory."""
+"""Functions that all benchmarks use: choose a device, run in a new process and in turn, reset the peak memory."""
 
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from gpt2modern.errors import GPT2ModernError, first_line
 
@@ -34,6 +35,20 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
     context.set_forkserver_preload(["train_accelerate"])  # imported once for all processes
     with ProcessPoolExecutor(1, context) as process:
         return process.submit(function, *arguments).result()
+
+
+def in_turn(calls: dict[Hashable, tuple[int, Callable]]) -> dict[Any, list | str]:
+    """Call each function as often as its number says, in turn and each time in a new process. Return for each key the
+    results, or the error message of a function that failed, which is not called again."""
+    results: dict[Any, list | str] = {key: [] for key in calls}
+    turns = range(max(number for number, _ in calls.values()))
+    for key in tqdm([key for turn in turns for key, (number, _) in calls.items() if turn < number], unit="measurement"):
+        if not isinstance(results[key], str):
+            try:
+                results[key].append(in_fresh_process(calls[key][1]))
+            except (GPT2ModernError, RuntimeError, ValueError) as error:  # also out of memory, or a process that died
+                results[key] = first_line(error)
+    return results
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from benchmarks import throughput
-from benchmarks.throughput import LEARNING_RATE_WARM_UP, NO_DROPOUT, Row, StepConfig
+from benchmarks.throughput import LEARNING_RATE_WARM_UP, Row, StepConfig
 from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
@@ -63,33 +63,35 @@ def train(row: Row, config: PrecisionCheckConfig, blocks: PackedBlocks) -> list[
         return [step(batch).loss.item() for batch in progress]
 
 
-def compare(rows: Sequence[Row], config: PrecisionCheckConfig, blocks: PackedBlocks) -> tuple[list, list[str]]:
-    """Train every row, and fp32 on the CPU for it; return the table's lines and the rows that exceed --tolerance."""
+def compare(rows: Sequence[Row], config: PrecisionCheckConfig, blocks: PackedBlocks) -> tuple[list, list, list[str]]:
+    """Train every row, and fp32 on the CPU for it; return the table's lines, the numbers behind them, and the rows that
+    exceed --tolerance."""
     on_cpu = replace(config, device="cpu", precision=["fp32"], attn_implementation="sdpa")
     expected: dict[Row, list[float]] = {}
-    lines, failures = [], []
+    lines, results, failures = [], [], []
     for row in rows:
         reference = Row(row.model_preset, row.optimizer)
         runs = [(row, config)] if reference in expected else [(reference, on_cpu), (row, config)]
         for each, settings in runs:
             losses = train(each, settings, blocks)
             differences = np.subtract(losses, expected.setdefault(reference, losses))
-            off_by = differences[-LAST_STEPS:].mean()
+            off_by = differences[-LAST_STEPS:].mean().item()
+            results.append({"row": each.cells, "device": settings.device, "losses": losses, "off_by": off_by})
             numbers = [f"{losses[0]:.4f}", f"{np.mean(losses[-LAST_STEPS:]):.4f}", f"{off_by:+.4f}"]
             lines.append([*each.cells, settings.device, *numbers, f"{np.abs(differences).max():.4f}"])
             if not abs(off_by) <= config.tolerance:  # so NaN fails, too
                 failures.append(str(each))
-    return lines, failures
+    return lines, results, failures
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(PrecisionCheckConfig, argv, __doc__)
         logging.set_verbosity_error()  # hides warnings about special tokens, which are not used
-        config.config_overrides = ",".join(filter(None, [config.config_overrides, NO_DROPOUT]))
         blocks = throughput.read_blocks(config, config.data, config.steps)
-        report = evidence.Report("precision", config.output, torch.device(config.device), argv)
-        lines, failures = compare(rows_of(config), config, blocks)
+        measures = [*evidence.TRAINING_CODE, "benchmarks/throughput.py:settings_of,training_step,batches_of"]
+        report = evidence.Report("precision", config.output, torch.device(config.device), argv, measures=measures)
+        lines, results, failures = compare(rows_of(config), config, blocks)
         method = f"""
 Data: {blocks.data_dir.name}, {config.steps} batches of {config.per_device_train_batch_size} x {config.block_size} \
 tokens, the same for every row, and the same initial weights.
@@ -99,7 +101,7 @@ differences from the fp32 row above."""
         verdict = f"too far from fp32: {'; '.join(failures)}" if failures else "every row ends where fp32 ends"
         remarks = f"Verdict: {verdict} (mean of the last {LAST_STEPS} losses, within {config.tolerance} nats/token)."
         question = f"do {config.steps} training steps on real text reach the same loss as fp32 on a CPU?"
-        report.write("Training in other precisions", question, method, [HEADER, *lines], remarks)
+        report.write("Training in other precisions", question, method, [HEADER, *lines], remarks, results)
     if failures:
         raise SystemExit(1)
 

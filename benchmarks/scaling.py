@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
             model = build_model(settings, blocks, load_weights=False)
         plan = plan_batches(settings, block_size=blocks.block_size, num_processes=2)
         tokens, passes = plan.samples_per_step * plan.block_size, plan.grad_accum_steps(settings.max_steps)
-        report = evidence.Report("scaling", config.output, torch.device("cpu"), argv, "accelerate")
+        measures = [*evidence.TRAINING_CODE, "gpt2modern/training/distributed.py", "gpt2modern/training/dry_run.py"]
+        report = evidence.Report("scaling", config.output, torch.device("cpu"), argv, "accelerate", measures=measures)
         bandwidths, times = [], {way: [] for way in WAYS}
         for _ in range(config.repetitions):
             bandwidths.append(ring_bandwidth(4 * model.num_parameters(only_trainable=True)))
@@ -104,10 +105,11 @@ def main(argv: list[str] | None = None) -> None:
         medians = {way: median(seconds) for way, seconds in times.items()}
         core = Device(1.0, math.inf, *[median(bandwidths)] * 2, overlaps=False)
         core = replace(core, flops=predict_step(model, replace(plan, num_processes=1), core, passes)[0] / medians[HALF])
-        lines = [["way", "seconds per step (p20 to p80)", "speed over the peer's", "predicted", "error"]]
+        lines, results = [["way", "seconds per step (p20 to p80)", "speed over the peer's", "predicted", "error"]], {}
         for way, (processes, _, share, variables) in WAYS.items():
             autocast = resolved_precision(settings.mixed_precision) == "bf16"
             predicted = predict_step(model, plan, core, passes, fsdp2=bool(variables), autocast=autocast)[0]
+            results[way] = {"seconds": times[way], "predicted": predicted if processes > 1 else None}
             cells = [f"{predicted:.3f}", f"{predicted / medians[way] - 1:+.0%}"] if processes > 1 else ["-", "-"]
             speed = f"{share * medians[PEER] / medians[way]:.2f}"
             lines.append([way, evidence.median_and_spread(times[way], ".3f"), speed, *cells])
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 in each of two processes. n = {config.repetitions} repetitions in turn of {config.steps} steps after as many others."""
         remarks = f"Measured for the prediction: {core.within_node / 1e9:.2f} GB/s of a ring, {core.flops:.3e} FLOP/s."
         question = "what do two processes cost, and does the cost model of docs/scaling.md predict it?"
-        report.write("Two processes against one", question, method, lines, remarks)
+        report.write("Two processes against one", question, method, lines, remarks, results)
 
 
 if __name__ == "__main__":

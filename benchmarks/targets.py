@@ -11,7 +11,7 @@ p80), or if a measurement failed.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -19,15 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers.utils import logging
 
 from benchmarks import measuring, throughput
-from benchmarks.throughput import NO_DROPOUT, WARM_UP_STEPS, Row, StepConfig, measure_training
+from benchmarks.throughput import WARM_UP_STEPS, Row, StepConfig, measure_training
 from eval import evidence
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.settings import setting
 
 PARTS = ("train", "memory", "generation")
@@ -150,23 +148,15 @@ Results = dict[tuple[str, Row], list[dict[str, float]] | str]  # of each repetit
 
 
 def measure(lines: Sequence[Target], config: TargetsConfig, blocks: PackedBlocks) -> Results:
-    """Measure all rows of the table in turn, --repetitions times (memory at most MEMORY_TURNS times). A row that fails
-    keeps its error message instead."""
-    calls: dict[str, tuple[Callable, ...]] = {
-        "train": (measure_training, config, blocks, config.steps),
-        "memory": (measure_training, large_batches(config), blocks, MEMORY_STEPS),
-        "generation": (measure_generation, config, blocks),
+    """Measure all rows of the table in turn, --repetitions times (memory at most MEMORY_TURNS times)."""
+    calls = {
+        "train": partial(measure_training, config=config, blocks=blocks, steps=config.steps),
+        "memory": partial(measure_training, config=large_batches(config), blocks=blocks, steps=MEMORY_STEPS),
+        "generation": partial(measure_generation, config=config, blocks=blocks),
     }
-    results: Results = {(line.part, row): [] for line in lines for row in (line.row, line.peer)}
-    turns = [key for turn in range(config.repetitions) for key in results if turn < MEMORY_TURNS or key[0] != "memory"]
-    for part, row in tqdm(turns, unit="measurement"):
-        if not isinstance(results[part, row], str):
-            function, *arguments = calls[part]
-            try:
-                results[part, row].append(measuring.in_fresh_process(function, row, *arguments))
-            except (GPT2ModernError, RuntimeError, ValueError) as error:  # also out of memory, or a process that died
-                results[part, row] = first_line(error)
-    return results
+    turns = dict.fromkeys(PARTS, config.repetitions) | {"memory": min(MEMORY_TURNS, config.repetitions)}
+    rows = dict.fromkeys((line.part, row) for line in lines for row in (line.row, line.peer))
+    return measuring.in_turn({(part, row): (turns[part], partial(calls[part], row)) for part, row in rows})
 
 
 def compare(lines: Sequence[Target], results: Results) -> list[dict[str, Any]]:
@@ -210,14 +200,14 @@ def main(argv: list[str] | None = None) -> None:
         blocks = throughput.read_blocks(config, config.data, 2 * config.steps + WARM_UP_STEPS)
         if "memory" in config.parts:
             throughput.read_blocks(large, config.data, WARM_UP_STEPS + MEMORY_STEPS)
-        padded = -(-blocks.vocab_size // 64) * 64  # GPT-2's 50,257 become 50,304
-        shape = f"vocab_size={padded},unpadded_vocab_size={blocks.vocab_size},{NO_DROPOUT}"
-        config.config_overrides = ",".join(filter(None, [config.config_overrides, shape]))
+        config.vocab_size = config.vocab_size or blocks.vocab_size
         lines = [line for line in targets() if line.part in config.parts]
         rows = {row.peer or row.model_preset: row for line in lines for row in (line.row, line.peer)}
         models = {name: throughput.weightless_model(row, config, blocks) for name, row in rows.items()}
         sizes = [f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items()]
-        report = evidence.Report("targets", config.output, torch.device(config.device), argv)
+        variant = "" if set(config.parts) == set(PARTS) else "_".join(config.parts)
+        device, measures = torch.device(config.device), [*throughput.MEASURES, "benchmarks/targets.py"]
+        report = evidence.Report("targets", config.output, device, argv, measures=measures, variant=variant)
         started = time.monotonic()
         numbers = compare(lines, measure(lines, config, blocks))
         method = f"""

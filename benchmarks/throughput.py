@@ -1,6 +1,12 @@
 """Train a model as the benchmarks do: by the trainer's step, by the trainer as a whole, or in a plain loop of PyTorch.
 
-A row is one way to train: the model, which may be a peer, the optimizer, the precision, compiled or not, the loop.
+    python -m benchmarks.throughput --ladder --data DATA
+    # on two CPU cores, in about half an hour:
+    python -m benchmarks.throughput --ladder --data DATA --per_device_train_batch_size 2 --larger_batches 4 8 --steps 1
+
+A row is one way to train: the model, which may be a peer, the optimizer, the precision, compiled or not, the loop. The
+ladder starts with GPT-2 in fp32 as one writes it first, and adds one optimisation in each rung. DATA is a folder that
+prepare_data.py wrote; the model has GPT-2's vocabulary whatever that of DATA is.
 """
 
 import contextlib
@@ -9,18 +15,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 import torch
 from accelerate.utils import patch_environment
+from matplotlib.figure import Figure
 from torch import nn
 from transformers.utils import logging
 
 from benchmarks import measuring
 from benchmarks.peers import PEERS, peer_loss
+from eval import evidence
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss
@@ -32,23 +43,28 @@ from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
 from gpt2modern.training.memory import freed_memory_kept
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers
-from gpt2modern.training.speed import peak_memory_gib
+from gpt2modern.training.speed import model_flops_per_token, peak_flops, peak_memory_gib
 from train_accelerate import train, train_step
 
 GPT2_VOCAB_SIZE = 50257
 LEARNING_RATE_WARM_UP = 10  # steps
 WARM_UP_STEPS = 2  # for compilation, the allocator's first blocks, the optimizer's state
 NO_DROPOUT = "embedding_dropout=0.0,attention_dropout=0.0,hidden_dropout=0.0"
+# Of every report on the speed of training.
+MEASURES = [*evidence.TRAINING_CODE, "gpt2modern/training/memory.py:freed_memory_kept", "benchmarks/peers.py"]
+MEASURES += ["benchmarks/throughput.py:settings_of,build_model,training_step,measure_training,ladder"]
+HEADER = ["rung", "sequences", "tokens/s (p20 to p80)", "MFU", "peak GiB", "over the rung before", "over the first"]
 
 
 @dataclass(kw_only=True)
 class StepConfig:
     """Hold the flags that all benchmarks of training share: sizes, attention, device."""
 
-    config_overrides: str | None = setting(None, "settings to change in every preset: hidden_size=64,head_dim=32")
+    config_overrides: str | None = setting(None, "settings to change in every model: hidden_size=64,head_dim=32")
     block_size: int = setting(1024, "tokens per sequence", least=1)
     per_device_train_batch_size: int = setting(8, "number of sequences in a step", least=1)
     attn_implementation: str | None = setting(None, "attention of the presets; default: as in train_accelerate.py")
+    vocab_size: int | None = setting(None, "number of token ids of the model; default: of the data", least=1)
     device: str | None = setting(None, "cpu or cuda; default: the GPU if there is one")
     output: str = setting("eval/reports", "folder that the report is written to")
 
@@ -63,7 +79,8 @@ class Row:
     """Represent one way to train a preset or, if `peer` is a key of PEERS, that model in the preset's sizes.
 
     loop: the trainer's step in a loop of the benchmark; train_accelerate.py as a whole; or a plain loop with autocast.
-    keeps_logits: the preset's loss is computed from all logits.
+    keeps_logits: the preset's loss is computed from all logits. attention: instead of that in the benchmark's settings.
+    fused: AdamW in one kernel. padded: with --vocab_size, rows of the vocabulary are padded to a multiple of 64.
     """
 
     model_preset: str
@@ -74,6 +91,9 @@ class Row:
     gradient_checkpointing: bool = False
     loop: Literal["trainer's step", "train_accelerate.py", "plain loop"] = "trainer's step"
     keeps_logits: bool = False
+    attention: str | None = None
+    fused: bool = True
+    padded: bool = True
 
     @property
     def cells(self) -> list[str]:
@@ -81,6 +101,31 @@ class Row:
 
     def __str__(self) -> str:
         return ", ".join(self.cells)
+
+
+GPT2_PEER = Row("gpt2", peer="GPT2LMHeadModel", loop="plain loop", padded=False)
+LADDER_PEERS = {
+    "transformers' GPT-2, fp32": GPT2_PEER,
+    "transformers' GPT-2, bf16, compiled": replace(GPT2_PEER, precision="bf16", compiled=True),
+}
+
+
+def ladder() -> dict[str, Row]:
+    """Return the rungs of the ladder by name, each with one change more than the rung before, at the same batch."""
+    row = Row("gpt2", keeps_logits=True, attention="eager", fused=False, padded=False, loop="plain loop")
+    rungs = {"fp32, eager attention, loss from all logits": row}
+    changes = {
+        "fused AdamW, TF32 on a GPU": {"fused": True, "precision": "tf32"},
+        "sdpa": {"attention": "sdpa"},
+        "bf16 autocast": {"precision": "bf16"},
+        "torch.compile": {"compiled": True},
+        "vocabulary padded to a multiple of 64": {"padded": True},
+        "loss in chunks": {"keeps_logits": False},
+        "the trainer's step, with its attention and allocator": {"loop": "trainer's step", "attention": None},
+    }
+    for name, change in changes.items():
+        rungs[f"+ {name}"] = row = replace(row, **change)
+    return rungs
 
 
 def read_blocks(config: StepConfig, data: str, steps: int) -> PackedBlocks:
@@ -103,11 +148,16 @@ def batches_of(blocks: PackedBlocks, config: StepConfig, steps: int) -> Iterator
 def settings_of(row: Row, config: StepConfig) -> TrainConfig:
     """Return the trainer's settings for a row. The learning rate is constant after its warm-up."""
     precision = "bf16" if row.precision == "bf16" else "no"
-    attention = config.attn_implementation or models.fastest_attention(torch.device(config.device), precision)
+    attention = row.attention or config.attn_implementation
+    attention = attention or models.fastest_attention(torch.device(config.device), precision)
+    overrides = [config.config_overrides, NO_DROPOUT]
+    if config.vocab_size:
+        rows = -(-config.vocab_size // 64) * 64 if row.padded else config.vocab_size  # GPT-2's 50,257 become 50,304
+        overrides.append(f"vocab_size={rows},unpadded_vocab_size={config.vocab_size}")
     return TrainConfig(
         dry_run=True,  # so no folders are needed
         model_preset=row.model_preset,
-        config_overrides=config.config_overrides,
+        config_overrides=",".join(filter(None, overrides)),
         attn_implementation=attention,
         gradient_checkpointing=row.gradient_checkpointing,
         optimizer=row.optimizer,
@@ -159,6 +209,8 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
         is_plain = row.loop == "plain loop"
         model = build_model(row, config, data).train()
         optimizers = build_optimizers(model, settings)
+        for group in [] if row.fused else optimizers[0].param_groups:
+            group["fused"] = None  # what torch chooses: on a GPU groups of tensors, on a CPU one tensor after another
         model = model.to(config.device) if is_plain else accelerator.prepare(model)
         model = (
             torch.compile(model, options=None if row.peer else models.COMPILE_OPTIONS)
@@ -190,14 +242,17 @@ def training_step(row: Row, config: StepConfig, data: PackedBlocks | None = None
 
 
 def measure_training(row: Row, config: StepConfig, blocks: PackedBlocks, steps: int) -> dict[str, float]:
-    """Train on `steps` batches after warm-up steps; return tokens/s, seconds per step, and the process's peak memory in
-    GiB, absolute and above what it had when this was called. Call it in a new process."""
+    """Train on `steps` batches after warm-up steps; return tokens/s, seconds per step, MFU (None: unknown peak), and
+    the process's peak memory in GiB, absolute and above what it had when this was called. Call it in a new process."""
     logging.set_verbosity_error()
     device = torch.device(config.device)
     before = psutil.Process().memory_info().rss / 2**30 if device.type == "cpu" else 0.0
     tokens = config.per_device_train_batch_size * config.block_size
     if row.loop == "train_accelerate.py":
-        seconds = tokens / tokens_per_second_of_trainer(row, config, blocks, steps)
+        run = {"max_steps": 2 * steps, "logging_steps": steps, "warmup_steps": None, "eval_blocks": 1, "save_steps": 0}
+        with tempfile.TemporaryDirectory() as folder:
+            rows = run_trainer(row, config, blocks.data_dir, output_dir=str(Path(folder, "run")), **run)
+        seconds = tokens / rows[-1]["tokens_per_second"]  # of the last half of the steps
     else:
         batches = [*batches_of(blocks, config, WARM_UP_STEPS + steps)]
         with training_step(row, config, blocks) as step:
@@ -209,26 +264,110 @@ def measure_training(row: Row, config: StepConfig, blocks: PackedBlocks, steps: 
                 measuring.synchronize(device)
                 seconds = (time.perf_counter() - start) / steps
     peak = peak_memory_gib(device)
-    return {"tokens/s": tokens / seconds, "s per step": seconds, "peak GiB": peak, "GiB above imports": peak - before}
+    speed = {"tokens/s": tokens / seconds, "s per step": seconds, "MFU": mfu(row, config, blocks, tokens / seconds)}
+    return speed | {"peak GiB": peak, "GiB above imports": peak - before}
 
 
-def tokens_per_second_of_trainer(row: Row, config: StepConfig, blocks: PackedBlocks, steps: int) -> float:
-    """Run train_accelerate.py's `train` on the prepared folder and return the tokens/s that it logs for its last
-    `steps` steps, after as many others."""
+def mfu(row: Row, config: StepConfig, blocks: PackedBlocks, tokens_per_second: float) -> float | None:
+    """Return the model FLOPs utilization of a row at this speed; None if the peak of the device is unknown."""
+    model, peak = weightless_model(replace(row, peer=None), config, blocks), peak_flops(torch.device(config.device))
+    return peak and tokens_per_second * model_flops_per_token(model, config.block_size) / peak
+
+
+def run_trainer(row: Row, config: StepConfig, data_dir: Path, **settings: Any) -> list[dict[str, Any]]:
+    """Run train_accelerate.py's `train` on the prepared folder and return the rows that it logs. settings: of its own,
+    such as output_dir."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder, patch_environment(ACCELERATE_TORCH_DEVICE=config.device):
-        run = replace(
-            settings_of(row, config),
-            dry_run=False,
-            data_dir=str(blocks.data_dir),
-            output_dir=str(Path(folder, "run")),
-            block_size=config.block_size,
-            per_device_train_batch_size=str(config.per_device_train_batch_size),
-            max_steps=2 * steps,
-            warmup_steps=None,
-            logging_steps=steps,
-            eval_blocks=1,
-            save_steps=0,
-        )
+    run = replace(
+        settings_of(row, config), dry_run=False, data_dir=str(data_dir), block_size=config.block_size,
+        per_device_train_batch_size=str(config.per_device_train_batch_size), **settings,
+    )  # fmt: skip
+    with patch_environment(ACCELERATE_TORCH_DEVICE=config.device):
         train(run, lambda event, **details: rows.append(details["row"]) if event == "logged" else None)
-    return rows[-1]["tokens_per_second"]
+    return rows
+
+
+@dataclass(kw_only=True)
+class LadderConfig(StepConfig):
+    data: str = setting(help="folder that prepare_data.py wrote")
+    ladder: bool = setting(True, "measure the ladder; this command does nothing else")
+    vocab_size: int = setting(GPT2_VOCAB_SIZE, "number of token ids of the model", least=1)
+    per_device_train_batch_size: int = setting(4, "number of sequences in a step", least=1)
+    larger_batches: list[int] = setting(default_factory=lambda: [8, 16, 32, 64], help="those of the last rungs")
+    steps: int = setting(2, "number of timed steps in one measurement", least=1)
+    repetitions: int = setting(3, "number of measurements of each rung, in turn", least=1)
+
+
+Results = dict[tuple[str, Row, int], list[dict[str, Any]] | str]  # of each (rung, row, sequences): turns, or an error
+
+
+def compare_rungs(results: Results) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Return the numbers of each rung and peer, and their table lines. Ratios are medians of those of each turn."""
+    numbers, lines = [], []
+    first = before = None
+    for (name, row, sequences), found in results.items():
+        numbers.append({"rung": name, "sequences": sequences})
+        if isinstance(found, str):
+            numbers[-1]["error"] = found
+            lines.append([name, str(sequences), found, *["-"] * (len(HEADER) - 3)])
+            continue
+        rates = [each["tokens/s"] for each in found]
+        bases = None if row.peer else before, first or rates
+        step_up, total = (base and median(np.divide(rates, base).tolist()) for base in bases)
+        first, before = first or rates, before if row.peer else rates
+        mfu, peak_gib = found[0]["MFU"], max(each["peak GiB"] for each in found)
+        numbers[-1] |= {"tokens_per_s": rates, "mfu": mfu, "peak_gib": peak_gib, "step_up": step_up, "total": total}
+        cells = [mfu and f"{mfu:.1%}", f"{peak_gib:.2f}", step_up and f"{step_up:.2f}", f"{total:.2f}"]
+        lines.append(
+            [name, str(sequences), evidence.median_and_spread(rates, ",.0f"), *(cell or "-" for cell in cells)]
+        )
+    if first is None:
+        raise GPT2ModernError(f"no rung could be measured: {numbers[0]['error']}")
+    return numbers, lines
+
+
+def draw_bars(numbers: list[dict[str, Any]], path: Path) -> None:
+    """Draw a bar for each rung and peer that was measured, from the first down, as a PNG file."""
+    measured = {each["rung"]: each for each in numbers if "total" in each}
+    low, middle, high = np.quantile([each["tokens_per_s"] for each in measured.values()], (0.2, 0.5, 0.8), axis=1)
+    figure = Figure(figsize=(10, 0.8 + 0.4 * len(measured)), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh([*measured], middle, xerr=[middle - low, high - middle])
+    axis.bar_label(bars, [f"{each['total']:.2f} x" for each in measured.values()], padding=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel("tokens/s: median, p20 to p80, and times the first rung")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse_arguments(LadderConfig, argv, __doc__)
+        logging.set_verbosity_error()
+        usual, last = config.per_device_train_batch_size, [*ladder().values()][-1]
+        rows = [(name, row, usual) for name, row in ladder().items()]
+        rows += [(f"+ {size} sequences in a step", last, size) for size in config.larger_batches]
+        rows += [(name, row, usual) for name, row in LADDER_PEERS.items()]
+        sized = {size: replace(config, per_device_train_batch_size=size) for _, _, size in rows}
+        blocks = read_blocks(sized[max(sized)], config.data, WARM_UP_STEPS + config.steps)
+        parameters = sum(each.numel() for each in weightless_model(last, config, blocks).parameters())
+        device = torch.device(config.device)
+        report = evidence.Report("throughput", config.output, device, argv, measures=MEASURES, variant="ladder")
+        calls = {key: partial(measure_training, key[1], sized[key[2]], blocks, config.steps) for key in rows}
+        found = measuring.in_turn({key: (config.repetitions, call) for key, call in calls.items()})
+        numbers, lines = compare_rungs(found)
+        total = [each["total"] for each in numbers if "total" in each and each["rung"] not in LADDER_PEERS][-1]
+        method = f"""
+gpt2, {parameters:,} parameters, {config.block_size} tokens in a sequence, no dropout. n = {config.repetitions}
+measurements of each row, in turn, each in a new process: {config.steps} steps after {WARM_UP_STEPS}. CPU threads:
+{torch.get_num_threads()}. Each rung has one change more than the rung before. The loop is forward, backward, clipping
+and update in plain PyTorch, also for transformers' GPT-2, and from the rung that says so on the trainer's step."""
+        remarks = f"""
+The last rung makes {total:.2f} times the tokens/s of the first. Ratios are medians of those of each turn. MFU: of the
+device's peak, where it is known. A CPU has no TF32, and its kernel terminates a process that takes too much memory."""
+        question, results = "what is each optimisation of training worth?", {"rungs": numbers, "total": total}
+        report.write("The ladder", question, method, [HEADER, *lines], remarks, results, partial(draw_bars, numbers))
+
+
+if __name__ == "__main__":
+    main()

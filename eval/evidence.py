@@ -1,5 +1,14 @@
-"""Write what was measured: a report as Markdown for people, and as JSON for `make report`."""
+"""Write reports of what was measured, and fill the tables of README.md and docs/ with their numbers.
 
+    make report                        # python -m eval.evidence
+    python -m eval.evidence --check    # which blocks are not what the reports say
+
+A report is a JSON file in eval/reports, and a Markdown file and perhaps a picture made from it. In a page, a block is
+what stands between `<!-- report: NAME -->` and `<!-- end -->`. eval/blocks.md.jinja has the template of each block; in
+it, `reports` holds the newest report of each topic. How to add one: docs/extending.md.
+"""
+
+import contextlib
 import datetime
 import json
 import os
@@ -8,19 +17,30 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import psutil
 import torch
 
+from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.files import write_file
+from gpt2modern.settings import setting
 
 REPOSITORY = Path(__file__).parents[1]
+REPORTS, TEMPLATE = Path("eval/reports"), Path("eval/blocks.md.jinja")
+BLOCK = re.compile(r"<!-- report: (?P<name>\S+) -->.*?<!-- end -->", re.DOTALL)
+NAME = re.compile(r"\d{4}-\d\d-\d\d_\d{6}_(?P<topic>[\w-]+)")
+# The steps of the trainer: what the speed of training depends on, and the losses of a run.
+TRAINING_CODE = ["modeling_gpt2modern", "gpt2modern/evaluation/loss.py:batch_loss", "train_accelerate.py:train_step"]
+TRAINING_CODE += ["gpt2modern/training/optimizers.py"]
 
 
 def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.2, high: float = 0.8) -> str:
@@ -30,11 +50,12 @@ def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.
 
 
 class Report:
-    """Write a result as Markdown to folder/YYYY-MM-DD_HHMMSS_topic_device.md, and as JSON to the same name with .json.
+    """Write a result as JSON to folder/YYYY-MM-DD_HHMMSS_topic_variant_device.json, and as Markdown beside it.
 
-    Created before measuring, it records command, commit, versions, hardware and load. `measures`: files and folders of
-    this repository whose code the result depends on, as paths from its root. Raises GPT2ModernError for a missing
-    package.
+    Created before measuring, it records command, commit, versions, hardware and load. `measures`: what the result
+    depends on, as paths from the root of this repository: files, folders, or file.py:name,name for only these
+    functions and classes of a file. variant: tells apart the reports of one command. Raises GPT2ModernError for a
+    missing package.
     """
 
     def __init__(
@@ -46,24 +67,27 @@ class Report:
         *packages: str,
         package: str = "benchmarks",
         measures: Sequence[str] = (),
+        variant: str = "",
     ):
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-        device_slug = re.sub(r"[^a-z0-9]+", "-", self.device_name.lower()).strip("-")
-        self.path = Path(folder, f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{topic}_{device_slug}.md")
+        words = "_".join(filter(None, [topic, variant, self.device_name]))
+        slug = re.sub(r"[^a-z0-9_]+", "-", words.lower()).strip("-")
+        self.path = Path(folder, f"{datetime.datetime.now():%Y-%m-%d_%H%M%S}_{slug}.md")
         try:
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
         except PackageNotFoundError as error:
             raise GPT2ModernError(f"{error.name} is not installed; run python -m pip install -e '.[bench]'") from None
         # An absolute path is cut to its last part: a report does not show the folders of this machine.
         words = (Path(word).name if os.path.isabs(word) else word for word in (sys.argv[1:] if argv is None else argv))
-        git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
-        failed, commit = subprocess.getstatusoutput(shlex.join(git))
+        commit = (git(REPOSITORY, "rev-parse", "--short=10", "HEAD") or "").strip()
+        paths = [entry.partition(":")[0] for entry in measures]  # a report that is not committed makes nothing dirty
+        commit += "-dirty" * bool(git(REPOSITORY, "status", "--porcelain", "--", *paths))
         cores = available_cores(physical=True)
         cpu_info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         processor = re.search(r"^model name\s*: (.+)", cpu_info, re.MULTILINE)
         self.provenance = {
             "command": shlex.join(["python", "-m", f"{package}.{topic}", *words]),
-            "commit": None if failed else commit,
+            "commit": commit or None,
             "versions": f"{versions}, Python {platform.python_version()}, {platform.system()}",
             "hardware": (
                 f"{self.device_name}; {cores} cores of {processor[1] if processor else platform.machine()}, "
@@ -80,20 +104,92 @@ class Report:
         rows: Sequence[Sequence[str]],
         remarks: str = "",
         results: Any = None,
+        draw: Callable[[Path], None] | None = None,
     ) -> None:
-        """Print the report and write both files. `rows` are the lines of its table, the header first. results: the
-        numbers behind the table, as JSON can hold them."""
-        facts = self.provenance
-        provenance = (
-            f"Command: `{facts['command']}`, "
-            f"{'not a git checkout' if facts['commit'] is None else 'at commit ' + facts['commit']}.\n"
-            f"Versions: {facts['versions']}.\nHardware: {facts['hardware']}."
-        )
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-        parts = [f"# {title}: {self.device_name}", f"Question: {question}", provenance, method, table, remarks]
-        text = "\n\n".join(part.strip() for part in parts).strip() + "\n"
+        """Print the report and write its files. `rows` are the lines of its table, the header first. results: the
+        numbers behind the table, as JSON can hold them. draw: writes the report's picture, a PNG file."""
+        content = {"title": f"{title}: {self.device_name}", "question": question, **self.provenance, "method": method}
+        content |= {"table": [list(row) for row in rows], "remarks": remarks}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if draw is not None:
+            content["picture"] = self.path.with_suffix(".png").name
+            draw(self.path.with_suffix(".png"))
+        text = page_of(content)
         self.path.write_text(text, encoding="utf-8")
-        content = {"title": title, "question": question, **facts, "table": [list(row) for row in rows]}
         self.path.with_suffix(".json").write_text(json.dumps(content | {"results": results}, indent=1) + "\n")
         print(f"{text}\nreport written to {self.path}")
+
+
+def page_of(report: dict[str, Any]) -> str:
+    """Return a report's Markdown, from the content of its JSON file."""
+    commit = "not a git checkout" if report["commit"] is None else f"at commit {report['commit']}"
+    provenance = f"""
+Command: `{report["command"]}`, {commit}.
+Versions: {report["versions"]}.
+Hardware: {report["hardware"]}."""
+    header, *rows = report["table"]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    parts = [f"# {report['title']}", f"Question: {report['question']}", provenance, report["method"], table]
+    parts += [report["remarks"], f"![{report['title']}]({report['picture']})" if "picture" in report else ""]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
+def git(root: Path, *words: str) -> str | None:
+    """Return what a git command prints in `root`, or None if it fails or there is no git."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+    return None
+
+
+def reports(root: Path) -> dict[Path, dict[str, Any]]:
+    """Return the content of the JSON file of each report, the oldest first."""
+    paths = [path for path in sorted((root / REPORTS).glob("*.json")) if NAME.fullmatch(path.stem)]
+    return {path: json.loads(path.read_text("utf-8")) | {"name": path.stem} for path in paths}
+
+
+def filled_pages(root: Path) -> dict[Path, str]:
+    """Return what README.md, the pages of docs/ and the Markdown of the reports should be. Raises GPT2ModernError if a
+    block has no template, or a template asks for what its report does not have."""
+    found = reports(root)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["spread"] = median_and_spread
+    newest = {NAME.fullmatch(path.stem)["topic"]: report for path, report in found.items()}
+    try:
+        pages = {path.with_suffix(".md"): page_of(report) for path, report in found.items()}
+        text = environment.from_string((root / TEMPLATE).read_text("utf-8")).render(reports=newest)
+        blocks = {match["name"]: match[0] for match in BLOCK.finditer(text)}
+        for path in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
+            pages[path] = BLOCK.sub(lambda match: blocks[match["name"]], path.read_text("utf-8"))
+    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+        raise GPT2ModernError(f"{TEMPLATE}, {REPORTS}: {error} is missing or wrong; correct the template") from None
+    return pages
+
+
+def differences(root: Path) -> Iterator[str]:
+    """Yield a line for each block, and each page of a report, that is not what the JSON files say."""
+    for path, filled in filled_pages(root).items():
+        text = path.read_text("utf-8") if path.exists() else ""
+        blocks = zip(BLOCK.finditer(text), BLOCK.finditer(filled), strict=True)
+        parts = [f"the block {match['name']}" for match, other in blocks if match[0] != other[0]]
+        for part in parts or ["the page"] * (text != filled):
+            yield f"{path.relative_to(root)}: {part} is not what the reports say; run make report"
+
+
+@dataclass
+class EvidenceConfig:
+    check: bool = setting(False, "write nothing; exit with 1 if a block differs from what the reports say")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse_arguments(EvidenceConfig, argv, __doc__)
+        found = list(differences(REPOSITORY))
+        for path, text in {} if config.check else filled_pages(REPOSITORY).items():
+            write_file(path, text)
+        print("\n".join(found) if config.check else f"{len(found)} blocks and pages changed")
+    if found and config.check:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

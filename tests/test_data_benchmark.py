@@ -115,8 +115,10 @@ def test_a_small_run_measures_every_program_on_the_same_tokens(data_dir, text_di
 
     tokenizer = Tokenizer.from_file(str(data_dir / "tokenizer" / "tokenizer.json"))
     tokens = sum(len(encoding.ids) + 1 for encoding in tokenizer.encode_batch(DOCUMENTS, add_special_tokens=False))
-    (path,) = (tmp_path / "reports").iterdir()
-    report = path.read_text()
+    (path,) = (tmp_path / "reports").glob("*_data_cpu.md")
+    report, results = path.read_text(), json.loads(path.with_suffix(".json").read_text())["results"]
+    assert results["documents"] == 400 and results["seconds"].keys() == {*data.OURS, *data.PEERS}
+    assert all(run["tokens"] == tokens for runs in results["runs"].values() for run in runs)
     assert f"400 documents, no two equal. All\nprograms counted {tokens:,} tokens." in report
     lines = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")][2:]
     assert [line[0] for line in lines] == ["| prepare_data jsonl", "| prepare_data parquet", "| tiktoken", "| run_clm"]

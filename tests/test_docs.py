@@ -11,8 +11,10 @@ from benchmarks.attention import AttentionConfig
 from benchmarks.precision import PrecisionCheckConfig
 from benchmarks.scaling import ScalingConfig
 from benchmarks.targets import TargetsConfig
+from benchmarks.throughput import LadderConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
+from eval.record import RecordConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
 from gpt2modern.data.exporting import ExportConfig
@@ -32,10 +34,12 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
+    "eval.record": RecordConfig,
     "benchmarks.attention": AttentionConfig,
     "benchmarks.precision": PrecisionCheckConfig,
     "benchmarks.scaling": ScalingConfig,
     "benchmarks.targets": TargetsConfig,
+    "benchmarks.throughput": LadderConfig,
     "gpt2modern.conversion": ConversionConfig,
 }
 

@@ -1,13 +1,15 @@
 """benchmarks.targets and benchmarks.precision: peers, ratios, targets; what is measured is the trainer's step."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import profile
 
-from benchmarks import attention, precision, targets
+from benchmarks import attention, measuring, precision, targets, throughput
 from benchmarks.peers import PEERS, peer_loss
 from benchmarks.targets import Target, TargetsConfig, compare, measure, measure_generation, table
 from benchmarks.throughput import (
@@ -15,6 +17,8 @@ from benchmarks.throughput import (
     StepConfig,
     batches_of,
     build_model,
+    compare_rungs,
+    ladder,
     loss_from_logits,
     read_blocks,
     training_step,
@@ -182,7 +186,7 @@ def test_the_command_fails_if_a_target_is_missed(data_dir, tmp_path, monkeypatch
     else:
         assert not misses
     page, numbers = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
-    assert page.name.endswith("_targets_cpu.md") and page.read_text() in capfd.readouterr().out
+    assert page.name.endswith("_targets_train_cpu.md") and page.read_text() in capfd.readouterr().out
     assert "Command: `python -m benchmarks.targets --data data" in page.read_text()
     assert (
         "Verdict: not reached: gpt2, compiled over GPT2LMHeadModel, plain loop, compiled" in page.read_text()
@@ -195,10 +199,9 @@ def test_the_command_fails_if_a_target_is_missed(data_dir, tmp_path, monkeypatch
 
 def test_rows_are_measured_in_turn_each_in_a_process(data_dir):
     """A row that fails does not end the others, and the trainer as a whole says how fast it was."""
-    overrides = f"{TINY},{VOCABULARY},{targets.NO_DROPOUT}"
     config = TargetsConfig(
-        data=str(data_dir), config_overrides=overrides, block_size=16, per_device_train_batch_size=2, steps=2,
-        repetitions=1,
+        data=str(data_dir), config_overrides=TINY, vocab_size=300, block_size=16, per_device_train_batch_size=2,
+        steps=2, repetitions=1,
     )  # fmt: skip
     blocks = read_blocks(config, data_dir, 6)
     line = Target("train", TRAINER, replace(GPT2, optimizer="unknown"), "tokens/s", 0.97)
@@ -215,6 +218,64 @@ def test_generation_is_measured_for_every_batch_size(data_dir, row):
     results = measure_generation(row, config, read_blocks(config, data_dir, 4))
     wanted = {line.unit for line in targets.targets() if line.part == "generation"}
     assert results.keys() == wanted and all(value > 0 for value in results.values())
+
+
+def test_each_rung_of_the_ladder_has_one_change_more():
+    rungs = [vars(row) for row in ladder().values()]
+    changes = [{key for key in row if row[key] != before[key]} for before, row in itertools.pairwise(rungs)]
+    assert [len(each) for each in changes] == [2, 1, 1, 1, 1, 1, 2] and set.union(*changes) == {
+        "fused", "precision", "attention", "compiled", "padded", "keeps_logits", "loop"
+    }  # fmt: skip
+    assert rungs[-1] == vars(Row("gpt2", precision="bf16", compiled=True))  # what train_accelerate.py does by itself
+
+
+@pytest.mark.parametrize(("padded", "rows"), [(True, 320), (False, 300)])
+def test_a_vocabulary_is_padded_to_a_multiple_of_64(padded, rows):
+    config = replace(CONFIG, config_overrides=TINY, vocab_size=300)
+    model = build_model(replace(GPT2, padded=padded), config)
+    assert model.config.vocab_size == len(model.lm_head.weight) == rows and model.config.unpadded_vocab_size == 300
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_fused_where_the_row_says_so(fused):
+    with training_step(replace(PLAIN, fused=fused), CONFIG) as step, profile() as profiler:
+        step(torch.randint(256, (2, 17)))
+    operators = {event.key for event in profiler.key_averages()}
+    assert ("aten::_fused_adamw_" in operators) == fused and any("Optimizer.step#AdamW" in name for name in operators)
+
+
+def test_ratios_of_rungs_are_those_of_each_turn(tmp_path):
+    """In the second turn the machine is twice as slow. A batch that does not fit is shown and counts for nothing."""
+    rungs = {("fp32", GPT2, 2): (10.0, 5.0), ("+ a", GPT2, 2): (20.0, 10.0), ("+ 8", GPT2, 8): "out of memory"}
+    rungs |= {("peer", PEER_ROWS[0], 2): (15.0, 7.5)}
+    results = {
+        key: each if isinstance(each, str) else [{"tokens/s": rate, "MFU": None, "peak GiB": 1.5} for rate in each]
+        for key, each in rungs.items()
+    }
+    numbers, lines = compare_rungs(results)
+    assert [each.get("total") for each in numbers] == [1, 2, None, 1.5]
+    assert [line[3:] for line in lines[1:]] == [["-", "1.50", "2.00", "2.00"], ["-"] * 4, ["-", "1.50", "-", "1.50"]]
+    assert lines[2][:3] == ["+ 8", "8", "out of memory"] and {len(line) for line in lines} == {len(throughput.HEADER)}
+    throughput.draw_bars(numbers, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ladder_writes_a_report_with_a_picture(data_dir, tmp_path, monkeypatch):
+    """Every rung but the compiled ones, which take long, in this process instead of one of its own."""
+    monkeypatch.setattr(measuring, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    uncompiled = {name: replace(row, compiled=False) for name, row in ladder().items()}
+    monkeypatch.setattr(throughput, "ladder", lambda: uncompiled)
+    monkeypatch.setattr(throughput, "LADDER_PEERS", {"a peer": PEER_ROWS[0]})
+    flags = f"--ladder --data {data_dir} --config_overrides {TINY} --vocab_size 300 --block_size 16 --device cpu"
+    flags += f" --per_device_train_batch_size 1 --larger_batches 2 3 --steps 1 --repetitions 2 --output {tmp_path}"
+    throughput.main(flags.split())
+    (page,) = tmp_path.glob("*_throughput_ladder_cpu.md")
+    content = json.loads(page.with_suffix(".json").read_text())
+    rungs = content["results"]["rungs"]
+    assert [each["sequences"] for each in rungs] == [1] * len(uncompiled) + [2, 3, 1]
+    assert all(len(each["tokens_per_s"]) == 2 and each["peak_gib"] > 0 for each in rungs)
+    assert content["results"]["total"] == rungs[-2]["total"] and rungs[0]["total"] == 1
+    assert content["picture"] in page.read_text() and (tmp_path / content["picture"]).exists()
 
 
 def check(data, output, *flags):
@@ -243,7 +304,9 @@ def test_fp32_repeats_itself(data_dir, tmp_path):
 def test_attention_is_timed_with_and_without_documents(tmp_path, capsys):
     flags = ["--seq_len", "12", "--num_tokens", "24", "--num_attention_heads", "2", "--repetitions", "2"]
     attention.main([*flags, "--attn_implementation", "blockwise", "--output", str(tmp_path)])
-    (page,) = tmp_path.iterdir()
+    (page,) = tmp_path.glob("*_attention_cpu.md")
+    results = json.loads(page.with_suffix(".json").read_text())["results"]
+    assert len(results) == 8 and all(len(each["seconds"]) == 2 for each in results)
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith(("| bf16", "| fp32"))]
     assert [row[2:4] for row in rows] == [[documents, name] for documents in "13" for name in ("sdpa", "blockwise")] * 2
     assert all(row[-1] == "1.00 |" for row in rows if row[3] == "sdpa") and page.read_text() in capsys.readouterr().out

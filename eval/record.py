@@ -1,0 +1,63 @@
+"""Write a report of a finished run: its loss on the whole validation split, speed, memory, curves, last samples.
+
+    python -m eval.record --run out/demo --data data/stdlib
+
+The report names the commit of the checkout: record a run before the code changes.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from eval import evidence
+from gpt2modern.cli import one_line_errors, parse_arguments
+from gpt2modern.data.blocks import PackedBlocks, refuse_other_tokenizer
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.loss import METRICS, evaluate_loss
+from gpt2modern.loading import best_device, load_model
+from gpt2modern.settings import setting
+from gpt2modern.training.records import plot_training_curves, read_rows
+
+MEASURES = [*evidence.TRAINING_CODE, *(f"gpt2modern/training/{name}.py" for name in ("batches", "schedules"))]
+MEASURES += [f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "packing")]
+
+
+@dataclass
+class RecordConfig:
+    run: str = setting(help="output folder of train_accelerate.py")
+    data: str = setting(help="folder written by prepare_data.py that the run was trained on")
+    output: str = setting("eval/reports", "folder that the report is written to")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_line_errors():
+        config = parse_arguments(RecordConfig, argv, __doc__)
+        run, blocks, device = Path(config.run), PackedBlocks(config.data, "validation"), best_device()
+        if not (run / "summary.json").exists():
+            raise GPT2ModernError(f"--run {run} has no summary.json; finish the run with train_accelerate.py")
+        refuse_other_tokenizer(config.run, blocks)
+        name = run.resolve().name
+        recipe = [path for path in (f"recipes/{name}.yaml",) if (evidence.REPOSITORY / path).exists()]
+        report = evidence.Report(
+            "record", config.output, device, argv, package="eval", measures=MEASURES + recipe, variant=name
+        )
+        logged, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
+        loss = evaluate_loss(load_model(config.run, flag="--run").to(device), blocks, batch_size=8)
+        results = json.loads((run / "summary.json").read_text()) | {"validation_tokens": blocks.tokens}
+        results |= {key: metric.of(loss, blocks) for key, metric in METRICS.items()}
+        results["samples"] = [each for each in samples if each["step"] == samples[-1]["step"]]
+        results["rates"] = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
+        numbers = [(key, value) for key, value in results.items() if isinstance(value, int | float)]
+        rows = [["measure", "value"], *([k, f"{v:,}" if isinstance(v, int) else f"{v:,.3f}"] for k, v in numbers)]
+        method = f"""
+Loss: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Other values: of the training, at
+{evidence.median_and_spread(results["rates"], ",.0f")} tokens/s, median (p20 to p80) of what was logged. One seed."""
+        texts = (f"```text\n{each['prompt']}{each['text']}\n```" for each in results["samples"])
+        remarks = "\n\n".join(["Samples of the last step, not selected:", *texts])
+        question, draw = f"what has the run {name} reached?", partial(plot_training_curves, logged)
+        report.write(f"The run {name}", question, method, rows, remarks, results, draw)
+
+
+if __name__ == "__main__":
+    main()
