@@ -14,7 +14,8 @@ import torch
 from eval import perplexity
 from eval.metrics import load_metric
 from gpt2modern.cli import one_line_errors, parse_arguments
-from gpt2modern.data.blocks import PackedBlocks, refuse_other_tokenizer
+from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
+from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.tasks import evaluate_tasks, prepare_tasks
 from gpt2modern.files import check_writable_file, public_name, sha256_of, write_json
 from gpt2modern.loading import load_model, longest_sequence
@@ -46,9 +47,11 @@ class RunConfig:
 def main(argv: list[str] | None = None, task: str | None = None, description: str = __doc__) -> None:
     with one_line_errors():
         config = parse_arguments(RunConfig, argv, description)
-        files = {name: getattr(config, name, None) for name in config.tasks.split(",")}
-        files = {task: config.data} if task else files | ({"perplexity": config.data} if "perplexity" in files else {})
-        with joined_processes("no", perplexity.DDP_TIMEOUT_S) as (accelerator, processes):
+        own = {"hellaswag": config.hellaswag, "lambada": config.lambada, "perplexity": config.data}
+        files = {task: config.data} if task else {name: own.get(name) for name in config.tasks.split(",")}
+        if "perplexity" in files and config.data is None:
+            raise GPT2ModernError("--tasks perplexity needs --data with prepared data; give it, or other --tasks")
+        with joined_processes("no", 3600) as (accelerator, processes):
             torch.set_float32_matmul_precision("highest")  # TF32 would change the fourth digit
             report = evaluate(config, files, accelerator.device, processes)
             if processes.is_main:
@@ -67,19 +70,23 @@ def evaluate(
     model = load_model(config.model).to(device)
     data, weights = files.pop("perplexity", None), Path(config.model, WEIGHTS_FILE)
     tasks = prepare_tasks([f"{name}={file or ''}" for name, file in files.items()], model, config.model, config.limit)
+    with processes.errors_of_main():  # before the long work
+        metrics = {task.name: load_metric(task.name).compute for task in tasks} if processes.is_main else {}
     batch_size, results, protocol = config.per_device_eval_batch_size, {}, {}
     if data is not None:
         blocks, longest = PackedBlocks(data, "validation"), longest_sequence(model)
         if longest is not None and blocks.block_size > longest:
             blocks = PackedBlocks(data, "validation", longest)
         refuse_other_tokenizer(config.model, blocks)
+        vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+        refuse_larger_vocabulary(config.model, vocab_size, blocks)
         measured = perplexity.measure(model, blocks, batch_size=batch_size, processes=processes)
         loss, error = measured["loss"], measured.pop("standard_error")
         for name in ("loss", "perplexity", "bits_per_byte"):  # errors of the last two by the delta method
             results[name] = value = measured.pop(name)
             results[f"{name}_stderr"] = error and error * (value if name == "perplexity" else value / loss)
         protocol["perplexity"] = {"dataset": f"{public_name(data)}, validation", **measured}
-    of_evaluate = {"metric_of": lambda name: load_metric(name).compute} if processes.is_main else {}
+    of_evaluate = {"metric_of": metrics.__getitem__} if metrics else {}
     shares = {"batch_size": batch_size, "process_index": processes.index, "num_processes": processes.count}
     results |= evaluate_tasks(tasks, model, **of_evaluate, **shares)
     protocol |= {task.name: task.protocol for task in tasks}

@@ -4,6 +4,10 @@ import importlib
 import importlib.util
 import json
 import math
+import os
+import shutil
+import signal
+import struct
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,18 +21,21 @@ from transformers.utils import ModelOutput
 
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.scoring import Row, batches_of, score_rows
-from gpt2modern.evaluation.tasks import (
-    TASKS,
-    choice_accuracy,
-    evaluate_tasks,
-    last_word_accuracy,
-    prepare_tasks,
-)
+from gpt2modern.evaluation.tasks import TASKS, evaluate_tasks, last_word_accuracy, prepare_tasks
 from gpt2modern.loading import load_model
 from gpt2modern.training.records import plot_training_curves
 from tests.support.models import FLAG_SETS, export_fresh_model, random_ids, tiny_model
 from tests.support.tasks import hellaswag_documents, write_hellaswag, write_lambada, write_lines
-from tests.support.trainer import TORCHRUN, assert_same_weights, command, environment, metrics, train
+from tests.support.trainer import (
+    REPOSITORY,
+    TINY,
+    TORCHRUN,
+    assert_same_weights,
+    command,
+    environment,
+    metrics,
+    train,
+)
 
 needs_evaluate = pytest.mark.skipif(importlib.util.find_spec("evaluate") is None, reason="evaluate is not installed")
 
@@ -127,7 +134,7 @@ class Words:
 
     bos_token_id, eos_token_id, known = None, 0, ("eos", "run", "jump", "fly")
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, **_):
         return SimpleNamespace(input_ids=[self.known.index(word.strip(":.").lower()) for word in text.split()])
 
 
@@ -151,7 +158,7 @@ def by_hand(tmp_path, monkeypatch):
 
 
 def test_a_hand_made_item_scores_as_computed_by_hand(by_hand):
-    """After "run": "fly" has the highest sum, "run run" the highest per token, three jumps the highest per character."""
+    """After "run": "fly" has the highest sum, "run run" the highest per token, three jumps that per character."""
     item = {"activity_label": "Fly", "ctx_a": "Eos.", "ctx_b": "run", "ctx": "eos run"}
     endings = ["fly", "run run", "jump jump jump"]
     results, columns = by_hand("hellaswag", [item | {"endings": endings, "label": label} for label in (0, 2, 2)])
@@ -285,3 +292,138 @@ def test_the_results_are_those_of_lm_eval(data_dir, tmp_path, stock):
     }.items():
         assert ours[name] == pytest.approx(theirs[f"local_{task}"][result], rel=1e-6), name
     assert 0 < ours["hellaswag_acc"] < 1
+
+
+RUN = {"config_overrides": TINY + ",hidden_dropout=0.1", "eval_steps": 4, "max_steps": 6, "save_steps": 0}
+TASK_FLAGS = ("--eval_tasks_steps", "2", "--eval_tasks_limit", "4", "--eval_tasks")
+
+
+@pytest.fixture(scope="module")
+def run_with_tasks(files, data_dir, tmp_path_factory):
+    """Train with dropout; tasks at steps 2, 4 and 6, evaluations at 4 and 6 without them too."""
+    return train(data_dir, tmp_path_factory.mktemp("run"), extra=[*TASK_FLAGS, *files], **RUN)
+
+
+def columns_of_tasks(output_dir):
+    rows = {row["step"]: row for row in metrics(output_dir)}
+    found = {step: {k: v for k, v in row.items() if k.startswith(("hella", "lambada"))} for step, row in rows.items()}
+    return {step: columns for step, columns in found.items() if columns}
+
+
+def test_a_run_records_its_tasks_when_they_are_due(run_with_tasks, data_dir, files):
+    columns = columns_of_tasks(run_with_tasks)
+    assert list(columns) == [2, 4, 6]
+    model = load_model(str(run_with_tasks))
+    again = evaluate_tasks(prepare_tasks(files, model, run_with_tasks, limit=4), model, batch_size=8)
+    assert columns[6] == pytest.approx(again, rel=1e-6) and len(again) == 12
+    summary = json.loads((run_with_tasks / "summary.json").read_text())
+    assert {name: summary[name] for name in again} == columns[6]
+    card = (run_with_tasks / "README.md").read_text()
+    accuracy, error = columns[6]["hellaswag_acc_norm"], columns[6]["hellaswag_acc_norm_stderr"]
+    assert f"| hellaswag_acc_norm | {accuracy:.4g}{f' +- {error:.2g}' if error else ''} |" in card
+
+
+@pytest.mark.fault("F21 samples and evaluations change nothing")
+def test_training_does_not_notice_its_tasks(run_with_tasks, data_dir, tmp_path):
+    silent = train(data_dir, tmp_path, **RUN)
+    assert_same_weights(run_with_tasks, silent)
+    assert [row["loss"] for row in metrics(run_with_tasks)] == [row["loss"] for row in metrics(silent)]
+    assert not columns_of_tasks(silent)
+
+
+def test_a_run_that_is_stopped_in_its_tasks_loses_and_repeats_nothing(run_with_tasks, files, data_dir, tmp_path):
+    """The signal comes in the evaluation of step 4, whose row then has no results until the run is resumed."""
+    calls = []
+
+    def stop(event, step, **details):
+        calls.append((event, step))
+        if (event, step) == ("evaluating", 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    flags = dict(extra=[*TASK_FLAGS, *files], **(RUN | {"save_steps": 2}))
+    with pytest.raises(SystemExit) as stopped:
+        train(data_dir, tmp_path, callback=stop, **flags)
+    assert stopped.value.code == 75 and list(columns_of_tasks(tmp_path)) == [2]
+    train(data_dir, tmp_path, callback=lambda event, step, **details: calls.append((event, step)), **flags)
+    assert columns_of_tasks(tmp_path) == columns_of_tasks(run_with_tasks)
+    assert_same_weights(tmp_path, run_with_tasks)
+    assert [step for event, step in calls if event == "evaluating"] == [2, 4, 4, 6]
+
+
+@pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["ddp", "fsdp2"])
+def test_two_processes_have_the_results_of_one_exactly(files, data_dir, tmp_path, variables):
+    """At a learning rate of 0, so that the weights are those of the seed; a batch is left over for one of the two."""
+    flags = {"learning_rate": 0, "max_steps": 1, "save_steps": 0, "eval_tasks": files[1]}
+    one = train(data_dir, tmp_path / "one", **flags)
+    run = [*command(data_dir, tmp_path / "two", *TORCHRUN, "2", **flags)]
+    finished = subprocess.run(run, env=environment(**variables), capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert columns_of_tasks(tmp_path / "two") == columns_of_tasks(one)
+    assert columns_of_tasks(one)[1]["lambada_perplexity"] > 1
+
+
+def test_the_curves_have_a_panel_where_there_are_results(tmp_path):
+    rows = [{"step": n, "tokens_seen": n, "loss": 3.0, "learning_rate": 0.1, "eval_loss": 3.0} for n in (1, 2)]
+    heights = []
+    for more in ({}, {"hellaswag_acc_norm": 0.3, "lambada_acc": 0.2}):
+        plot_training_curves([rows[0], rows[1] | more], tmp_path / "curves.png")
+        heights.append(struct.unpack(">I", (tmp_path / "curves.png").read_bytes()[20:24])[0])
+    assert heights == [720, 1080]
+
+
+@needs_evaluate
+@pytest.mark.parametrize("name", TASKS)
+def test_a_metric_loads_with_evaluate_and_computes_the_same(name):
+    of_task = {
+        "hellaswag": {
+            "log_probs": [[-4.0, -3.0, -9.0], [-1.0, -2.0, -2.5]],
+            "tokens": [[2, 1, 9], [1, 4, 2]],
+            "characters": [[9, 3, 9], [3, 4, 9]],
+            "labels": [1, 2],
+        },
+        "lambada": {"log_prob": [-1.25, -0.1], "is_greedy": [False, True]},
+    }[name]
+    evaluate = importlib.import_module("evaluate")
+    found = evaluate.load(str(REPOSITORY / "eval" / "metrics" / name), keep_in_memory=True).compute(**of_task)
+    assert found == TASKS[name].metric(**of_task)
+
+
+@pytest.fixture
+def copied_run(run_with_tasks, tmp_path):
+    return Path(shutil.copytree(run_with_tasks, tmp_path / "copied"))
+
+
+@needs_evaluate
+def test_the_report_reaches_card_and_curves_and_survives_a_new_export(copied_run, files, data_dir, tmp_path):
+    run = importlib.import_module("eval.run")
+    flags = [f"--{text}" for text in files]
+    curves = (copied_run / "training_curves.png").read_bytes()
+    command = ["--model", copied_run, "--data", data_dir, "--update_card", "true", "--output", tmp_path / "out.json"]
+    for _ in range(2):  # the section is replaced
+        run.main([*map(str, command), *flags])
+    report = json.loads((copied_run / "eval.json").read_text())
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    assert report["protocol"]["hellaswag"]["items"] == 5 and report["protocol"]["perplexity"]["tokens"] > 0
+    model = load_model(str(copied_run))
+    expected = evaluate_tasks(prepare_tasks(files, model, copied_run), model, batch_size=8)
+    assert {name: report["results"][name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    card = (copied_run / "README.md").read_text()
+    assert card.count("## Evaluation by eval.run") == 1 and card.index("## Evaluation by") < card.index("## Data")
+    assert (copied_run / "training_curves.png").read_bytes() != curves
+    train(data_dir, copied_run, extra=[*TASK_FLAGS, *files], **RUN)  # finished: only exported again
+    assert (copied_run / "README.md").read_text() == card
+    report["weights_sha256"] = "of other weights"
+    (copied_run / "eval.json").write_text(json.dumps(report))
+    train(data_dir, copied_run, extra=[*TASK_FLAGS, *files], **RUN)
+    assert "## Evaluation by eval.run" not in (copied_run / "README.md").read_text()
+
+
+@needs_evaluate
+def test_the_command_of_a_task_is_that_of_all(run_with_tasks, files, tmp_path, capsys):
+    for name, file in (text.split("=") for text in files):
+        main = importlib.import_module(f"eval.{name}").main
+        output = tmp_path / f"{name}.json"
+        main(["--model", str(run_with_tasks), "--data", file, "--limit", "3", "--output", str(output)])
+        report = json.loads(output.read_text())
+        assert report["protocol"][name]["items"] == 3 and list(report["protocol"]) == [name]
+        assert json.loads(capsys.readouterr().out) == report

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,15 +171,16 @@ def evaluate_tasks(
 def rows_of(name: str, context: str, texts: list[str], together: bool, model: PreTrainedModel, tokenizer) -> list[Row]:
     """Tokenize a question, one row for each of its continuations `texts`. As in lm-eval, space at the end of a context
     goes to the continuation, BOS or EOS is an empty context, and a context is cut from the left to the positions."""
+    encode = partial(tokenizer, verbose=False)  # no warning of a text that is cut
     most = getattr(model.config, "max_position_embeddings", None) or 2**62
     vocab_size, rows = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size, []
-    before = tokenizer(context.rstrip() if together else context, add_special_tokens=together).input_ids
+    before = encode(context.rstrip() if together else context, add_special_tokens=together).input_ids
     start = before or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     for text in texts:
         if together and before:
-            ids = tokenizer(context + text).input_ids[len(before) :]
+            ids = encode(context + text).input_ids[len(before) :]
         else:
-            ids = tokenizer(text, add_special_tokens=False).input_ids
+            ids = encode(text, add_special_tokens=False).input_ids
         if not 0 < len(ids) <= most or max(*start, *ids) >= vocab_size:
             raise GPT2ModernError(
                 f"{name}: {text!r:.60} has {len(ids)} tokens and ids up to {max(*start, *ids)}, but the model has "
