@@ -3,6 +3,7 @@
 python -m eval.run --model DIR --tasks perplexity,hellaswag,lambada --data DATA [--hellaswag FILE] [--lambada FILE]
 """
 
+import gpt2modern  # noqa: F401  first, as it refuses a deleted working directory  # isort: skip
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -40,8 +41,6 @@ class RunConfig:
     def __post_init__(self):
         check_ranges(self)
         check_writable_file("--output", self.output)
-        if self.update_card and not Path(self.model, WEIGHTS_FILE).is_file():
-            raise ValueError(f"--update_card: {self.model} is no folder with a {WEIGHTS_FILE}; omit the flag")
 
 
 def main(argv: list[str] | None = None, task: str | None = None, description: str = __doc__) -> None:
@@ -49,6 +48,8 @@ def main(argv: list[str] | None = None, task: str | None = None, description: st
         config = parse_arguments(RunConfig, argv, description)
         own = {"hellaswag": config.hellaswag, "lambada": config.lambada, "perplexity": config.data}
         files = {task: config.data} if task else {name: own.get(name) for name in config.tasks.split(",")}
+        if config.update_card and not Path(config.model, WEIGHTS_FILE).is_file():
+            raise GPT2ModernError(f"--update_card: {config.model} is no folder with a {WEIGHTS_FILE}; omit the flag")
         if "perplexity" in files and config.data is None:
             raise GPT2ModernError("--tasks perplexity needs --data with prepared data; give it, or other --tasks")
         with joined_processes("no", 3600) as (accelerator, processes):

@@ -13,6 +13,7 @@ from benchmarks.scaling import ScalingConfig
 from benchmarks.targets import TargetsConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
+from eval.run import RunConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
 from gpt2modern.data.exporting import ExportConfig
@@ -32,6 +33,9 @@ ARGUMENTS = {
     "train_accelerate.py": TrainConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
+    "eval.hellaswag": RunConfig,
+    "eval.lambada": RunConfig,
+    "eval.run": RunConfig,
     "benchmarks.attention": AttentionConfig,
     "benchmarks.precision": PrecisionCheckConfig,
     "benchmarks.scaling": ScalingConfig,

@@ -386,7 +386,7 @@ def test_a_metric_loads_with_evaluate_and_computes_the_same(name):
 
 @pytest.fixture
 def copied_run(run_with_tasks, tmp_path):
-    return Path(shutil.copytree(run_with_tasks, tmp_path / "copied"))
+    return Path(shutil.copytree(run_with_tasks, tmp_path / run_with_tasks.name))
 
 
 @needs_evaluate
