@@ -23,6 +23,7 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.scoring import Row, batches_of, score_rows
 from gpt2modern.evaluation.tasks import TASKS, evaluate_tasks, last_word_accuracy, prepare_tasks
 from gpt2modern.loading import load_model
+from gpt2modern.training.card import public_settings
 from gpt2modern.training.records import plot_training_curves
 from tests.support.models import FLAG_SETS, export_fresh_model, random_ids, tiny_model
 from tests.support.tasks import hellaswag_documents, write_hellaswag, write_lambada, write_lines
@@ -32,6 +33,7 @@ from tests.support.trainer import (
     TORCHRUN,
     assert_same_weights,
     command,
+    config_of,
     environment,
     metrics,
     train,
@@ -315,6 +317,8 @@ def test_a_run_records_its_tasks_when_they_are_due(run_with_tasks, data_dir, fil
     summary = json.loads((run_with_tasks / "summary.json").read_text())
     assert {name: summary[name] for name in again} == columns[6]
     card = (run_with_tasks / "README.md").read_text()
+    config = config_of(data_dir, run_with_tasks, eval_tasks=[*files, "lambada"])
+    assert public_settings(config)["eval_tasks"] == ["hellaswag=hellaswag.jsonl", "lambada=lambada.jsonl", "lambada"]
     accuracy, error = columns[6]["hellaswag_acc_norm"], columns[6]["hellaswag_acc_norm_stderr"]
     assert f"| hellaswag_acc_norm | {accuracy:.4g}{f' +- {error:.2g}' if error else ''} |" in card
 

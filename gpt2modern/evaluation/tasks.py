@@ -124,10 +124,11 @@ def prepare_tasks(
     """Read and tokenize the first `limit` (None: all) documents of `tasks`, each "NAME=FILE" for a file of JSON lines,
     or "NAME" for the dataset on the Hub. Raises GPT2ModernError that names what is unknown, cannot be read, is invalid,
     or does not fit the model's vocabulary or positions."""
+    files = {name: file for name, _, file in (text.partition("=") for text in tasks)}
+    for name in files.keys() - TASKS.keys():
+        raise GPT2ModernError(f"the task {name!r} is unknown; choose from {', '.join(TASKS)}")
     prepared, tokenizer = [], load_tokenizer(tokenizer_name) if tasks else None
-    for name, _, file in (text.partition("=") for text in tasks):
-        if name not in TASKS:
-            raise GPT2ModernError(f"the task {name!r} is unknown; choose from {', '.join(TASKS)}")
+    for name, file in files.items():
         task, documents = TASKS[name], read_documents(name, file, limit)
         rows = [
             [rows_of(name, *questions[scorer], model, tokenizer) for _, questions in documents]
