@@ -30,6 +30,7 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import check_prompts, generate_samples
 from gpt2modern.evaluation.loss import METRICS, batch_loss, evaluate_loss
+from gpt2modern.evaluation.tasks import PreparedTask, evaluate_tasks, prepare_tasks
 from gpt2modern.training.batches import (
     BatchPlan,
     StepBatch,
@@ -108,7 +109,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         with processes.errors_of_main():
             if accelerator.is_main_process:
                 held.enter_context(reserved_output_dir(Path(config.output_dir)))
-        model, unwrapped_model, optimizers, train_blocks, eval_blocks, plan = build(config, accelerator)
+        model, unwrapped_model, optimizers, train_blocks, eval_blocks, tasks, plan = build(config, accelerator)
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
         checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, optimizers, train_blocks, plan)
         state = checkpoints.restore()
@@ -118,7 +119,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         publisher = Publisher(config, records, unwrapped_model, plan, eval_blocks)
         clock = Stopwatch(accelerator.device, unwrapped_model, plan, step=state.step, wall_time_s=state.wall_time_s)
         evaluation = functools.partial(
-            evaluate, config, accelerator, processes, unwrapped_model, eval_blocks, stop, clock, callback
+            evaluate, config, accelerator, processes, unwrapped_model, eval_blocks, tasks, stop, clock, callback
         )
         separator = train_blocks.eos_token_id if config.document_masking else None
         objective = functools.partial(batch_loss, separator=separator, z_loss=config.z_loss)
@@ -172,8 +173,13 @@ def is_due(step: int, every: int) -> bool:
 
 
 def evaluation_is_due(config: TrainConfig, state: TrainState) -> bool:
-    due = is_due(state.step, config.eval_steps) or state.step >= config.max_steps
+    due = is_due(state.step, config.eval_steps) or tasks_are_due(config, state)
     return due and state.evaluated_step != state.step
+
+
+def tasks_are_due(config: TrainConfig, state: TrainState) -> bool:
+    every = config.eval_tasks_steps if config.eval_tasks else 0
+    return is_due(state.step, every) or state.step >= config.max_steps
 
 
 class Built(NamedTuple):
@@ -185,6 +191,7 @@ class Built(NamedTuple):
     optimizers: list[torch.optim.Optimizer]
     train_blocks: PackedBlocks
     eval_blocks: PackedBlocks
+    tasks: list[PreparedTask]
     plan: BatchPlan
 
 
@@ -205,6 +212,8 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
     torch.manual_seed(config.seed)
     model = unwrapped_model = build_model(config, train_blocks)
     check_prompts(config.sample_prompts, config.sample_max_new_tokens, train_blocks.tokenizer_path, unwrapped_model)
+    tokenizer_path = train_blocks.tokenizer_path
+    tasks = prepare_tasks(config.eval_tasks or [], unwrapped_model, tokenizer_path, config.eval_tasks_limit)
     if config.per_device_train_batch_size == "auto":
         separator = train_blocks.eos_token_id if config.document_masking else None
         plan = fit_micro_batch(config, accelerator, unwrapped_model, plan, separator)
@@ -229,7 +238,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
         num_items = torch.tensor(float(batch.numel()), device=accelerator.device)  # as in training: compiled once
         accelerator.backward(batch_loss(model, batch, num_items=num_items)[0])
         model.zero_grad(set_to_none=True)
-    return Built(model, unwrapped_model, optimizers, train_blocks, eval_blocks, plan)
+    return Built(model, unwrapped_model, optimizers, train_blocks, eval_blocks, tasks, plan)
 
 
 class StepResult(NamedTuple):
@@ -291,33 +300,36 @@ def evaluate(
     processes: Processes,
     model: GPT2ModernForCausalLM,
     blocks: PackedBlocks,
+    tasks: list[PreparedTask],
     stop: StopRequest,
     clock: Stopwatch,
     callback: Callback,
     state: TrainState,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Evaluate the model, store the results in `state`, and return them by the names in METRICS, plus sample rows.
+    """Evaluate the model, store the results in `state`, and return them by the names in METRICS, with those of the
+    tasks if they are due, plus sample rows.
 
     Returns ({}, []) if the run is asked to stop meanwhile; the resumed run then starts with this evaluation.
     """
     with clock.paused():
         callback("evaluating", step=state.step)
-        loss = evaluate_loss(
-            model,
-            blocks,
-            batch_size=config.per_device_eval_batch_size,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            max_blocks=config.eval_blocks,
-            from_start=config.eval_blocks_at == "start",
-            should_stop=lambda: stop.agree(processes),
-        )
+        shares = {
+            "batch_size": config.per_device_eval_batch_size,
+            "process_index": accelerator.process_index,
+            "num_processes": accelerator.num_processes,
+            "should_stop": lambda: stop.agree(processes),
+        }
+        from_start = config.eval_blocks_at == "start"
+        loss = evaluate_loss(model, blocks, max_blocks=config.eval_blocks, from_start=from_start, **shares)
+        due = tasks if tasks_are_due(config, state) else []
+        answers = None if loss is None else evaluate_tasks(due, model, **shares)
         samples = []
-        if loss is not None:
+        if answers is not None:
             refuse_nonfinite("validation loss", loss, state.step, checkpoints_dir(config))
             state.evaluated_step = state.step
-            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()}
-            state.evaluation = {name: value if math.isfinite(value) else None for name, value in results.items()}
+            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()} | answers
+            finite = {name: math.isfinite(value or 0) for name, value in results.items()}
+            state.evaluation = {name: value if finite[name] else None for name, value in results.items()}
             if config.sample_prompts and (accelerator.is_main_process or accelerator.is_fsdp2):
                 samples = generate_samples(
                     model,
@@ -328,7 +340,7 @@ def evaluate(
                 )
         reshard(model)
     rows = [{"step": state.step, **sample} for sample in samples]
-    return (state.evaluation if loss is not None else {}), rows
+    return (state.evaluation if answers is not None else {}), rows
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ class GenerateConfig:
             raise ValueError(f"--chat talks to one model, but --model names {len(self.model)}; name one")
         if 0 < self.temperature < 0.01:  # logits divided by a smaller number overflow
             raise ValueError(f"--temperature {self.temperature} must be 0 or at least 0.01")
+        check_writable_file("--output", self.output)
         if self.output and Path(self.output).suffix not in WRITERS:
             raise ValueError(f"--output {self.output} must end in {', '.join(WRITERS)}")
-        check_writable_file("--output", self.output)
 
 
 def main(argv: list[str] | None = None) -> None:

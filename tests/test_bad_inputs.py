@@ -53,6 +53,7 @@ TEXTS = {
     "table.xyz": "text\na\n",
     "broken.jsonl": "{oops\n",
     "body.jsonl": '{"body": "a"}\n',
+    "label.jsonl": '{"ctx": "", "ctx_a": "", "ctx_b": "", "activity_label": "", "endings": ["a", "b"], "label": 2}\n',
 }
 
 

@@ -15,6 +15,7 @@ from benchmarks.throughput import LadderConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
 from eval.record import RecordConfig
+from eval.run import RunConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
 from gpt2modern.data.exporting import ExportConfig
@@ -35,6 +36,9 @@ ARGUMENTS = {
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
     "eval.record": RecordConfig,
+    "eval.hellaswag": RunConfig,
+    "eval.lambada": RunConfig,
+    "eval.run": RunConfig,
     "benchmarks.attention": AttentionConfig,
     "benchmarks.precision": PrecisionCheckConfig,
     "benchmarks.scaling": ScalingConfig,

@@ -1,5 +1,6 @@
 """Make the contents of a run's summary.json and model card (README.md): data, settings, results, how to load it."""
 
+import re
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -13,6 +14,7 @@ from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.state import TrainState
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
+EVALUATION_FILE, WEIGHTS_FILE = "eval.json", "model.safetensors"
 TEMPLATE = """\
 ---
 {{ card_data }}
@@ -119,6 +121,9 @@ def public_settings(config: TrainConfig, *, card: bool = False) -> dict[str, Any
     """Return the settings that `config.chosen` returns, with names in place of paths, so that anyone may read them."""
     places = ("data_dir", "output_dir", "model_name_or_path", "resume_from_checkpoint")
     settings = config.chosen(card=card)
+    if "eval_tasks" in settings:
+        tasks = (text.partition("=") for text in settings["eval_tasks"])
+        settings["eval_tasks"] = [f"{name}{sign}{file and public_name(file)}" for name, sign, file in tasks]
     return settings | {name: public_name(settings[name]) for name in places if name in settings}
 
 
@@ -167,6 +172,7 @@ def model_card(
         prompt=repr("def " if source == "stdlib" else "The"),
         results=[
             *((metric.label, _rounded(summary[key])) for key, metric in METRICS.items()),
+            *with_errors(summary),
             ("validation blocks", f"all {every:,}" if used == every else f"{used:,} of {every:,}, {where}"),
             ("tokens seen", f"{summary['tokens_seen']:,}"),
             ("optimizer steps", f"{summary['steps']:,}"),
@@ -234,6 +240,25 @@ def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dic
         )
         for name, metric in METRICS.items()
     ]
+
+
+def with_evaluation(card: str, report: dict[str, Any]) -> str:
+    """Return the text of a model card with a section about a report of eval.run, in place of an earlier one."""
+    lines = ["## Evaluation by eval.run\n", "| result | value |", "|---|---|"]
+    lines += [f"| {name} | {text} |" for name, text in with_errors(report["results"])]
+    for name, protocol in report["protocol"].items():
+        items = [f"{protocol['items']:,} items"] if "items" in protocol else []
+        lines.append(f"\n{name}: {'; '.join([protocol['dataset'], *items, *protocol.get('scorers', [])])}.")
+    lines.append(f"\nVersions: {', '.join(' '.join(each) for each in report['versions'].items())}.\n\n")
+    card = re.sub(r"^## Evaluation by eval.run\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+    before, heading, after = card.partition("## Data\n\n| property |")  # longer than what a sample may contain
+    return before + "\n".join(lines) + heading + after
+
+
+def with_errors(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return name and text of each result whose standard error is there too, as name_stderr."""
+    errors = {name: results[f"{name}_stderr"] for name in results if f"{name}_stderr" in results}
+    return [(name, f"{_rounded(results[name])}{f' +- {error:.2g}' if error else ''}") for name, error in errors.items()]
 
 
 def _rounded(value: float | None) -> str:

@@ -151,6 +151,11 @@ class TrainConfig:
         may_be_empty=True,
         card=False,
     )
+    eval_tasks: list[str] | None = record(
+        None, "also evaluate on hellaswag, lambada: from the Hub, or a JSON-lines file: hellaswag=FILE", card=False
+    )
+    eval_tasks_steps: int = record(0, "steps between two evaluations on eval_tasks; 0: only at the end", least=0)
+    eval_tasks_limit: int | None = record(None, "documents per task, the first ones; default: all of them", least=1)
     sample_max_new_tokens: int = record(64, "maximum number of tokens generated per sample", least=1, card=False)
     report_to: list[str] = record(
         default_factory=lambda: ["none"],

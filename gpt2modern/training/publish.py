@@ -21,18 +21,18 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, hub_problem, warn
 from gpt2modern.files import write_file, write_json
 from gpt2modern.training.batches import BatchPlan
-from gpt2modern.training.card import model_card, public_settings, summarize
+from gpt2modern.training.card import EVALUATION_FILE, model_card, public_settings, summarize
 from gpt2modern.training.checkpoints import TRAINING_STATE_FILES
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.export import export_model
 from gpt2modern.training.models import ADAPTER_FOLDER, has_adapters
-from gpt2modern.training.records import CURVES_FILE, SETTINGS_FILE, Records, settings_text
+from gpt2modern.training.records import CURVES_FILE, SETTINGS_FILE, Records, settings_text, show_evaluation
 from gpt2modern.training.state import TrainState
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 WAIT_S = 600.0  # how long a finished run waits at most for its last upload
 # Files that are uploaded in addition to the model and its card, if the run has them.
-RECORDS = ("summary.json", "metrics.jsonl", "samples.jsonl", CURVES_FILE)
+RECORDS = ("summary.json", "metrics.jsonl", "samples.jsonl", EVALUATION_FILE, CURVES_FILE)
 
 
 @dataclass
@@ -104,6 +104,7 @@ class Publisher:
             self.records.draw_curves()
             write_file(self.output_dir / "README.md", self.card(summary))
             write_json(self.output_dir / "summary.json", summary)
+            show_evaluation(self.output_dir)
         except (OSError, SafetensorError) as error:
             raise GPT2ModernError(
                 f"the finished model cannot be written to {self.output_dir}: {error}; its checkpoints are unchanged; "
@@ -119,7 +120,8 @@ class Publisher:
         Does nothing without --push_to_hub."""
         if self.uploader is not None:
             files = {name: self.output_dir / name for name in (*self.model_files, *RECORDS)}
-            print(self.uploader.finish(files, self.texts(summary), message=f"Model after {summary['steps']} steps"))
+            texts = self.texts(summary) | {"README.md": (self.output_dir / "README.md").read_text(encoding="utf-8")}
+            print(self.uploader.finish(files, texts, message=f"Model after {summary['steps']} steps"))
 
 
 class HubUploader:

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.files import atomic_file, locked, remove_leftovers, write_file
+from gpt2modern.evaluation.tasks import PUBLISHED
+from gpt2modern.files import atomic_file, locked, remove_leftovers, sha256_of, write_file
 from gpt2modern.training.batches import BatchPlan
-from gpt2modern.training.card import public_settings
+from gpt2modern.training.card import EVALUATION_FILE, WEIGHTS_FILE, public_settings, with_evaluation
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.nonfinite import first_loss_message, spike_warning
@@ -167,7 +168,8 @@ class Records:
         self.metrics.add({"step": step} | row)
         if "eval_loss" in row:
             self.draw_curves()
-            self.bar.write(f"step {step}: validation loss {row['eval_loss']:.4f}")
+            tasks = "".join(f", {name} {row[name]:.4f}" for name in PUBLISHED if name in row)
+            self.bar.write(f"step {step}: validation loss {row['eval_loss']:.4f}{tasks}")
         for sample in samples:
             self.bar.write(f"  {on_one_line(sample)}")
             if not any(known == sample for known in self.samples.rows):
@@ -282,13 +284,31 @@ def on_one_line(sample: dict[str, Any], width: int = 100) -> str:
     return shown if len(shown) <= width else shown[: width - 3] + "..."
 
 
+def show_evaluation(folder: Path) -> None:
+    """Show eval.json of a model folder, a report of eval.run, in its card and curves, if it has them. Does nothing if
+    there is no report, or if it is about other weights."""
+    try:
+        report = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
+        if report["weights_sha256"] != sha256_of(folder / WEIGHTS_FILE):
+            return
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    if (card := folder / "README.md").is_file():
+        write_file(card, with_evaluation(card.read_text(encoding="utf-8"), report))
+    if rows := read_rows(folder / "metrics.jsonl"):
+        last = {"tokens_seen": rows[-1]["tokens_seen"]}
+        plot_training_curves([*rows, last | report["results"]], folder / CURVES_FILE)
+
+
 def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the losses (nats/token) and the learning rate in `rows` of metrics.jsonl over tokens seen, as a PNG file.
-    Raises OSError if it cannot be written."""
+    """Draw the losses (nats/token), the learning rate and the results of tasks in `rows` of metrics.jsonl over tokens
+    seen, as a PNG file; the published results of GPT-2 are dashed lines. Raises OSError if it cannot be written."""
     train = [(row["tokens_seen"], row["loss"], row.get("learning_rate")) for row in rows if row.get("loss") is not None]
     evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    loss_axis, rate_axis = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    tasks = [name for name in PUBLISHED if any(name in row for row in rows)]
+    heights = [3, 1, 2] if tasks else [3, 1]
+    figure = Figure(figsize=(8, 1.5 * sum(heights)), layout="constrained")
+    loss_axis, rate_axis, *task_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     if train:
         tokens, losses, rates = zip(*train, strict=True)
         loss_axis.plot(tokens, losses, color="tab:blue", alpha=0.5, linewidth=1, label="train (one batch)")
@@ -303,7 +323,16 @@ def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
         loss_axis.legend()
     loss_axis.grid(alpha=0.3)
     rate_axis.set_ylabel("learning rate")
-    rate_axis.set_xlabel("tokens seen")
     rate_axis.grid(alpha=0.3)
+    for name in tasks:
+        tokens, values = zip(*((row["tokens_seen"], row[name]) for row in rows if name in row), strict=True)
+        (line,) = task_axes[0].plot(tokens, values, marker="o", markersize=4, label=f"{name} (last {values[-1]:.3f})")
+        label = f"{name} of GPT-2, 124M ({PUBLISHED[name]:.3f})"
+        task_axes[0].axhline(PUBLISHED[name], color=line.get_color(), linestyle="--", linewidth=1, label=label)
+    for axis in task_axes:
+        axis.set_ylabel("accuracy")
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.axes[-1].set_xlabel("tokens seen")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -21,6 +21,7 @@ COMMANDS = {
     },
     "prepare_data.py verify": {},
     "eval.perplexity": {"--model": "model", "--data": "data"},
+    "eval.run": {"--model": "model", "--data": "data", "--tasks": "hellaswag,lambada"},
     "eval.generate": {"--model": "model", "--prompt": "def "},
     "benchmarks.targets": {"--output": "reports", "--data": "data", "--steps": "1", "--block_size": "32"},
     "benchmarks.precision": {"--output": "reports", "--data": "data"},
@@ -28,7 +29,7 @@ COMMANDS = {
     "benchmarks.data": {"--tokenizer_name": "data/tokenizer", "--output": "reports", "--work_dir": "reports"},
     "gpt2modern.conversion": {"--model": "model", "--output_dir": "native"},
 }  # fmt: skip
-TRAIN, PREPARE, VERIFY, PERPLEXITY, GENERATE, TARGETS, PRECISION, GPU, DATA_BENCHMARK, CONVERT = COMMANDS
+TRAIN, PREPARE, VERIFY, PERPLEXITY, RUN, GENERATE, TARGETS, PRECISION, GPU, DATA_BENCHMARK, CONVERT = COMMANDS
 RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_name"}
 
 
@@ -267,7 +268,7 @@ MODELS = [
     ),
     finetune("--model_name_or_path model --lora_rank 2 --optimizer muon", "use --optimizer adamw with --lora_rank"),
     train("--model_name_or_path model", "--config_overrides cannot set hidden_size with --model_name_or_path"),
-    BadInput(GENERATE, "", "required: --model, --prompt", bare=True),
+    BadInput(GENERATE, "", "required: --model", bare=True),
     BadInput(GENERATE, "--model nowhere/at/all", "--model nowhere/at/all is neither a folder nor a Hub repository id"),
     BadInput(GENERATE, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(GENERATE, "--model no_weights", "--model no_weights cannot be loaded: Error no file"),
@@ -318,6 +319,18 @@ MODELS = [
     BadInput(PERPLEXITY, "--length_factors 1 0", "--length_factors 0 must be at least 1"),
     BadInput(PERPLEXITY, "--data no_bytes", "the split validation has 0 bytes of text in"),
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
+    BadInput(RUN, "--tasks hellaswag,arc", "the task 'arc' is unknown; choose from hellaswag, lambada"),
+    BadInput(RUN, "--hellaswag missing.jsonl", "hellaswag: missing.jsonl cannot be read (No such file or directory)"),
+    BadInput(RUN, "--hellaswag empty.txt", "hellaswag: empty.txt is empty; give a JSON-lines file with the columns of"),
+    BadInput(RUN, "--hellaswag body.jsonl", "body.jsonl, document 1: 'ctx' is missing or of another type"),
+    BadInput(RUN, "--hellaswag label.jsonl", "label.jsonl, document 1: its label 2 is none of the 2 endings"),
+    BadInput(RUN, "--tasks lambada --lambada broken.jsonl", "lambada: broken.jsonl, document 1: Expecting property"),
+    BadInput(RUN, "--tasks lambada --lambada latin.txt", "lambada: latin.txt cannot be read ("),
+    BadInput(RUN, "--limit 0", "--limit 0 must be at least 1"),
+    BadInput(RUN, "--model owner/name --update_card true", "--update_card: owner/name is no folder with a"),
+    BadInput(RUN, "--model model --tasks perplexity", "--tasks perplexity needs --data with prepared data", bare=True),
+    train("--eval_tasks arc", "the task 'arc' is unknown; choose from hellaswag, lambada"),
+    train("--eval_tasks hellaswag=label.jsonl", "document 1: its label 2 is none of the 2 endings"),
     BadInput(CONVERT, "--model data", "--model data is not a model folder: it has no config.json"),
     BadInput(CONVERT, "--model lost_tensor", "tensor model.norm.weight is missing"),
     BadInput(
