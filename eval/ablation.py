@@ -521,7 +521,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(AblationConfig, argv, __doc__)
         device = best_device()
-        report = Report("ablation", config.output, device, argv, "accelerate", package="eval", measures=MEASURES)
+        origin = {"package": "eval", "measures": MEASURES, "variant": Path(config.output_dir).resolve().name}
+        report = Report("ablation", config.output, device, argv, "accelerate", **origin)
         ablation = Ablation(config)
         jobs = config.jobs or (available_cores(physical=True) if device.type == "cpu" else 1)
         count = len(ablation.variants) * config.seeds + sum(text.count(",") + 1 for text in config.tune)
