@@ -34,6 +34,7 @@ PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT_TOKENS = 32, 64, 512
 MEMORY_STEPS, MEMORY_TURNS = 1, 2  # timed in one process, and how often: memory hardly varies
 HEADER = ["measured", "unit", "median (p20 to p80)", "peer", "its median (p20 to p80)", "n", "ratio (p20 to p80)"]
 HEADER += ["target", "reached"]
+MEASURES = [*throughput.MEASURES, "benchmarks/targets.py:targets,measure,measure_generation"]
 
 
 @dataclass(kw_only=True)
@@ -206,8 +207,8 @@ def main(argv: list[str] | None = None) -> None:
         models = {name: throughput.weightless_model(row, config, blocks) for name, row in rows.items()}
         sizes = [f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items()]
         variant = "" if set(config.parts) == set(PARTS) else "_".join(config.parts)
-        device, measures = torch.device(config.device), [*throughput.MEASURES, "benchmarks/targets.py"]
-        report = evidence.Report("targets", config.output, device, argv, measures=measures, variant=variant)
+        device = torch.device(config.device)
+        report = evidence.Report("targets", config.output, device, argv, measures=MEASURES, variant=variant)
         started = time.monotonic()
         numbers = compare(lines, measure(lines, config, blocks))
         method = f"""

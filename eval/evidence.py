@@ -78,7 +78,7 @@ class Report:
         except PackageNotFoundError as error:
             raise GPT2ModernError(f"{error.name} is not installed; run python -m pip install -e '.[bench]'") from None
         # An absolute path is cut to its last part: a report does not show the folders of this machine.
-        words = (Path(word).name if os.path.isabs(word) else word for word in (sys.argv[1:] if argv is None else argv))
+        words = (re.sub(r"(?<![^\s=,])/([^\s=,]*/)?", "", word) for word in (sys.argv[1:] if argv is None else argv))
         commit = (git(REPOSITORY, "rev-parse", "--short=10", "HEAD") or "").strip()
         paths = [entry.partition(":")[0] for entry in measures]  # a report that is not committed makes nothing dirty
         commit += "-dirty" * bool(git(REPOSITORY, "status", "--porcelain", "--", *paths))

@@ -69,7 +69,8 @@ def root(tmp_path, monkeypatch):
 
 def report(root, seconds=1.25, measures=("package/code.py:measured",), at="2026-01-01_000000", changes=None):
     """Write a report as a benchmark does, at another time, and return the path of its JSON file."""
-    made = Report("speed", str(root / REPORTS), torch.device("cpu"), ["--steps", "3"], measures=measures)
+    flags = ["--steps", "3", "--out=/home/name/runs", "--flags", "--data_dir /home/name/text --steps=3"]
+    made = Report("speed", str(root / REPORTS), torch.device("cpu"), flags, measures=measures)
     made.path = made.path.with_name(f"{at}_speed_cpu.md")
     rows = [["program", "seconds"], ["ours", f"{seconds:.2f}"]]
     made.write("Speed", "how fast?", "n = 1.", rows, "Limits: none.", {"seconds": seconds})
@@ -135,7 +136,8 @@ def test_a_block_without_a_template_is_an_error(root, capsys):
 def test_a_report_is_complete(root):
     path = report(root, changes={"picture": "2026-01-01_000000_speed_cpu.png"})
     content = json.loads(path.read_text())
-    assert content["command"] == "python -m benchmarks.speed --steps 3" and content["versions"].startswith("torch ")
+    words = "--steps 3 --out=runs --flags '--data_dir text --steps=3'"  # without folders of this machine
+    assert content["command"] == f"python -m benchmarks.speed {words}" and content["versions"].startswith("torch ")
     assert content["commit"] == git(root, "rev-parse", "--short=10", "HEAD").strip()
     page = evidence.page_of(content)
     assert "at commit " + content["commit"] in page and "](2026-01-01_000000_speed_cpu.png)" in page
