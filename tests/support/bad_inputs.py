@@ -167,7 +167,7 @@ SETTINGS_OF_THE_MODEL = [
 ]
 
 RECIPES = [
-    train("--config dmeo", "--config dmeo: no such file or recipe; the recipes are chat-finetune, demo,"),
+    train("--config dmeo", "--config dmeo: no such file or recipe; the recipes are ablation, chat-finetune, demo,"),
     train("--config nowhere.yaml", "--config nowhere.yaml cannot be read (No such file or directory)"),
     train("--config data", "--config data cannot be read (Is a directory); name a YAML file"),
     train("--config loop", "--config loop cannot be read (Too many levels of symbolic links)"),
