@@ -21,6 +21,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,8 @@ AXES = {
 }
 TRAIN_SETTINGS = {field.name: field for field in fields(TrainConfig)}
 DEFAULTS = {name: field.default for name, field in TRAIN_SETTINGS.items()}
+NUMBER = r"\d*\.?\d+(e[+-]?\d+)?"
+OF_A_RUN = ("config", "data_dir", "dry_run", "output_dir", "seed")  # eval.ablation sets them itself
 SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
 # The code that decides the losses.
 MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern"]
@@ -107,7 +110,8 @@ class AblationConfig:
         if self.tokens is not None and not re.fullmatch(r"\d+(\.\d+)?[KMB]?", self.tokens):
             raise ValueError(f"--tokens {self.tokens} must be a number, such as 800000, 0.8M or 1.5B")
         for text in self.tune:
-            if not re.fullmatch(r"\w+=[\d.e-]+(,[\d.e-]+)+", text) or text.partition("=")[0] not in TRAIN_SETTINGS:
+            key = text.partition("=")[0]
+            if not re.fullmatch(rf"\w+={NUMBER}(,{NUMBER})+", text) or key not in TRAIN_SETTINGS or key in OF_A_RUN:
                 raise ValueError(f"--tune {text} must be a setting of train_accelerate.py and numbers: key=1,2,3")
         names = self.variants.split(",")
         if repeated := [name for name in names if names.count(name) > 1]:
@@ -174,11 +178,13 @@ class Ablation:
         width, a multiple of 8, at which it has as many parameters. Raises GPT2ModernError for an unknown name."""
         base, *axes = (self.first + name if name.startswith("+") else name).split("+")
         if base not in BASES:
-            raise GPT2ModernError(f"--variants {name}: {base!r} is no base; choose {', '.join(BASES)} or +CHANGE")
+            problem = f"{base!r} is no base" if base else "the first variant has no base that a change could change"
+            raise GPT2ModernError(f"--variants {name}: {problem}; choose {', '.join(BASES)}, then +CHANGE")
         words = BASES[base].split()
         before = self.model(dict(word.split("=", 1) for word in words)).config
         for axis in axes:
-            if axis not in AXES and axis.partition("=")[0] not in {*MODEL_SETTINGS, *TRAIN_SETTINGS}:
+            key = axis.partition("=")[0]
+            if axis not in AXES and (key not in {*MODEL_SETTINGS, *TRAIN_SETTINGS} or key in OF_A_RUN):
                 raise GPT2ModernError(
                     f"--variants {name}: {axis!r} is no change; choose from {', '.join(AXES)}, or give a setting of "
                     "the model or of train_accelerate.py as key=value"
@@ -442,7 +448,6 @@ def draw_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set(xlabel="training tokens", ylabel="validation loss (nats/token)")
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right center", title="final loss, mean +- sd")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -497,24 +502,23 @@ def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]],
         if each
     }
     missing = [run.name for each in runs.values() for run in each if not run.summary]
-    picture = report.path.with_suffix(".png")
-    draw_curves(results, picture)
     flags = f" with `{config.train_flags}`" if config.train_flags else ""
     method = f"""
 Recipe `{Path(config.recipe).stem}`{flags}: {recipe.max_steps:,} steps of {recipe.total_batch_size:,} tokens, together
-{ablation.tokens / 1e6:.2f}M, {ablation.tokens / ablation.blocks.tokens:.2f} epochs of {ablation.blocks.data_dir.name};
+{ablation.tokens:,}, {ablation.tokens / ablation.blocks.tokens:.2g} epochs of {ablation.blocks.data_dir.name};
 the same {config.matched} for all variants; {workers.jobs} runs at a time, {workers.threads} threads each.
 A variant is adopted or rejected if its mean final validation loss differs from that of `{first}` by more than 2 pooled
 standard deviations of the seeds. Tokens and time to the mean final loss of `{first}`, in % of its own: linear between
 evaluations, mean over the seeds."""
-    remarks = [f"![validation loss over training tokens]({picture.name})", *map(tuning_text, tuned)]
+    remarks = [*map(tuning_text, tuned)]
     remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
     remarks += [f"Failed: {name}, {problem}." for name, problem in workers.failures.items()]
     facts = {"base": first, "matched": config.matched, "tokens": ablation.tokens, "tuning": tuned, "variants": results}
     facts |= {"jobs": workers.jobs, "threads": workers.threads, "not_finished": missing, "failures": workers.failures}
     question = f"which changes lower the validation loss of `{first}`, and by how much?"
     rows = table_of(results, workers.jobs)
-    report.write(f"Ablation of {first}", question, method, rows, "\n\n".join(remarks), results=facts)
+    draw = partial(draw_curves, results)
+    report.write(f"Ablation of {first}", question, method, rows, "\n\n".join(remarks), facts, draw)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from gpt2modern.settings import setting
 
 REPOSITORY = Path(__file__).parents[1]
 REPORTS, TEMPLATE = Path("eval/reports"), Path("eval/blocks.md.jinja")
-BLOCK = re.compile(r"<!-- report: (?P<name>\S+) -->.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- report: (?P<name>\S+) -->(?:(?!<!-- report:).)*?<!-- end -->", re.DOTALL)
 NAME = re.compile(r"\d{4}-\d\d-\d\d_\d{6}_(?P<topic>[\w-]+)")
 # The steps of the trainer: what the speed of training depends on, and the losses of a run.
 TRAINING_CODE = ["modeling_gpt2modern", "gpt2modern/evaluation/loss.py:batch_loss", "train_accelerate.py:train_step"]
@@ -144,7 +144,13 @@ def git(root: Path, *words: str) -> str | None:
 def reports(root: Path) -> dict[Path, dict[str, Any]]:
     """Return the content of the JSON file of each report, the oldest first."""
     paths = [path for path in sorted((root / REPORTS).glob("*.json")) if NAME.fullmatch(path.stem)]
-    return {path: json.loads(path.read_text("utf-8")) | {"name": path.stem} for path in paths}
+    found = {}
+    for path in paths:
+        try:
+            found[path] = json.loads(path.read_text("utf-8")) | {"name": path.stem}
+        except (ValueError, TypeError) as error:
+            raise GPT2ModernError(f"{path.relative_to(root)} is no report: {error}; measure again") from None
+    return found
 
 
 def filled_pages(root: Path) -> dict[Path, str]:
@@ -159,7 +165,10 @@ def filled_pages(root: Path) -> dict[Path, str]:
         text = environment.from_string((root / TEMPLATE).read_text("utf-8")).render(reports=newest)
         blocks = {match["name"]: match[0] for match in BLOCK.finditer(text)}
         for path in [root / "README.md", *sorted(root.glob("docs/*.md"))]:
-            pages[path] = BLOCK.sub(lambda match: blocks[match["name"]], path.read_text("utf-8"))
+            page = path.read_text("utf-8")
+            if len(BLOCK.findall(page)) != page.count("<!-- report:"):
+                raise ValueError(f"a block of {path.name} has no end, or its end")
+            pages[path] = BLOCK.sub(lambda match: blocks[match["name"]], page)
     except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
         raise GPT2ModernError(f"{TEMPLATE}, {REPORTS}: {error} is missing or wrong; correct the template") from None
     return pages
@@ -186,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         found = list(differences(REPOSITORY))
         for path, text in {} if config.check else filled_pages(REPOSITORY).items():
             write_file(path, text)
-        print("\n".join(found) if config.check else f"{len(found)} blocks and pages changed")
+        print(*found if config.check else [f"{len(found)} blocks and pages changed"], sep="\n", end="\n" * bool(found))
     if found and config.check:
         raise SystemExit(1)
 

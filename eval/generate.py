@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import fenced, generate_text
-from gpt2modern.files import check_writable_file, write_file, write_json
+from gpt2modern.files import check_writable_file, public_name, write_file, write_json
 from gpt2modern.loading import best_device, load_model, load_tokenizer
 from gpt2modern.settings import check_ranges, setting
 
@@ -44,7 +44,7 @@ class GenerateConfig:
     def __post_init__(self):
         check_ranges(self)
         if self.chat == (self.prompt is not None):
-            raise ValueError("--prompt and --chat exclude each other; give one of them")
+            raise ValueError("give either a --prompt to continue or --chat")
         if self.chat and len(self.model) > 1:
             raise ValueError(f"--chat talks to one model, but --model names {len(self.model)}; name one")
         if 0 < self.temperature < 0.01:  # logits divided by a smaller number overflow
@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_arguments(GenerateConfig, argv, __doc__)
         sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
         if config.chat:
-            model, tokenizer = load_model(config.model[0]).to(best_device()), load_tokenizer(config.model[0])
-            return chat(model, tokenizer, seed=config.seed, **sampling)
+            tokenizer = load_tokenizer(config.model[0])
+            if not tokenizer.chat_template:
+                raise GPT2ModernError(f"--chat: {config.model[0]} has no chat template; continue a --prompt instead")
+            return chat(load_model(config.model[0]).to(best_device()), tokenizer, seed=config.seed, **sampling)
         samples = []
         for name in config.model:  # one model in memory at a time
             model, tokenizer = load_model(name).to(best_device()), load_tokenizer(name)
@@ -77,10 +79,8 @@ def main(argv: list[str] | None = None) -> None:
 def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int, **sampling: Any) -> None:
     """Answer each line of standard input as the assistant of one conversation, until it ends (Ctrl-D).
 
-    The words appear as they are generated. sampling: arguments of `generate_text`. Raises GPT2ModernError if the
-    tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        raise GPT2ModernError("--chat: the model's tokenizer has no chat template; give a --prompt to continue instead")
+    The words appear as they are generated. The answers have the seeds seed, seed + 1, ...; sampling: arguments of
+    `generate_text`."""
     messages, streamer = [], TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
@@ -89,7 +89,13 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: in
             return print()
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         answer = generate_text(
-            model, tokenizer, prompt, seed=seed, streamer=streamer, add_special_tokens=False, **sampling
+            model,
+            tokenizer,
+            prompt,
+            seed=seed + len(messages) // 2,
+            streamer=streamer,
+            add_special_tokens=False,
+            **sampling,
         )
         messages.append({"role": "assistant", "content": answer})
 
@@ -103,8 +109,8 @@ def write_markdown(path: Path, samples: list[dict[str, Any]], sampling: dict[str
     """Write a heading for each prompt and seed, and below it the text of each model."""
     parts = ["# Samples", ", ".join(f"{name} {value}" for name, value in sampling.items())]
     for (prompt, seed), texts in by_prompt(samples).items():
-        parts.append(f"## {prompt!r}, seed {seed}")
-        parts += [part for model, text in texts.items() for part in (f"{model}:", fenced(prompt + text))]
+        parts += [f"## Seed {seed}", "After the prompt", fenced(prompt)]
+        parts += [part for model, text in texts.items() for part in (f"`{public_name(model)}`:", fenced(prompt + text))]
     write_file(path, "\n\n".join(parts) + "\n")
 
 
@@ -115,7 +121,8 @@ def write_page(path: Path, samples: list[dict[str, Any]], sampling: dict[str, An
         + "".join(f"<td><b>{html.escape(prompt)}</b>{html.escape(text)}</td>" for text in texts.values())
         for (prompt, seed), texts in by_prompt(samples).items()
     ]
-    models = "".join(f"<th>{html.escape(model)}</th>" for model in dict.fromkeys(each["model"] for each in samples))
+    names = dict.fromkeys(each["model"] for each in samples)
+    models = "".join(f"<th>{html.escape(public_name(name))}</th>" for name in names)
     described = html.escape(", ".join(f"{name} {value}" for name, value in sampling.items()))
     page = f"<h1>Samples</h1><p>{described}</p><table><tr><th></th>{models}</tr>{''.join(rows)}</table>"
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Samples</title><style>{STYLE}</style>'

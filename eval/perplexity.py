@@ -139,7 +139,8 @@ def measure(
     nats, targets = tables.new_zeros(int(groups[-1]) + 1, 2).index_add_(0, groups, tables.sum(2)).T.tolist()
     if not math.isfinite(sum(nats)):
         raise GPT2ModernError("the loss is NaN or infinite: the logits of --model overflow; use an earlier checkpoint")
-    names = ["1", *(f"{2**k}-{min(2 ** (k + 1) - 1, length)}" for k in range(1, length.bit_length()))]
+    ends = [(2**k, min(2 ** (k + 1) - 1, length)) for k in range(length.bit_length())]
+    names = [f"{first}-{last}" if first < last else str(first) for first, last in ends]
     of_bins = zip(names, *tables.sum(0).tolist(), strict=True)
     num_bytes = blocks.manifest["splits"][blocks.split]["bytes"]
     return {

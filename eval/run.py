@@ -17,7 +17,7 @@ from eval.metrics import load_metric
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.evaluation.tasks import evaluate_tasks, prepare_tasks
+from gpt2modern.evaluation.tasks import TASKS, evaluate_tasks, prepare_tasks
 from gpt2modern.files import check_writable_file, public_name, sha256_of, write_json
 from gpt2modern.loading import load_model, longest_sequence
 from gpt2modern.settings import check_ranges, setting
@@ -46,10 +46,15 @@ class RunConfig:
 def main(argv: list[str] | None = None, task: str | None = None, description: str = __doc__) -> None:
     with one_line_errors():
         config = parse_arguments(RunConfig, argv, description)
+        if task and (config.hellaswag or config.lambada):
+            raise GPT2ModernError(f"eval.{task} takes its file as --data; --hellaswag and --lambada are of eval.run")
         own = {"hellaswag": config.hellaswag, "lambada": config.lambada, "perplexity": config.data}
         files = {task: config.data} if task else {name: own.get(name) for name in config.tasks.split(",")}
         if config.update_card and not Path(config.model, WEIGHTS_FILE).is_file():
             raise GPT2ModernError(f"--update_card: {config.model} is no folder with a {WEIGHTS_FILE}; omit the flag")
+        if unknown := [name for name in files if name not in {"perplexity", *TASKS}]:
+            known = ", ".join(["perplexity", *TASKS])
+            raise GPT2ModernError(f"the task {unknown[0]!r} is unknown; choose from {known}")
         if "perplexity" in files and config.data is None:
             raise GPT2ModernError("--tasks perplexity needs --data with prepared data; give it, or other --tasks")
         with joined_processes("no", 3600) as (accelerator, processes):

@@ -51,8 +51,10 @@ def planned(flags, variants, **settings):
 def results_of_report(tmp_path):
     """Return the newest report's results, and check that text and picture are beside it."""
     path = max(tmp_path.glob("reports/*_ablation_*.json"))
-    assert path.with_suffix(".png").stat().st_size > 1000 and path.with_suffix(".md").exists()
-    return json.loads(path.read_text())["results"]
+    content = json.loads(path.read_text())
+    assert path.with_name(content["picture"]).stat().st_size > 1000
+    assert path.with_suffix(".md").read_text().count(f"]({content['picture']})") == 1
+    return content["results"]
 
 
 def summaries(tmp_path):
@@ -151,6 +153,9 @@ def test_tokens_decide_the_steps_and_the_evaluations(flags):
         ("vanilla,+rope,+rope", {}, r"--variants has \+rope twice"),
         ("vanilla,+hidden_size=33", {}, "hidden_size"),
         ("vanilla", {"tokens": "many"}, "--tokens many must be a number"),
+        ("+rope,vanilla", {}, "the first variant has no base that a change could change; choose vanilla"),
+        ("vanilla,+seed=7", {}, "'seed=7' is no change"),
+        ("vanilla", {"tune": "learning_rate=1..2,e"}, "--tune learning_rate=1..2,e must be a setting"),
         ("vanilla", {"tune": "speed=1,2"}, "--tune speed=1,2 must be a setting of train_accelerate.py"),
         ("vanilla", {"recipe": "none"}, "no such file or recipe; the recipes are ablation,"),
     ],

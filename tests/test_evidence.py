@@ -133,6 +133,22 @@ def test_a_block_without_a_template_is_an_error(root, capsys):
     assert caught.value.code == 2 and "'answer'" in capsys.readouterr().err
 
 
+def test_a_block_without_its_end_is_an_error_and_nothing_is_lost(root, capsys):
+    report(root)
+    (root / "README.md").write_text(PAGE.replace("<!-- end -->", "", 1))
+    with pytest.raises(SystemExit) as caught:
+        evidence.main([])
+    assert caught.value.code == 2 and "a block of README.md has no end" in capsys.readouterr().err
+    assert (root / "README.md").read_text() == PAGE.replace("<!-- end -->", "", 1)
+
+
+def test_a_report_that_is_no_json_is_named(root, capsys):
+    report(root).write_text("{")
+    with pytest.raises(SystemExit) as caught:
+        evidence.main(["--check"])
+    assert caught.value.code == 2 and "speed_cpu.json is no report" in capsys.readouterr().err
+
+
 def test_a_report_is_complete(root):
     path = report(root, changes={"picture": "2026-01-01_000000_speed_cpu.png"})
     content = json.loads(path.read_text())

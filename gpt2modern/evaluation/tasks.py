@@ -43,7 +43,13 @@ def with_error(name: str, values: Sequence[float]) -> Results:
 def choice_accuracy(log_probs: list, tokens: list, characters: list, labels: list, **_: Any) -> Results:
     """Return how often the right continuation has the highest sum of log-probabilities (acc), sum per character
     (acc_norm) or sum per token (acc_token_norm), with standard errors. The first three arguments have for each item a
-    list with a number for each continuation; labels are the numbers of the right ones, from 0."""
+    list with a number for each continuation; labels are the numbers of the right ones, from 0. Raises ValueError if the
+    lists of an item differ in length, its label is none of them, or a continuation is empty."""
+    for of_item in zip(log_probs, tokens, characters, labels, strict=True):
+        if {len(each) for each in of_item[:2]} != {len(of_item[2])} or not 0 <= of_item[3] < len(of_item[0]):
+            raise ValueError(f"log_probs, tokens, characters and label {of_item} do not fit together")
+        if min(*of_item[1], *of_item[2]) < 1:
+            raise ValueError(f"a continuation of {of_item} has no tokens or characters")
     results, ones = {}, [np.ones(len(each)) for each in log_probs]
     for name, lengths in {"acc": ones, "acc_norm": characters, "acc_token_norm": tokens}.items():
         chosen = [np.argmax(np.divide(*each)) for each in zip(log_probs, lengths, strict=True)]
@@ -69,6 +75,8 @@ def ask_hellaswag(document: dict[str, Any]) -> tuple[int, list[Question]]:
     texts = [f"{document['activity_label']}: {document['ctx_a']} {document['ctx_b'].capitalize()}", *endings]
     for number, text in enumerate(texts):  # WikiHow's markup has left tags in brackets
         texts[number] = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    if not all(texts[1:]):
+        raise ValueError(f"of its endings {endings!r:.60} one is nothing but brackets")
     cleaned = texts[0], [f" {ending}" for ending in texts[1:]], True
     return int(label), [cleaned, (document["ctx"], [f" {ending}" for ending in endings], False)]
 

@@ -319,7 +319,7 @@ MODELS = [
     BadInput(PERPLEXITY, "--length_factors 1 0", "--length_factors 0 must be at least 1"),
     BadInput(PERPLEXITY, "--data no_bytes", "the split validation has 0 bytes of text in"),
     BadInput(PERPLEXITY, "--data model", "model/manifest.json: no such file"),
-    BadInput(RUN, "--tasks hellaswag,arc", "the task 'arc' is unknown; choose from hellaswag, lambada"),
+    BadInput(RUN, "--tasks hellaswag,arc", "the task 'arc' is unknown; choose from perplexity, hellaswag, lambada"),
     BadInput(RUN, "--hellaswag missing.jsonl", "hellaswag: missing.jsonl cannot be read (No such file or directory)"),
     BadInput(RUN, "--hellaswag empty.txt", "hellaswag: empty.txt is empty; give a JSON-lines file with the columns of"),
     BadInput(RUN, "--hellaswag body.jsonl", "body.jsonl, document 1: 'ctx' is missing or of another type"),

@@ -23,4 +23,4 @@ class Perplexity(evaluate.Metric):
         loss = math.fsum(nats) / total
         squares = math.fsum((of_block - loss * size) ** 2 for of_block, size in zip(nats, tokens, strict=True))
         error = math.sqrt(squares * count / (count - 1)) / total if count > 1 else None
-        return {"loss": loss, "standard_error": error, "perplexity": math.exp(loss) if loss < 709 else math.inf}
+        return {"loss": loss, "standard_error": error, "perplexity": math.inf if loss > 709 else math.exp(loss)}
