@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -158,7 +159,7 @@ def filled_pages(root: Path) -> dict[Path, str]:
     block has no template, or a template asks for what its report does not have."""
     found = reports(root)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["spread"] = median_and_spread
+    environment.filters |= {"spread": median_and_spread, "median": median}
     newest = {NAME.fullmatch(path.stem)["topic"]: report for path, report in found.items()}
     try:
         pages = {path.with_suffix(".md"): page_of(report) for path, report in found.items()}
