@@ -25,7 +25,7 @@ from gpt2modern.data.blocks import IGNORE_INDEX, PackedBlocks, refuse_larger_voc
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import document_positions
 from gpt2modern.files import check_writable_file, write_json
-from gpt2modern.loading import load_model, longest_sequence
+from gpt2modern.loading import load_model, longest_sequence, num_token_ids
 from gpt2modern.settings import check_range, check_ranges, setting
 from gpt2modern.training.distributed import Processes, joined_processes
 
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             blocks = PackedBlocks(config.data, config.split, config.block_size)
             refuse_other_tokenizer(config.model, blocks)
             model = load_model(config.model).to(accelerator.device)
-            vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
-            refuse_larger_vocabulary(config.model, vocab_size, blocks)
+            refuse_larger_vocabulary(config.model, num_token_ids(model.config), blocks)
             longest = longest_sequence(model) or math.inf
             if blocks.block_size > longest:
                 raise GPT2ModernError(

@@ -19,7 +19,7 @@ from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refus
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.tasks import TASKS, evaluate_tasks, prepare_tasks
 from gpt2modern.files import check_writable_file, public_name, sha256_of, write_json
-from gpt2modern.loading import load_model, longest_sequence
+from gpt2modern.loading import load_model, longest_sequence, num_token_ids
 from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.card import EVALUATION_FILE, WEIGHTS_FILE
 from gpt2modern.training.distributed import Processes, joined_processes
@@ -84,8 +84,7 @@ def evaluate(
         if longest is not None and blocks.block_size > longest:
             blocks = PackedBlocks(data, "validation", longest)
         refuse_other_tokenizer(config.model, blocks)
-        vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
-        refuse_larger_vocabulary(config.model, vocab_size, blocks)
+        refuse_larger_vocabulary(config.model, num_token_ids(model.config), blocks)
         measured = perplexity.measure(model, blocks, batch_size=batch_size, processes=processes)
         loss, error = measured["loss"], measured.pop("standard_error")
         for name in ("loss", "perplexity", "bits_per_byte"):  # errors of the last two by the delta method

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
@@ -67,6 +67,11 @@ def load_tokenizer(name: str | Path, *, flag: str = "--model") -> PreTrainedToke
 def best_device() -> torch.device:
     """Return the accelerator device that torch finds, or the CPU if there is none."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def num_token_ids(config: PreTrainedConfig) -> int:
+    """Return the number of valid token ids of a model: vocab_size without the padding that GPT2-Modern may have."""
+    return getattr(config, "unpadded_vocab_size", None) or config.vocab_size
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.scoring import Row, batches_of, score_rows
-from gpt2modern.evaluation.tasks import TASKS, evaluate_tasks, last_word_accuracy, prepare_tasks
+from gpt2modern.evaluation.tasks import TASKS, choice_accuracy, evaluate_tasks, last_word_accuracy, prepare_tasks
 from gpt2modern.loading import load_model
 from gpt2modern.training.card import public_settings
 from gpt2modern.training.records import plot_training_curves
@@ -427,3 +427,12 @@ def test_the_command_of_a_task_is_that_of_all(run_with_tasks, files, tmp_path, c
         report = json.loads(output.read_text())
         assert report["protocol"][name]["items"] == 3 and list(report["protocol"]) == [name]
         assert json.loads(capsys.readouterr().out) == report
+
+
+@pytest.mark.parametrize(
+    "characters, label", [([9], 1), ([9, 0], 1), ([9, 3], 2), ([9, 3], -1)], ids=["lengths", "empty", "above", "below"]
+)
+def test_numbers_that_do_not_fit_together_are_no_accuracy(characters, label):
+    assert choice_accuracy([[-4.0, -3.0]], [[2, 1]], [[9, 3]], [1])["acc"] == 1.0
+    with pytest.raises(ValueError, match="do not fit"):
+        choice_accuracy([[-4.0, -3.0]], [[2, 1]], [characters], [label])

@@ -26,7 +26,7 @@ from gpt2modern.conversion.architectures import __doc__ as table_of_architecture
 from gpt2modern.conversion.traits import Weights, of_layers
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder
-from gpt2modern.loading import load_model, load_tokenizer
+from gpt2modern.loading import load_model, load_tokenizer, num_token_ids
 from gpt2modern.settings import setting
 from modeling_gpt2modern.configuration_gpt2modern import GPT2ModernConfig
 from modeling_gpt2modern.layers_gpt2modern import build_norm
@@ -281,7 +281,7 @@ def _compare(original: PreTrainedModel, converted: PreTrainedModel) -> dict[str,
     number of tokens, for the card. Raises RuntimeError if the difference is more than rounding."""
     config = original.config
     length = min(config.max_position_embeddings, 2 * (getattr(config, "sliding_window", None) or 64))
-    vocab_size = getattr(config, "unpadded_vocab_size", None) or config.vocab_size
+    vocab_size = num_token_ids(config)
     input_ids = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, actual = (model.float()(input_ids).logits[..., :vocab_size] for model in (original, converted))

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.loading import longest_sequence
+from gpt2modern.loading import longest_sequence, num_token_ids
 
 
 def generate_text(
@@ -36,7 +36,7 @@ def generate_text(
     )
     if input_ids is None or input_ids.shape[1] == 0:
         input_ids = torch.tensor([[tokenizer.eos_token_id]])  # (1, prompt_len)
-    vocab_size = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size
+    vocab_size = num_token_ids(model.config)
     if input_ids.max() >= vocab_size:
         raise GPT2ModernError(
             f"the tokenizer returns token id {input_ids.max()}, but the model's vocab_size is only {vocab_size}; use "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gpt2modern.errors import GPT2ModernError, hub_problem
 from gpt2modern.evaluation.scoring import Row, score_rows
-from gpt2modern.loading import load_tokenizer
+from gpt2modern.loading import load_tokenizer, num_token_ids
 
 Results = dict[str, float | None]
 # A context, its continuations, and whether both are tokenized as one text, as lm-eval does, or each alone.
@@ -46,10 +46,9 @@ def choice_accuracy(log_probs: list, tokens: list, characters: list, labels: lis
     list with a number for each continuation; labels are the numbers of the right ones, from 0. Raises ValueError if the
     lists of an item differ in length, its label is none of them, or a continuation is empty."""
     for of_item in zip(log_probs, tokens, characters, labels, strict=True):
-        if {len(each) for each in of_item[:2]} != {len(of_item[2])} or not 0 <= of_item[3] < len(of_item[0]):
-            raise ValueError(f"log_probs, tokens, characters and label {of_item} do not fit together")
-        if min(*of_item[1], *of_item[2]) < 1:
-            raise ValueError(f"a continuation of {of_item} has no tokens or characters")
+        log_prob, *lengths, label = of_item
+        if not (all(len(each) == len(log_prob) and min(each) > 0 for each in lengths) and 0 <= label < len(log_prob)):
+            raise ValueError(f"log_probs, tokens, characters and label {of_item} do not fit, or are of an empty text")
     results, ones = {}, [np.ones(len(each)) for each in log_probs]
     for name, lengths in {"acc": ones, "acc_norm": characters, "acc_token_norm": tokens}.items():
         chosen = [np.argmax(np.divide(*each)) for each in zip(log_probs, lengths, strict=True)]
@@ -182,7 +181,7 @@ def rows_of(name: str, context: str, texts: list[str], together: bool, model: Pr
     goes to the continuation, BOS or EOS is an empty context, and a context is cut from the left to the positions."""
     encode = partial(tokenizer, verbose=False)  # no warning of a text that is cut
     most = getattr(model.config, "max_position_embeddings", None) or 2**62
-    vocab_size, rows = getattr(model.config, "unpadded_vocab_size", None) or model.config.vocab_size, []
+    vocab_size, rows = num_token_ids(model.config), []
     before = encode(context.rstrip() if together else context, add_special_tokens=together).input_ids
     start = before or [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     for text in texts:

@@ -21,7 +21,7 @@ from gpt2modern.cli import nearest
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import public_name
-from gpt2modern.loading import load_config, load_model, read_tensors
+from gpt2modern.loading import load_config, load_model, num_token_ids, read_tensors
 from gpt2modern.training.config import TrainConfig
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
@@ -86,7 +86,7 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
             "bos_token_id": data.eos_token_id,
             "eos_token_id": data.eos_token_id,
         }
-        if data.vocab_size != (preset.unpadded_vocab_size or preset.vocab_size):
+        if data.vocab_size != num_token_ids(preset):
             fitted["vocab_size"] = data.vocab_size
             if preset.unpadded_vocab_size is not None:  # rows in multiples of 64 suit tensor cores
                 fitted["vocab_size"] = -(-data.vocab_size // 64) * 64
@@ -95,7 +95,7 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
     except (ValueError, TypeError) as error:
         raise GPT2ModernError(f"--model_preset {config.model_preset} with --config_overrides: {error}") from None
     if isinstance(data, PackedBlocks):
-        refuse_larger_vocabulary("the model", model_config.unpadded_vocab_size or model_config.vocab_size, data)
+        refuse_larger_vocabulary("the model", num_token_ids(model_config), data)
     _refuse_longer_blocks("--config_overrides", model_config, data)
     try:
         return GPT2ModernForCausalLM._from_config(model_config, attn_implementation=config.attn_implementation)
@@ -114,7 +114,7 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
         raise GPT2ModernError(f"--config_overrides cannot set {fixed[0]} with {flag}; set only {', '.join(DROPOUTS)}")
     model_config.update(overrides)
     if isinstance(data, PackedBlocks):
-        refuse_larger_vocabulary(name, model_config.unpadded_vocab_size or model_config.vocab_size, data)
+        refuse_larger_vocabulary(name, num_token_ids(model_config), data)
         refuse_other_tokenizer(name, data)
     _refuse_longer_blocks(name, model_config, data)
     arguments = {"config": model_config, "attn_implementation": config.attn_implementation}
