@@ -58,31 +58,41 @@ def main(argv: list[str] | None = None) -> None:
             refuse_other_tokenizer(config.model, blocks)
             model = load_model(config.model).to(accelerator.device)
             refuse_larger_vocabulary(config.model, num_token_ids(model.config), blocks)
-            longest = longest_sequence(model) or math.inf
-            if blocks.block_size > longest:
+            if blocks.block_size > (longest := longest_sequence(model) or math.inf):
                 raise GPT2ModernError(
                     f"--block_size {blocks.block_size} is more than the {longest} positions of --model {config.model}; "
                     f"use --block_size {longest}"
                 )
-            rows = []
-            for factor in dict.fromkeys([1, *(config.length_factors or [])]):
-                size = blocks.block_size * factor
-                rows.append({"block_size": size, "note": f"beyond its {longest} positions"})
-                if size <= longest:
-                    rows[-1] = measure(
-                        model,
-                        PackedBlocks(config.data, config.split, size),
-                        batch_size=max(1, config.per_device_eval_batch_size // factor),  # as many logits in memory
-                        document_masking=config.document_masking,
-                        stride=config.stride,
-                        processes=processes,
-                    )
+            rows = measure_lengths(
+                model,
+                blocks,
+                [1, *(config.length_factors or [])],
+                batch_size=config.per_device_eval_batch_size,
+                document_masking=config.document_masking,
+                stride=config.stride,
+                processes=processes,
+            )
             lengths = {"lengths": rows} if config.length_factors else {}
             result = {"model": config.model, "data": config.data, "split": config.split, **rows[0], **lengths}
             if processes.is_main:
                 print(json.dumps(result, indent=2))
                 if config.output:
                     write_json(Path(config.output), result)
+
+
+def measure_lengths(
+    model: PreTrainedModel, blocks: PackedBlocks, factors: Sequence[int], *, batch_size: int = 8, **options: Any
+) -> list[dict[str, Any]]:
+    """Return the result of `measure`, which takes the options, in blocks of each multiple of the block size; only size
+    and note where the model has fewer positions. batch_size: at the block size; longer blocks have as many tokens."""
+    rows, longest = [], longest_sequence(model) or math.inf
+    for factor in dict.fromkeys(factors):
+        size = blocks.block_size * factor
+        rows.append({"block_size": size, "note": f"beyond its {longest} positions"})
+        if size <= longest:
+            longer = PackedBlocks(str(blocks.data_dir), blocks.split, size)
+            rows[-1] = measure(model, longer, batch_size=max(1, batch_size // factor), **options)
+    return rows
 
 
 @torch.no_grad()

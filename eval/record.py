@@ -1,16 +1,18 @@
 """Write a report of a finished run: its loss on the whole validation split, speed, memory, curves, last samples.
 
-    python -m eval.record --run out/demo --data data/stdlib
+    python -m eval.record --run out/demo --data data/stdlib [--length_factors 2 4]
 
 The report names the commit of the checkout: record a run before the code changes.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from eval import evidence
+from eval.perplexity import measure_lengths
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError
@@ -27,6 +29,7 @@ MEASURES += [f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "
 class RecordConfig:
     run: str = setting(help="output folder of train_accelerate.py")
     data: str = setting(help="folder written by prepare_data.py that the run was trained on")
+    length_factors: list[int] | None = setting(None, "also the loss in blocks of these multiples of the block size")
     output: str = setting("eval/reports", "folder that the report is written to")
 
 
@@ -43,12 +46,16 @@ def main(argv: list[str] | None = None) -> None:
             "record", config.output, device, argv, package="eval", measures=MEASURES + recipe, variant=name
         )
         logged, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
-        loss = evaluate_loss(load_model(config.run, flag="--run").to(device), blocks, batch_size=8)
+        model = load_model(config.run, flag="--run").to(device)
+        loss = evaluate_loss(model, blocks, batch_size=8)
         results = json.loads((run / "summary.json").read_text()) | {"validation_tokens": blocks.tokens}
         results |= {key: metric.of(loss, blocks) for key, metric in METRICS.items()}
         results["samples"] = [each for each in samples if each["step"] == samples[-1]["step"]]
+        results["lengths"] = measure_lengths(model, blocks, config.length_factors or [])
         results["rates"] = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
         numbers = [(key, value) for key, value in results.items() if isinstance(value, int | float)]
+        for each in results["lengths"]:
+            numbers.append((f"loss in blocks of {each['block_size']}", each.get("loss", math.nan)))
         rows = [["measure", "value"], *([k, f"{v:,}" if isinstance(v, int) else f"{v:,.3f}"] for k, v in numbers)]
         method = f"""
 Loss: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Other values: of the training, at

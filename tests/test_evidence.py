@@ -241,13 +241,18 @@ def test_a_run_is_recorded_with_its_loss_on_the_whole_validation_split(data_dir,
     run = train(
         data_dir, tmp_path / "demo", ["--sample_prompts", "def ", "class "], eval_blocks=2, sample_max_new_tokens=4
     )
-    record.main(["--run", str(run), "--data", str(data_dir), "--output", str(tmp_path / "reports")])
+    record.main(
+        ["--run", str(run), "--data", str(data_dir), "--output", str(tmp_path / "reports"), "--length_factors", "2"]
+    )
     (page,) = (tmp_path / "reports").glob("*_record_demo_cpu.md")
     content = json.loads(page.with_suffix(".json").read_text())
     results, summary = content["results"], json.loads((run / "summary.json").read_text())
     blocks = PackedBlocks(data_dir, "validation")
     assert results["eval_loss"] == pytest.approx(evaluate_loss(load_model(str(run)), blocks, batch_size=1), abs=1e-6)
     assert results["eval_loss"] != summary["eval_loss"] and results["tokens_seen"] == summary["tokens_seen"]
+    longer = PackedBlocks(data_dir, "validation", 2 * blocks.block_size)
+    expected = evaluate_loss(load_model(str(run)), longer, batch_size=1)
+    assert results["lengths"][0]["loss"] == pytest.approx(expected, abs=1e-6) != results["eval_loss"]
     assert [each["prompt"] for each in results["samples"]] == ["def ", "class "] and len(results["rates"]) == 8
     assert "recipes/demo.yaml" in content["measures"] and content["command"].startswith("python -m eval.record --run")
     assert f"| eval_loss | {results['eval_loss']:.3f} |" in page.read_text() and content["picture"] in page.read_text()
