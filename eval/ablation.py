@@ -357,14 +357,15 @@ def tune(ablation: Ablation, workers: Workers) -> list[dict[str, Any]]:
 
 def match_time(ablation: Ablation, workers: Workers) -> dict[str, dict[str, int]]:
     """Return for each variant the settings with which it trains as long as the first, by the speed in a short run."""
-    runs = [ablation.run(name, 1, **SPEED_RUN) for name in ablation.variants]
+    runs, recipe = [ablation.run(name, 1, **SPEED_RUN) for name in ablation.variants], ablation.recipe
+    workers.bar.total += sum(run.config.max_steps * run.tokens_per_step for run in runs)
     workers.train([] if ablation.config.report_only else runs)
     if missing := [run.name for run in runs if run.summary is None]:
         raise GPT2ModernError(f"--matched time: {missing[0]} has not measured a speed{workers.first_failure()}")
     speeds = [statistics.median(speed for _, speed in run.rows_with("tokens_per_second")[1:]) for run in runs]
-    changed = [
-        with_steps(ablation.recipe, max(1, round(ablation.recipe.max_steps * each / speeds[0]))) for each in speeds
-    ]
+    changed = [with_steps(recipe, max(1, round(recipe.max_steps * each / speeds[0]))) for each in speeds]
+    more = sum(each.max_steps - recipe.max_steps for each in changed)
+    workers.bar.total += ablation.config.seeds * more * recipe.total_batch_size
     values = [{"max_steps": each.max_steps, "eval_steps": each.eval_steps} for each in changed]
     return dict(zip(ablation.variants, values, strict=True))
 
