@@ -26,10 +26,12 @@ from gpt2modern.training.checkpoints import (
     save_checkpoint,
     set_aside_later_checkpoints,
 )
+from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.optimizers import init_state
 from gpt2modern.training.state import SavedState
+from modeling_gpt2modern import GPT2ModernConfig
 from tests.support.folders import change_json, change_tensors
-from tests.support.trainer import COMMON, built, checkpoints_of, config_of, damage
+from tests.support.trainer import COMMON, MUON_SETTINGS, built, checkpoints_of, config_of, damage
 from train_accelerate import main, train
 
 
@@ -195,6 +197,7 @@ def test_only_plain_numbers_are_steps(tmp_path):
 KINDS = {
     "adamw": {},
     "muon": {"optimizer": "muon", "model_preset": "speedrun"},
+    "normuon": {"optimizer": "muon", "muon_normalize_rows": True},
     "lora": {"lora_rank": 4, "config_overrides": None},
 }
 
@@ -248,12 +251,14 @@ def refusal(run, checkpoint):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_run_saved_is_resumed_also_without_a_version(saved, tmp_path, kind):
-    """Checkpoints of earlier versions state neither the version nor whether there is optimizer state."""
+    """Those of earlier versions state neither the version, nor whether there is optimizer state, nor later settings."""
     checkpoint, run = saved(kind)
     assert restore(run, checkpoint).step == 3
 
     def to_earlier(state):
-        del state["format_version"], state["has_optimizer_state"]
+        del state["format_version"], state["has_optimizer_state"], state["settings"]["model"]["mlp_bias"]
+        for name in MUON_SETTINGS.keys() - {"muon_momentum_warmup_steps", *KINDS[kind]}:
+            del state["settings"][name]
 
     earlier = altered(checkpoint, tmp_path, lambda copy: change_json(copy / "trainer_state.json", to_earlier))
     assert restore(run, earlier).to_json() == restore(run, checkpoint).to_json()
@@ -305,7 +310,8 @@ def is_harmless(place, value, before):
         ("grad_scaler",): value in ({}, {"x": 1}),  # is looked at where there is a scaler
     }
     same = type(value) is type(before) and value == before
-    same |= place[0] == "settings" and before is None and value is DELETED  # a setting that came later
+    default = getattr(TrainConfig, place[-1], getattr(GPT2ModernConfig, place[-1], None))
+    same |= place[0] == "settings" and before == default and value is DELETED  # a setting that came later
     # Only max_steps is read from the schedule: the settings it was made from are compared one by one.
     return same or (place[0] == "schedule" and place != ("schedule", "max_steps")) or valid.get(place, False)
 
@@ -417,10 +423,12 @@ def test_no_odd_tensor_is_loaded_or_a_crash(saved, tmp_path, kind, file):
 
 
 @pytest.mark.parametrize(
-    ("state_name", "value"), [("step", -1.0), ("step", 4.0), ("step", 1e9), ("exp_avg_sq", -1.0)], ids=str
+    ("state_name", "value"),
+    [("step", -1.0), ("step", 4.0), ("step", 1e9), ("exp_avg_sq", -1.0), ("row_mean_square", -1.0)],
+    ids=str,
 )
 def test_values_that_no_update_makes_are_refused(saved, tmp_path, state_name, value):
-    checkpoint, run = saved("adamw")
+    checkpoint, run = saved("normuon" if state_name == "row_mean_square" else "adamw")
 
     def change(tensors):
         name = next(name for name in tensors if name.endswith(f"/{state_name}"))

@@ -132,6 +132,11 @@ def test_help_shows_every_flag_once_under_its_group(capsys):
         ("scalar_learning_rate", 0.1, SPEEDRUN),
         ("muon_learning_rate", 0.05, MUON),
         ("muon_momentum_warmup_steps", 2, MUON),
+        ("muon_momentum_cooldown_steps", 16, MUON | {"muon_momentum_warmup_steps": 0}),
+        ("muon_coefficients", "polar_express", MUON),
+        ("muon_normalize_rows", True, MUON),
+        ("cautious_weight_decay", True, {}),
+        ("head_learning_rate", 2e-2, SPEEDRUN),
         ("lr_scheduler_type", "linear", {}),
         ("warmup_steps", 2, {}),
         ("warmup_ratio", 0.5, {}),
@@ -161,7 +166,7 @@ def test_another_value_changes_the_losses(data_dir, model_dir, base_losses, tmp_
 
 
 def test_every_rate_and_average_reaches_its_group(data_dir, tmp_path):
-    rates = {"embedding_learning_rate": 0.1, "learning_rate": 0.2, "scalar_learning_rate": 0.3}
+    rates = {"embedding_learning_rate": 0.1, "head_learning_rate": 0.2, "scalar_learning_rate": 0.3}
     averages = {"adam_beta1": 0.6, "adam_beta2": 0.7, "adam_epsilon": 1e-4, "weight_decay": 0.05}
     flags = SPEEDRUN | MUON | rates | averages | {"muon_learning_rate": 0.4}
     with built(data_dir, tmp_path, **flags) as run:
@@ -254,8 +259,10 @@ def fixed(run, **changes):
 
 SETTINGS = {
     "seed": 1, "document_masking": True, "batch_size_warmup_steps": 2, "optimizer": "muon", "learning_rate": 1.0,
-    "embedding_learning_rate": 1.0, "scalar_learning_rate": 1.0, "muon_learning_rate": 1.0,
-    "muon_momentum_warmup_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 1, "warmup_ratio": 0.5,
+    "embedding_learning_rate": 1.0, "head_learning_rate": 1.0, "scalar_learning_rate": 1.0, "muon_learning_rate": 1.0,
+    "cautious_weight_decay": True, "muon_momentum_warmup_steps": 1, "muon_momentum_cooldown_steps": 1,
+    "muon_coefficients": "polar_express", "muon_normalize_rows": True, "lr_scheduler_type": "constant",
+    "warmup_steps": 1, "warmup_ratio": 0.5,
     "decay_steps": 1, "decay_ratio": 0.5, "decay_type": "linear", "min_lr_ratio": 0.7, "weight_decay": 0.7,
     "adam_beta1": 0.7, "adam_beta2": 0.7, "adam_epsilon": 0.7, "max_grad_norm": 0.7, "z_loss": 0.7, "lora_rank": 1,
     "lora_alpha": 1.0, "lora_target_modules": ["q_proj"],

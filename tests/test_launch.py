@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.folders import random_rows, write_prepared
 from tests.support.trainer import (
+    MUON_SETTINGS,
     REPOSITORY,
     TINY,
     TORCHRUN,
@@ -216,15 +217,19 @@ def test_a_sharded_run_resumes_in_one_process(sharded, whole, data_dir, tmp_path
     assert losses(run) == pytest.approx(losses(whole)[3:], rel=1e-6)
 
 
-def test_muon_resumes_sharded_after_one_process(data_dir, tmp_path):
-    """The head is not tied, and some scalars lie on one process only.
+@pytest.mark.parametrize(
+    ("variables", "changes"), [(FSDP2, MUON_SETTINGS), ({}, {})], ids=["FSDP2, all settings", "DDP"]
+)
+def test_muon_resumes_in_two_processes_after_one(data_dir, tmp_path, variables, changes):
+    """The head is not tied, and some scalars lie on one shard only.
 
     Over three steps at these rates Muon's products in bf16 amplify rounding little; test_train.py has the recipe's.
     """
-    one = train(data_dir, tmp_path / "one", **SETTINGS, **SPEEDRUN)
+    flags = SPEEDRUN | changes
+    one = train(data_dir, tmp_path / "one", **SETTINGS, **flags)
     two = tmp_path / "two"
-    checkpoint = one / "checkpoints" / "step_0000003"
-    launch(data_dir, two, *TORCHRUN, "2", says=SHARDED, variables=FSDP2, resume_from_checkpoint=checkpoint, **SPEEDRUN)
+    flags["resume_from_checkpoint"] = one / "checkpoints" / "step_0000003"
+    launch(data_dir, two, *TORCHRUN, "2", says=SHARDED if variables else "2 x cpu", variables=variables, **flags)
     assert losses(two) == pytest.approx(losses(one)[3:], rel=1e-5)
     states = [load_file(run / "checkpoints" / "step_0000006" / "optimizer.safetensors") for run in (one, two)]
     assert states[0].keys() == states[1].keys()

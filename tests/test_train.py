@@ -33,6 +33,7 @@ from tests.support.folders import random_rows, write_prepared
 from tests.support.trainer import (
     ENVIRONMENT,
     FLAGS,
+    MUON_SETTINGS,
     REPOSITORY,
     TINY,
     assert_same_weights,
@@ -109,8 +110,9 @@ def test_a_second_resume_ends_bit_identical(finished, data_dir, tmp_path):
 
 
 @pytest.mark.fault("F1 resume from anywhere")
-def test_muon_resumes_bit_identical(data_dir, tmp_path):
-    settings = {"model_preset": "speedrun", "optimizer": "muon", "embedding_learning_rate": 0.1}
+@pytest.mark.parametrize("changes", [{}, MUON_SETTINGS], ids=["plain", "all settings"])
+def test_muon_resumes_bit_identical(data_dir, tmp_path, changes):
+    settings = {"model_preset": "speedrun", "optimizer": "muon", "embedding_learning_rate": 0.1} | changes
     whole = train(data_dir, tmp_path / "whole", **settings)
     checkpoint = whole / "checkpoints" / "step_0000003"
     resumed = train(data_dir, tmp_path / "resumed", resume_from_checkpoint=checkpoint, **settings)
@@ -317,7 +319,11 @@ def test_changed_settings_are_refused_and_listed(finished, data_dir, capsys):
 
 
 @pytest.mark.fault("F16 resume under other settings or data")
-@pytest.mark.parametrize("changes", [{"learning_rate": 5e-3}, {"optimizer": "muon"}], ids=["rate", "optimizer"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": 5e-3}, {"optimizer": "muon"}, {"cautious_weight_decay": True}],
+    ids=["rate", "optimizer", "decay"],
+)
 def test_changed_settings_can_be_forced_and_are_listed(finished, data_dir, tmp_path, capsys, changes):
     checkpoint = finished / "checkpoints" / "step_0000006"
     forced = train(data_dir, tmp_path, force_resume=True, resume_from_checkpoint=checkpoint, **changes)
@@ -382,6 +388,30 @@ def test_a_constant_run_is_lengthened(data_dir, tmp_path):
     assert losses(train(data_dir, tmp_path / "run", max_steps=8, **flags)) == losses(whole)
 
 
+def test_a_run_whose_momentum_has_fallen_is_not_lengthened(data_dir, tmp_path, capsys):
+    """Its last updates would not be the same. A checkpoint of before the cool-down is lengthened."""
+    flags = {"lr_scheduler_type": "constant", "optimizer": "muon", "muon_momentum_cooldown_steps": 3}
+    flags |= {"muon_momentum_warmup_steps": 0, "save_steps": 2}
+    whole = train(data_dir, tmp_path / "whole", max_steps=8, **flags)
+    short = train(data_dir, tmp_path / "short", max_steps=6, **flags)
+    with pytest.raises(SystemExit):
+        train(data_dir, short, max_steps=8, **flags)
+    assert "other settings: max_steps was 6, is 8; restore" in capsys.readouterr().err
+    flags["resume_from_checkpoint"] = short / "checkpoints" / "step_0000004"
+    assert losses(train(data_dir, tmp_path / "run", max_steps=8, **flags)) == losses(whole)[4:]
+
+
+def test_muon_is_forced_to_normalize_rows(data_dir, tmp_path, capsys):
+    """Its state gets further tensors; so the averages of the run before are not loaded."""
+    run = train(data_dir, tmp_path, optimizer="muon", max_steps=3)
+    flags = {"optimizer": "muon", "max_steps": 5, "lr_scheduler_type": "cosine", "force_resume": True}
+    train(data_dir, run, muon_normalize_rows=True, save_steps=5, **flags)
+    assert "muon_normalize_rows was False, is True" in capsys.readouterr().out
+    states = [load_file(run / "checkpoints" / f"step_000000{step}" / "optimizer.safetensors") for step in (3, 5)]
+    names = states[1].keys() - states[0].keys()
+    assert names == {name.replace("momentum_buffer", "row_mean_square") for name in states[0] if "momentum" in name}
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_adamw_accumulates_the_losses_of_one_big_batch(data_dir, tmp_path, micro_batch):
     big = train(data_dir, tmp_path / "big", per_device_train_batch_size=8, save_steps=0)
@@ -389,23 +419,12 @@ def test_adamw_accumulates_the_losses_of_one_big_batch(data_dir, tmp_path, micro
     assert losses(small) == pytest.approx(losses(big), abs=1e-6)
 
 
-def newton_schulz_in_fp32(gradient, coefficients, steps, eps):
-    """Orthogonalise a matrix of any shape as torch.optim.Muon does, which computes it in bf16."""
-    a, b, c = coefficients
-    matrix = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-    matrix = matrix / matrix.norm().clamp(min=eps)
-    for _ in range(steps):
-        gram = matrix @ matrix.T
-        matrix = a * matrix + (b * gram + c * gram @ gram) @ matrix
-    return matrix if gradient.shape[0] <= gradient.shape[1] else matrix.T
-
-
 @pytest.mark.parametrize(("in_fp32", "tolerance"), [(True, 5e-6), (False, 1e-3)], ids=["fp32", "as it is"])
 def test_muon_accumulates_up_to_its_products_in_bf16(data_dir, tmp_path, monkeypatch, in_fp32, tolerance):
     """At the speedrun recipe's rates. Sums of another order round otherwise, which bf16 makes a hundred times larger;
     it grows: 7e-5 after 12 steps and 6e-3 after 40, with the same products in fp32 5e-7 and 3e-6."""
     if in_fp32:
-        monkeypatch.setattr("torch.optim._muon._zeropower_via_newtonschulz", newton_schulz_in_fp32)
+        monkeypatch.setattr("gpt2modern.training.muon.MUON_DTYPE", torch.float32)
     recipe = {
         "model_preset": "speedrun", "optimizer": "muon", "muon_learning_rate": 0.04, "embedding_learning_rate": 0.6,
         "learning_rate": 8e-3, "scalar_learning_rate": 0.04, "weight_decay": 0.0, "max_grad_norm": 0.0,

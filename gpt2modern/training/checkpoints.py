@@ -36,7 +36,7 @@ from gpt2modern.training.models import has_adapters, load_adapters
 from gpt2modern.training.optimizers import init_state
 from gpt2modern.training.schedules import Schedule
 from gpt2modern.training.state import FORMAT_VERSION, SavedState, TrainState
-from modeling_gpt2modern import GPT2ModernForCausalLM
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -73,9 +73,10 @@ class Checkpoints:
         (step and results); without a checkpoint return a new TrainState and load nothing.
 
         A changed max_steps is accepted if the schedule gives all finished updates the learning rates that they had: a
-        constant schedule, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot. For
-        other changed settings raises GPT2ModernError that lists them, unless --force_resume is set; the optimizer state
-        is then skipped if --optimizer itself has changed.
+        constant schedule, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot, nor
+        can a run whose Muon has begun to lower its momentum at the end. For other changed settings raises
+        GPT2ModernError that lists them, unless --force_resume is set; the optimizer state is then skipped if it would
+        need other tensors, because --optimizer or --muon_normalize_rows has changed.
         """
         checkpoint = self.processes.on_main(
             lambda: choose_checkpoint(self.config.resume_from_checkpoint, self.folder, report=self.accelerator.print)
@@ -84,7 +85,9 @@ class Checkpoints:
             return TrainState()
         state, schedule = read_trainer_state(checkpoint)
         differing = changed_settings(state.settings, self.settings)
-        if schedule.max_steps != self.schedule.max_steps and not schedule.gave_the_same(self.schedule, state.step):
+        lengths, cooldown = {schedule.max_steps, self.schedule.max_steps}, self.config.muon_momentum_cooldown_steps
+        has_cooled = cooldown > 0 and state.step - 1 > min(lengths) - cooldown
+        if len(lengths) > 1 and (has_cooled or not schedule.gave_the_same(self.schedule, state.step)):
             differing.append(f"max_steps was {schedule.max_steps}, is {self.schedule.max_steps}")
         if differing and not self.config.force_resume:
             raise GPT2ModernError(
@@ -100,8 +103,8 @@ class Checkpoints:
             if types != expected or not 0 < scale["scale"] < math.inf:
                 raise GPT2ModernError(f"{checkpoint / STATE_FILE} has the invalid grad_scaler {scale}; {OTHERWISE}")
             scaler.load_state_dict(scale)
-        same_optimizer = state.settings.get("optimizer") == self.config.optimizer
-        load_checkpoint(checkpoint, self.model, self.optimizers if same_optimizer else None, state)
+        same_state = not any(each.startswith(("optimizer was", "muon_normalize_rows was")) for each in differing)
+        load_checkpoint(checkpoint, self.model, self.optimizers if same_state else None, state)
         self.accelerator.print(f"resumed from {checkpoint} at step {state.step}")
         return state
 
@@ -199,9 +202,11 @@ def fixed_settings(
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """Return a text 'name was X, is Y' for each setting whose value in a checkpoint (X) and in this run (Y) differs."""
-    saved = saved | saved["model"]
+    """Return a text 'name was X, is Y' for each setting whose value in a checkpoint (X) and in this run (Y) differs.
+    Of a checkpoint of an earlier version, a setting that came later has the default value, which changes nothing."""
     current = current | current["model"]
+    defaults = {name: getattr(TrainConfig, name, getattr(GPT2ModernConfig, name, None)) for name in current}
+    saved = defaults | saved | saved["model"]
     return [
         f"{name} was {saved.get(name)!r}, is {current.get(name)!r}"
         for name in sorted(saved.keys() | current.keys())
@@ -397,6 +402,6 @@ def load_optimizer_state(
     expected = {name: state[key] for name, (state, key) in states.items()}
     for name, tensor in read_tensors(path, expected, OTHERWISE).items():
         state, key = states[name]
-        if (key in ("step", "exp_avg_sq") and tensor.min() < 0) or (key == "step" and tensor > step):
+        if (key in ("step", "exp_avg_sq", "row_mean_square") and tensor.min() < 0) or (key == "step" and tensor > step):
             raise GPT2ModernError(f"{path} has impossible values in tensor {name} for step {step}; {OTHERWISE}")
         state[key].copy_(shard_like(tensor, state[key]))

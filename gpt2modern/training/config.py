@@ -28,6 +28,7 @@ hub = partial(setting, group="Hub", card=False)
 model_decides, batch_decides = partial(model, resume="same"), partial(batch, resume="same")
 rate_decides = partial(schedule, least=0, resume="same")
 optimizer_decides = partial(setting, group="optimizer", least=0, resume="same")
+muon_decides = partial(optimizer_decides, optimizer="muon")
 
 
 @dataclass
@@ -83,7 +84,10 @@ class TrainConfig:
     )
     learning_rate: float = rate_decides(6e-4, "peak learning rate of AdamW")
     embedding_learning_rate: float | None = rate_decides(
-        None, "AdamW's peak learning rate for the token embedding; default: learning_rate"
+        None, "AdamW's peak learning rate for tables that are looked up by token ids; default: learning_rate"
+    )
+    head_learning_rate: float | None = rate_decides(
+        None, "AdamW's peak learning rate for an output head that is not tied to the embedding; default: learning_rate"
     )
     scalar_learning_rate: float | None = rate_decides(
         None, "AdamW's peak learning rate for norm gains, biases and scalars; default: learning_rate"
@@ -112,8 +116,20 @@ class TrainConfig:
     adam_beta1: float = optimizer_decides(0.9, "decay rate of AdamW's average of gradients", most=0.99999)
     adam_beta2: float = optimizer_decides(0.95, "decay rate of AdamW's average of squared gradients", most=0.99999)
     adam_epsilon: float = optimizer_decides(1e-8, "small number added to the denominator of AdamW's update")
-    muon_momentum_warmup_steps: int = optimizer_decides(
-        300, "steps over which Muon's momentum grows from 0.85 to 0.95; only with --optimizer muon", optimizer="muon"
+    cautious_weight_decay: bool = optimizer_decides(
+        False, "AdamW and Muon decay only weights that the same update moves towards zero (arXiv:2510.12402)"
+    )
+    muon_momentum_warmup_steps: int = muon_decides(
+        300, "steps over which Muon's momentum grows from 0.85 to 0.95; only with --optimizer muon"
+    )
+    muon_momentum_cooldown_steps: int = muon_decides(
+        0, "last steps over which Muon's momentum shrinks from 0.95 to 0.85; only with --optimizer muon"
+    )
+    muon_coefficients: Literal["quintic", "polar_express"] = muon_decides(
+        "quintic", "polynomials of Muon's five steps, arXiv:2505.16932 for polar_express; only with --optimizer muon"
+    )
+    muon_normalize_rows: bool = muon_decides(
+        False, "NorMuon (arXiv:2510.05491): rows of Muon's updates get equal sizes; only with --optimizer muon"
     )
     max_grad_norm: float = optimizer_decides(1.0, "clip the gradient's global norm to this value; 0: no clipping")
     z_loss: float = optimizer_decides(

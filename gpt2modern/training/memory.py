@@ -64,7 +64,7 @@ def estimate_memory(
     return {
         "weights": (6 if autocast else 4) * parameters // shards,
         "gradients": 4 * model.num_parameters(only_trainable=True) // (1 if accumulates else shards),
-        "optimizer states": state_bytes(model, config.optimizer) // shards,
+        "optimizer states": state_bytes(model, config) // shards,
         "activations": activation_bytes(
             model.config,
             autocast=autocast,
@@ -175,7 +175,7 @@ def fits_by_trying(
     """Return whether a forward and a backward pass of `size` sequences fit in memory together with a reserved block as
     large as what is allocated later: the optimizer state and, with several processes, the gradient buckets."""
     device, was_training = accelerator.device, model.training
-    later_bytes = state_bytes(model, config.optimizer)
+    later_bytes = state_bytes(model, config)
     later_bytes += 4 * model.num_parameters() if accelerator.num_processes > 1 else 0
     devices = [device] if device.type != "cpu" else []
     try:

@@ -1,63 +1,73 @@
 """Build the optimizers of a run, and list which parameters each one updates and how much state it needs."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.distributed import is_sharded, shard_like
+from gpt2modern.training.muon import Muon
 
 # Muon starts with a lower momentum, because the first gradients soon become outdated: it lowered the loss by 0.013 nats
-# in modded-nanogpt's log of 2024-11-06.
-MUON_MOMENTUM, MUON_FIRST_MOMENTUM = 0.95, 0.85
+# in modded-nanogpt's log of 2024-11-06. Its later records end with the lower one too.
+MUON_MOMENTUM, MUON_LOW_MOMENTUM = 0.95, 0.85
 
 
-class ShardedMuon(torch.optim.Muon):
-    """Update the matrices of a sharded (FSDP2) model exactly as torch.optim.Muon does, but gather each matrix once, not
-    in each product that orthogonalises it. Weights and momentum stay sharded."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            parameters, gradients, momenta = [], [], []
-            self._init_group(group, parameters, gradients, momenta)
-            for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                update = gradient.lerp(momentum, group["momentum"]).full_tensor()  # (rows, columns), unsharded
-                update = _zeropower_via_newtonschulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                learning_rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
-                parameter.add_(shard_like(update, parameter), alpha=-learning_rate)
+@torch.no_grad()
+def decay_cautiously(adamw: torch.optim.AdamW, *arguments: Any) -> None:
+    """Decay the weights that the next step of AdamW moves towards zero (arXiv:2510.12402): those with the sign of the
+    next average of gradients. Reads `cautious_weight_decay` of each parameter group."""
+    for group in adamw.param_groups:
+        decay = group["lr"] * group["cautious_weight_decay"]
+        for parameter in [p for p in group["params"] if p.grad is not None and decay]:
+            average = adamw.state[parameter].get("exp_avg")
+            update = parameter.grad if average is None else average.lerp(parameter.grad, 1 - group["betas"][0])
+            parameter.mul_(1 - decay * (parameter * update >= 0))
 
 
 def matrices_in_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable 2-D parameters inside the decoder layers of `model`."""
-    return [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and ".layers." in name]
+    """Return the trainable 2-D parameters inside the decoder layers of `model`, embedding tables excepted."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2]
+    return without([p for name, p in named if ".layers." in name], embedding_tables(model))
 
 
-def build_muon(parameters: list[nn.Parameter], config: TrainConfig, *, sharded: bool) -> torch.optim.Optimizer:
-    """Build Muon (arXiv:2502.16982, github.com/KellerJordan/Muon), which orthogonalises the momentum of each matrix.
+def embedding_tables(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable tables of `model` that are looked up by token ids: all embeddings but those of positions."""
+    modules = [each for name, each in model.named_modules() if not re.search("position|wpe", name)]
+    tables = {id(each.weight): each.weight for each in modules if isinstance(each, nn.Embedding)}
+    return [table for table in tables.values() if table.requires_grad]
 
-    It scales the learning rate of a matrix by sqrt(max(1, rows / columns)). sharded: whether FSDP2 has sharded the
-    parameters. Raises GPT2ModernError if the run trains LoRA adapters.
-    """
+
+def without(parameters: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the trainable ones of `parameters` that are not in `others`."""
+    others = {id(parameter) for parameter in others}
+    return [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in others]
+
+
+def build_muon(parameters: list[nn.Parameter], config: TrainConfig) -> Muon:
+    """Build Muon for these matrices. Raises GPT2ModernError if the run trains LoRA adapters."""
     if config.lora_rank:
         raise GPT2ModernError("--optimizer muon does not support LoRA; use --optimizer adamw with --lora_rank")
 
     def momentum_at(step: int) -> float:
-        warmup_steps = config.muon_momentum_warmup_steps
-        share = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-        return MUON_FIRST_MOMENTUM + share * (MUON_MOMENTUM - MUON_FIRST_MOMENTUM)
+        warmup_steps, cooldown_steps = config.muon_momentum_warmup_steps, config.muon_momentum_cooldown_steps
+        share = step / warmup_steps if warmup_steps else 1.0
+        share = min(1.0, share, (config.max_steps - step) / cooldown_steps if cooldown_steps else 1.0)
+        return MUON_LOW_MOMENTUM + share * (MUON_MOMENTUM - MUON_LOW_MOMENTUM)
 
     group = parameter_group(parameters, config.muon_learning_rate, config.weight_decay) | {
         "values": {"momentum": momentum_at}
     }
-    return (ShardedMuon if sharded else torch.optim.Muon)([group], nesterov=True)
+    return Muon(
+        [group],
+        coefficients=config.muon_coefficients,
+        normalize_rows=config.muon_normalize_rows,
+        cautious=config.cautious_weight_decay,
+    )
 
 
 @dataclass(frozen=True)
@@ -65,18 +75,22 @@ class OptimizerKind:
     """Describe one value of --optimizer.
 
     parameters: returns the parameters of a model that it updates; AdamW updates all others. build: makes the optimizer
-    for these parameters; None if AdamW is the only one. state_bytes: size of its state per weight, in bytes. Settings
-    that only this optimizer uses are fields of TrainConfig that are declared with optimizer="its name".
+    for these parameters; None if AdamW is the only one. state_bytes: size of its state per weight, in bytes. row_bytes:
+    size of what it stores per row of a matrix, in bytes, under a configuration. Settings that only this optimizer uses
+    are fields of TrainConfig that are declared with optimizer="its name".
     """
 
     parameters: Callable[[nn.Module], list[nn.Parameter]]
     build: Callable[..., torch.optim.Optimizer] | None
     state_bytes: int
+    row_bytes: Callable[[TrainConfig], int] = lambda config: 0
 
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(lambda model: [], None, state_bytes=0),
-    "muon": OptimizerKind(matrices_in_layers, build_muon, state_bytes=4),  # one fp32 average
+    "muon": OptimizerKind(  # an fp32 average for each weight, and for each row
+        matrices_in_layers, build_muon, state_bytes=4, row_bytes=lambda config: 4 * config.muon_normalize_rows
+    ),
 }
 ADAMW_STATE_BYTES = 8  # two fp32 averages
 
@@ -96,25 +110,27 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     learning rate under the key `peak_lr`.
     """
     kind = optimizer_kind(config.optimizer)
-    embedding = model.get_input_embeddings().weight
     taken = kind.parameters(model)
-    further = [kind.build(taken, config, sharded=is_sharded(model))] if kind.build else []
-    others = {id(parameter) for parameter in [embedding, *taken]}
-    rest = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in others]
-    embeddings = [embedding] if embedding.requires_grad else []
-    rates = [config.embedding_learning_rate, config.learning_rate, config.scalar_learning_rate]
-    rates = [config.learning_rate if rate is None else rate for rate in rates]
-    groups = [
-        parameter_group(embeddings, rates[0], config.weight_decay),
-        parameter_group([p for p in rest if p.ndim >= 2], rates[1], config.weight_decay),
-        parameter_group([p for p in rest if p.ndim < 2], rates[2], 0.0),
+    further = [kind.build(taken, config)] if kind.build else []
+    embeddings = without(embedding_tables(model), taken)
+    head = without([model.get_output_embeddings().weight], [*taken, *embeddings])
+    rest = without(model.parameters(), [*taken, *embeddings, *head])
+    roles = [
+        (embeddings, config.embedding_learning_rate, config.weight_decay),
+        (head, config.head_learning_rate, config.weight_decay),
+        ([p for p in rest if p.ndim >= 2], None, config.weight_decay),
+        ([p for p in rest if p.ndim < 2], config.scalar_learning_rate, 0.0),
     ]
     adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [parameter_group(p, config.learning_rate if rate is None else rate, decay) for p, rate, decay in roles if p],
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=True,
     )
+    if config.cautious_weight_decay:
+        for group in adamw.param_groups:
+            group["cautious_weight_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+        adamw.register_step_pre_hook(decay_cautiously)
     return [adamw, *further]
 
 
@@ -128,12 +144,14 @@ def init_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         optimizer.zero_grad()
 
 
-def state_bytes(model: nn.Module, optimizer: str) -> int:
+def state_bytes(model: nn.Module, config: TrainConfig) -> int:
     """Return how many bytes the optimizer state of all trainable parameters of `model` takes under --optimizer."""
-    kind = optimizer_kind(optimizer)
-    taken = sum(parameter.numel() for parameter in kind.parameters(model))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return kind.state_bytes * taken + ADAMW_STATE_BYTES * (trained - taken)
+    kind = optimizer_kind(config.optimizer)
+    taken = kind.parameters(model)
+    rest = sum(parameter.numel() for parameter in without(model.parameters(), taken))
+    return ADAMW_STATE_BYTES * rest + sum(
+        kind.state_bytes * matrix.numel() + kind.row_bytes(config) * len(matrix) for matrix in taken
+    )
 
 
 def parameter_group(parameters: list[nn.Parameter], peak_lr: float, weight_decay: float) -> dict[str, Any]:

@@ -31,6 +31,14 @@ FLAGS = {
     "save_steps": 3,
     "save_total_limit": 9,
 }
+MUON_SETTINGS = {  # all that are off by default
+    "muon_coefficients": "polar_express",
+    "muon_normalize_rows": True,
+    "muon_momentum_warmup_steps": 2,
+    "muon_momentum_cooldown_steps": 3,
+    "cautious_weight_decay": True,
+    "head_learning_rate": 5e-3,
+}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
