@@ -276,13 +276,15 @@ def train_step(
     # DistributedDataParallel averages gradients over processes; dividing by the targets per process makes it a sum.
     # A tensor, because a compiled step would be recompiled for every new Python number.
     targets_per_process = torch.tensor(batch.num_targets / accelerator.num_processes, device=accelerator.device)
+    later_weights = config.schedule.later_weights(step)
+    later = {"later_weights": torch.tensor(later_weights, device=accelerator.device)} if later_weights else {}
     model.train()
     loss = torch.zeros((), device=accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(accelerator.device, non_blocking=True)  # (micro_batch_size, block_size + 1)
         last = number == batch.grad_accum_steps
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            minimised, micro_loss = objective(model, micro_batch, num_items=targets_per_process)
+            minimised, micro_loss = objective(model, micro_batch, num_items=targets_per_process, **later)
             accelerator.backward(minimised)
         loss += micro_loss
     grad_norm = whole_tensor(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))

@@ -146,6 +146,7 @@ def test_help_shows_every_flag_once_under_its_group(capsys):
         ("adam_epsilon", 1e-3, {}),
         ("max_grad_norm", 0.01, {"adam_epsilon": 1e-3}),
         ("z_loss", 0.1, {}),
+        ("multi_token_prediction", [0.5, 0.25], {}),
         ("seed", 43, {}),
         ("mixed_precision", "bf16", {}),
         ("lora_rank", 2, LORA),
@@ -258,7 +259,7 @@ SETTINGS = {
     "muon_momentum_warmup_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 1, "warmup_ratio": 0.5,
     "decay_steps": 1, "decay_ratio": 0.5, "decay_type": "linear", "min_lr_ratio": 0.7, "weight_decay": 0.7,
     "adam_beta1": 0.7, "adam_beta2": 0.7, "adam_epsilon": 0.7, "max_grad_norm": 0.7, "z_loss": 0.7, "lora_rank": 1,
-    "lora_alpha": 1.0, "lora_target_modules": ["q_proj"],
+    "lora_alpha": 1.0, "lora_target_modules": ["q_proj"], "multi_token_prediction": [0.5],
 }  # fmt: skip
 
 

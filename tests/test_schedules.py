@@ -76,3 +76,17 @@ def test_steps_may_be_given_as_a_share_of_the_run():
 def test_parts_longer_than_the_run_are_refused():
     with pytest.raises(ValueError, match="30 warm-up steps and 80 decay steps are in total more than --max_steps 100"):
         Schedule("warmup_stable_decay", max_steps=100, warmup_steps=30, decay_steps=80)
+
+
+def test_the_weights_of_later_tokens_fall_one_after_the_other():
+    """Thirds of 30 steps: 0.25 falls to 0, then 0.5, then there are none."""
+    schedule = Schedule("constant", max_steps=30, multi_token_prediction=[0.5, 0.25])
+    expected = {0: [0.5, 0.25], 5: [0.5, 0.125], 10: [0.5, 0.0], 15: [0.25, 0.0], 20: [0.0, 0.0], 29: [0.0, 0.0]}
+    assert {step: schedule.later_weights(step) for step in expected} == expected
+    assert Schedule("constant", max_steps=30).later_weights(3) == []
+
+
+def test_another_length_changes_the_weights_of_later_tokens():
+    settings = {"lr_scheduler_type": "constant", "multi_token_prediction": [0.5]}
+    assert not Schedule(max_steps=30, **settings).gave_the_same(Schedule(max_steps=40, **settings), 25)
+    assert Schedule(max_steps=30, **settings).gave_the_same(Schedule(max_steps=30, **settings), 25)

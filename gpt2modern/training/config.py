@@ -119,6 +119,11 @@ class TrainConfig:
     z_loss: float = optimizer_decides(
         0.0, "weight of log(sum(exp(logits)))^2 added to the minimised loss, such as 1e-4; not in the reported loss"
     )
+    multi_token_prediction: list[float] | None = optimizer_decides(
+        None,
+        "first weights of the losses of the tokens after the next one, such as 0.5 0.25, which fall to 0 one after the "
+        "other; not in the reported loss",
+    )
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = speed(
         None,
@@ -245,14 +250,13 @@ class TrainConfig:
 
     @functools.cached_property  # read in every step
     def schedule(self) -> Schedule:
-        """Return the learning-rate schedule of these settings; raises ValueError if they contradict each other."""
+        """Return the schedule of these settings; raises ValueError if they contradict each other."""
         warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
             decay_steps = round(DEFAULT_DECAY_RATIO * self.max_steps)
-        return Schedule(
-            self.lr_scheduler_type, self.max_steps, warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio
-        )
+        decays = (warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio)
+        return Schedule(self.lr_scheduler_type, self.max_steps, *decays, self.multi_token_prediction)
 
     def max_train_seconds(self) -> float:
         """Return --max_train_time ('5400', '90:00', '1:30:00') in seconds, or infinity if it is not given.

@@ -1,4 +1,4 @@
-"""Compute learning rates as pure functions of the step, so that a checkpoint need not save any schedule state."""
+"""Compute what changes during a run from the step alone, so that a checkpoint need not save any schedule state."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ DEFAULT_DECAY_RATIO = 0.2  # longer gained little in arXiv:2405.18392
 
 @dataclass(frozen=True)
 class Schedule:
-    """Represent a learning-rate schedule: the fraction of the peak learning rate that each update uses.
+    """Represent the schedules of a run: the fraction of the peak learning rate, and the loss weights, of each update.
 
     cosine and linear decay over all updates after the warm-up; constant does not decay. warmup_stable_decay (WSD,
     arXiv:2404.06395) keeps the peak until the last `decay_steps` updates, then decays by `decay_type`: "1-sqrt" was
@@ -30,6 +30,7 @@ class Schedule:
     decay_steps: int | None = None  # only for warmup_stable_decay
     decay_type: str | None = None  # only for warmup_stable_decay; None: "1-sqrt"
     min_lr_ratio: float = 0.0
+    multi_token_prediction: list[float] | None = None  # first weights of the losses of later tokens
 
     def __post_init__(self):
         if self.warmup_steps > self.max_steps:
@@ -51,11 +52,13 @@ class Schedule:
             )
 
     def gave_the_same(self, other: "Schedule", steps: int) -> bool:
-        """Return whether the first `steps` updates have the same learning rates under this schedule and `other`.
+        """Return whether the first `steps` updates are the same under this schedule and `other`.
 
-        Compares only the first and the last of them. This is enough if the two differ only in `max_steps` and in the
-        warm-up and decay lengths computed from it.
+        Compares only the learning rates of the first and the last of them. This is enough if the two differ only in
+        `max_steps` and in the warm-up and decay lengths computed from it; the weights of losses depend on `max_steps`.
         """
+        if self.multi_token_prediction and self.max_steps != other.max_steps:
+            return False
         return all(self.factor(step) == other.factor(step) for step in (0, steps - 1))
 
     def factor(self, step: int) -> float:
@@ -72,6 +75,16 @@ class Schedule:
             length, decay = self.max_steps - self.warmup_steps, DECAYS[self.lr_scheduler_type]
         progress = (step - (self.max_steps - length)) / max(1, length)
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(min(1.0, max(0.0, progress)))
+
+    def later_weights(self, step: int) -> list[float]:
+        """Return the weights that the losses of the tokens after the next one have in update `step`.
+
+        n of them divide the run into n + 1 equal parts. In each part but the last one of them falls linearly to 0, the
+        one furthest ahead first (modded-nanogpt, record 53).
+        """
+        weights = self.multi_token_prediction or []
+        passed = (len(weights) + 1) * step / self.max_steps
+        return [w * min(1.0, max(0.0, len(weights) - i - passed)) for i, w in enumerate(weights)]
 
 
 def steps_from(name: str, steps: int | None, ratio: float | None, max_steps: int) -> int | None:
