@@ -81,9 +81,9 @@ def _summed_loss_and_gradients(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss summed over the tokens, the part of it that is z-loss (a penalty on large logits) or loss of later
-    tokens, and the gradients of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens at a
-    time. is_compiled: whether a GPU may compile the part between the matrix products into one kernel.
+    """Return the loss summed over the tokens, the part of it that is z-loss (a penalty on large logits) or loss of
+    later tokens, and the gradients of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens
+    at a time. is_compiled: whether a GPU may compile the part between the matrix products into one kernel.
 
     hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64; later_labels:
     (num_tokens, later), int64; later_weights: (later,). The two losses are scalars in at least fp32. The gradients have

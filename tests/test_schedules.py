@@ -90,3 +90,11 @@ def test_another_length_changes_the_weights_of_later_tokens():
     settings = {"lr_scheduler_type": "constant", "multi_token_prediction": [0.5]}
     assert not Schedule(max_steps=30, **settings).gave_the_same(Schedule(max_steps=40, **settings), 25)
     assert Schedule(max_steps=30, **settings).gave_the_same(Schedule(max_steps=30, **settings), 25)
+
+
+def test_the_last_weights_are_averaged_equally():
+    """After the n-th of them the mean moves by 1/n: the last 30 % of ten steps, and at least one."""
+    schedule = Schedule("constant", max_steps=10, average_last=0.3)
+    assert [schedule.average_weight(step) for step in range(10)] == [0] * 7 + [1, 1 / 2, 1 / 3]
+    assert [Schedule("constant", 10, average_last=0.01).average_weight(step) for step in (8, 9)] == [0, 1]
+    assert {Schedule("constant", 10).average_weight(step) for step in range(12)} == {0}

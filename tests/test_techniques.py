@@ -2,13 +2,31 @@
 it as one does, and nothing of it is in the saved model."""
 
 import functools
+import json
+import subprocess
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from gpt2modern.evaluation.loss import batch_loss, later_targets
+from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.loss import batch_loss, evaluate_loss, later_targets
+from gpt2modern.loading import load_model
 from tests.support.models import random_ids, tiny_model
-from tests.support.trainer import TINY, assert_same_weights, losses, metrics, train
+from tests.support.trainer import (
+    REPOSITORY,
+    TINY,
+    TORCHRUN,
+    assert_same_weights,
+    command,
+    config_of,
+    environment,
+    losses,
+    metrics,
+    train,
+)
+from train_accelerate import train as train_config
 
 MULTI_TOKEN = ["--multi_token_prediction", "0.5", "0.25"]
 
@@ -89,3 +107,119 @@ def test_weights_that_fall_do_not_compile_a_step_again(data_dir, tmp_path, monke
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(data_dir, tmp_path, MULTI_TOKEN, torch_compile=True, config_overrides=TINY)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# The mean of the last weights
+
+
+@pytest.fixture(scope="module")
+def averaged(data_dir, tmp_path_factory):
+    """Eight steps, of which the last four are averaged, with a checkpoint after each."""
+    return train(data_dir, tmp_path_factory.mktemp("averaged"), average_last=0.5, save_steps=1, eval_steps=3)
+
+
+def checkpoint_of(run, step):
+    return run / "checkpoints" / f"step_000000{step}"
+
+
+def test_the_final_model_is_the_mean_of_the_last_weights(averaged):
+    found = load_file(averaged / "model.safetensors")
+    last = [load_file(checkpoint_of(averaged, step) / "model.safetensors") for step in (5, 6, 7, 8)]
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, torch.stack([each[name] for each in last]).mean(0), atol=1e-6, rtol=1e-5)
+    assert max((weight - last[-1][name]).abs().max() for name, weight in found.items()) > 1e-3
+
+
+def test_both_losses_are_those_of_the_two_models(averaged, data_dir):
+    """At step 3 nothing is averaged yet; at step 6 the mean has two weights in it, at step 8 four."""
+    blocks = PackedBlocks(data_dir, "validation")
+    evaluated = {row["step"]: row for row in metrics(averaged) if "eval_loss" in row}
+    loss_of = {
+        folder: evaluate_loss(load_model(str(folder)), blocks, batch_size=8, max_blocks=8)
+        for folder in (averaged, checkpoint_of(averaged, 3), checkpoint_of(averaged, 6), checkpoint_of(averaged, 8))
+    }
+    assert "unaveraged_eval_loss" not in evaluated[3]
+    assert evaluated[3]["eval_loss"] == pytest.approx(loss_of[checkpoint_of(averaged, 3)], abs=1e-6)
+    assert evaluated[6]["unaveraged_eval_loss"] == pytest.approx(loss_of[checkpoint_of(averaged, 6)], abs=1e-6)
+    assert evaluated[8]["unaveraged_eval_loss"] == pytest.approx(loss_of[checkpoint_of(averaged, 8)], abs=1e-6)
+    assert evaluated[8]["eval_loss"] == pytest.approx(loss_of[averaged], abs=1e-6)
+    assert evaluated[8]["eval_loss"] != evaluated[8]["unaveraged_eval_loss"]
+    assert json.loads((averaged / "summary.json").read_text())["eval_loss"] == evaluated[8]["eval_loss"]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 8])
+def test_an_averaged_run_resumes_bit_identical(averaged, data_dir, tmp_path, step):
+    """From before the average, at its begin, in it, and finished."""
+    run = train(
+        data_dir, tmp_path, average_last=0.5, save_steps=4, eval_steps=3,
+        resume_from_checkpoint=checkpoint_of(averaged, step),
+    )  # fmt: skip
+    assert losses(run) == losses(averaged)[step:]
+    assert_same_weights(run, averaged)
+    states = [load_file(checkpoint_of(each, 8) / "optimizer.safetensors") for each in (run, averaged) if step < 8]
+    assert all(torch.equal(states[0][name], states[1][name]) for state in states for name in state)
+
+
+def test_training_does_not_see_the_average(averaged, data_dir, tmp_path):
+    plain = train(data_dir, tmp_path, save_steps=8, eval_steps=0)
+    assert losses(plain) == losses(averaged)
+    assert_same_weights(plain, checkpoint_of(averaged, 8))
+    states = [set(load_file(checkpoint_of(run, 8) / "optimizer.safetensors")) for run in (averaged, plain)]
+    assert states[0] - states[1] == {name for name in states[0] if name.endswith("/mean")}
+    assert len(states[0] - states[1]) == len(load_file(plain / "model.safetensors"))
+
+
+def test_a_run_that_skipped_its_first_updates_is_averaged_and_resumes(data_dir, tmp_path):
+    """A checkpoint in which no optimizer has a state yet has no mean either."""
+
+    def break_first(event, step, **details):
+        if event == "before_update" and step < 3:
+            details["loss"].fill_(float("nan"))
+
+    flags = {"average_last": 1.0, "on_nonfinite": "skip", "save_steps": 1, "save_total_limit": 0, "max_steps": 5}
+    whole = config_of(data_dir, tmp_path / "whole", **flags)
+    train_config(whole, break_first)
+    checkpoint = checkpoint_of(tmp_path / "whole", 1)
+    assert not load_file(checkpoint / "optimizer.safetensors")
+    resumed = config_of(data_dir, tmp_path / "resumed", **flags, resume_from_checkpoint=str(checkpoint))
+    train_config(resumed, break_first)
+    assert_same_weights(tmp_path / "resumed", tmp_path / "whole")
+
+
+def test_another_length_that_changes_the_average_is_refused(averaged, data_dir, tmp_path):
+    flags = {"average_last": 0.5, "lr_scheduler_type": "constant", "save_steps": 1, "save_total_limit": 0}
+    run = config_of(data_dir, tmp_path / "run", **flags, max_steps=4)
+    train_config(run)
+    more = {"max_steps": 6, "resume_from_checkpoint": str(checkpoint_of(tmp_path / "run", 3))}
+    with pytest.raises(GPT2ModernError, match="max_steps was 4, is 6"):
+        train_config(config_of(data_dir, tmp_path / "late", **(flags | more)))
+    more["resume_from_checkpoint"] = str(checkpoint_of(tmp_path / "run", 2))  # before the average
+    train_config(config_of(data_dir, tmp_path / "early", **(flags | more)))
+
+
+# Two processes
+
+ALL = {"average_last": 0.5, "max_steps": 6, "per_device_train_batch_size": 2, "eval_steps": 4, "ddp_timeout": 120}
+
+
+@pytest.fixture(scope="module")
+def alone(data_dir, tmp_path_factory):
+    return train(data_dir, tmp_path_factory.mktemp("alone"), MULTI_TOKEN, **ALL)
+
+
+@pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["DDP", "FSDP2"])
+def test_two_processes_do_it_as_one_does(alone, data_dir, tmp_path, variables):
+    arguments = [*command(data_dir, tmp_path, *TORCHRUN, "2", **ALL), *MULTI_TOKEN]
+    result = subprocess.run(
+        arguments, env=environment(**variables), capture_output=True, text=True, timeout=200, cwd=REPOSITORY
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-6)
+    for name in ("eval_loss", "unaveraged_eval_loss"):
+        values = [[row[name] for row in metrics(run) if name in row] for run in (tmp_path, alone)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    for path in ("model.safetensors", "checkpoints/step_0000006/optimizer.safetensors"):
+        found, expected = load_file(tmp_path / path), load_file(alone / path)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], atol=1e-4, rtol=1e-4)

@@ -124,6 +124,9 @@ class TrainConfig:
         "first weights of the losses of the tokens after the next one, such as 0.5 0.25, which fall to 0 one after the "
         "other; not in the reported loss",
     )
+    average_last: float = optimizer_decides(
+        0.0, "last fraction of max_steps whose weights are averaged to the final model, such as 0.1; 0: none", most=1
+    )
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = speed(
         None,
@@ -256,7 +259,7 @@ class TrainConfig:
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
             decay_steps = round(DEFAULT_DECAY_RATIO * self.max_steps)
         decays = (warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio)
-        return Schedule(self.lr_scheduler_type, self.max_steps, *decays, self.multi_token_prediction)
+        return Schedule(self.lr_scheduler_type, self.max_steps, *decays, self.multi_token_prediction, self.average_last)
 
     def max_train_seconds(self) -> float:
         """Return --max_train_time ('5400', '90:00', '1:30:00') in seconds, or infinity if it is not given.

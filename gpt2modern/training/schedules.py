@@ -16,7 +16,7 @@ DEFAULT_DECAY_RATIO = 0.2  # longer gained little in arXiv:2405.18392
 
 @dataclass(frozen=True)
 class Schedule:
-    """Represent the schedules of a run: the fraction of the peak learning rate, and the loss weights, of each update.
+    """Represent what changes during a run: the fraction of the peak learning rate, weights of losses, averaging.
 
     cosine and linear decay over all updates after the warm-up; constant does not decay. warmup_stable_decay (WSD,
     arXiv:2404.06395) keeps the peak until the last `decay_steps` updates, then decays by `decay_type`: "1-sqrt" was
@@ -31,6 +31,7 @@ class Schedule:
     decay_type: str | None = None  # only for warmup_stable_decay; None: "1-sqrt"
     min_lr_ratio: float = 0.0
     multi_token_prediction: list[float] | None = None  # first weights of the losses of later tokens
+    average_last: float = 0.0  # last fraction of the updates whose weights are averaged
 
     def __post_init__(self):
         if self.warmup_steps > self.max_steps:
@@ -54,12 +55,13 @@ class Schedule:
     def gave_the_same(self, other: "Schedule", steps: int) -> bool:
         """Return whether the first `steps` updates are the same under this schedule and `other`.
 
-        Compares only the learning rates of the first and the last of them. This is enough if the two differ only in
-        `max_steps` and in the warm-up and decay lengths computed from it; the weights of losses depend on `max_steps`.
+        Compares only the first and the last of them. This is enough if the two differ only in `max_steps` and in the
+        warm-up and decay lengths computed from it; the weights of losses depend on `max_steps` itself.
         """
         if self.multi_token_prediction and self.max_steps != other.max_steps:
             return False
-        return all(self.factor(step) == other.factor(step) for step in (0, steps - 1))
+        values = [[(s.factor(step), s.average_weight(step)) for step in (0, steps - 1)] for s in (self, other)]
+        return values[0] == values[1]
 
     def factor(self, step: int) -> float:
         """Return the fraction of the peak learning rate that update `step` uses (the first update is step 0).
@@ -75,6 +77,12 @@ class Schedule:
             length, decay = self.max_steps - self.warmup_steps, DECAYS[self.lr_scheduler_type]
         progress = (step - (self.max_steps - length)) / max(1, length)
         return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(min(1.0, max(0.0, progress)))
+
+    def average_weight(self, step: int) -> float:
+        """Return by which fraction update `step` moves the mean of the weights towards its own: 1/n in the n-th of the
+        last updates that are averaged, and 0 before."""
+        first = self.max_steps - max(1, round(self.average_last * self.max_steps))
+        return 1 / (step - first + 1) if self.average_last and step >= first else 0.0
 
     def later_weights(self, step: int) -> list[float]:
         """Return the weights that the losses of the tokens after the next one have in update `step`.

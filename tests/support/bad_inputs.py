@@ -95,6 +95,7 @@ FLAGS = [
     train("--warmup_steps 9", "--warmup_steps 9 is more than --max_steps 8"),
     train("--warmup_ratio 0.5", "--warmup_steps 2 and --warmup_ratio 0.5 set the same value; give only one of them"),
     train("--warmup_ratio 1.5", "--warmup_ratio 1.5 must be at most 1"),
+    train("--average_last 1.5", "--average_last 1.5 must be at most 1"),
     train("--multi_token_prediction 0.5 -1", "--multi_token_prediction -1.0 must be at least 0"),
     train("--decay_steps 2", "are only for --lr_scheduler_type warmup_stable_decay, not for cosine; remove them"),
     train("--decay_type linear", "--decay_type linear is only for --lr_scheduler_type warmup_stable_decay"),
