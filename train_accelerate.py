@@ -42,6 +42,7 @@ from gpt2modern.training.batches import (
 )
 from gpt2modern.training.checkpoints import Checkpoints, checkpoints_dir, refuse_nonfinite
 from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.depth import flags_of_depth
 from gpt2modern.training.distributed import (
     Processes,
     all_finite,
@@ -74,7 +75,7 @@ def no_callback(event: str, **details: Any) -> None:
 
 def main(argv: list[str] | None = None, callback: Callback = no_callback) -> None:
     with one_line_errors():
-        config = parse_arguments(TrainConfig, argv, __doc__)
+        config = parse_arguments(TrainConfig, argv, __doc__, derive=flags_of_depth)
         if config.dry_run:
             with joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, _):
                 config = replace(config, mixed_precision=config.mixed_precision or accelerator.mixed_precision)

@@ -3,16 +3,22 @@ it as one does, and nothing of it is in the saved model."""
 
 import functools
 import json
+import math
+import re
 import subprocess
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from gpt2modern.cli import parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss, evaluate_loss, later_targets
 from gpt2modern.loading import load_model
+from gpt2modern.training.depth import flags_of_depth
+from gpt2modern.training.models import build_model, size_of_depth
 from tests.support.models import random_ids, tiny_model
 from tests.support.trainer import (
     REPOSITORY,
@@ -26,6 +32,7 @@ from tests.support.trainer import (
     metrics,
     train,
 )
+from train_accelerate import TrainConfig, main
 from train_accelerate import train as train_config
 
 MULTI_TOKEN = ["--multi_token_prediction", "0.5", "0.25"]
@@ -195,6 +202,66 @@ def test_another_length_that_changes_the_average_is_refused(averaged, data_dir, 
         train_config(config_of(data_dir, tmp_path / "late", **(flags | more)))
     more["resume_from_checkpoint"] = str(checkpoint_of(tmp_path / "run", 2))  # before the average
     train_config(config_of(data_dir, tmp_path / "early", **(flags | more)))
+
+
+# One number for the size
+
+
+def derived(capsys, *flags):
+    """Return what a dry run prints: the settings, and the comment that says the size."""
+    main([*flags, "--dry_run", "true"])
+    text = capsys.readouterr().out
+    return yaml.safe_load(text), re.search(r"^# size +(.*)$", text, re.MULTILINE)[1]
+
+
+def test_depth_12_is_the_default_run(capsys):
+    """12 x (12 x 12 x 768^2 + 50257 x 768) tokens in steps of 2^19."""
+    settings, size = derived(capsys, "--depth", "12")
+    assert size == "12 layers of width 768, 6 heads"
+    tokens = 12 * (12 * 12 * 768**2 + 50257 * 768)
+    assert (settings["total_batch_size"], settings["max_steps"]) == (2**19, round(tokens / 2**19))
+    assert (settings["learning_rate"], settings["muon_learning_rate"], settings["weight_decay"]) == (6e-4, 0.02, 0.1)
+
+
+def test_depth_20_by_hand(capsys):
+    """P = 12 (12 x 20 x 1280^2 + 50257 x 1280) is 3.7039 times that of depth 12; to the power of 0.383 that is 1.65,
+    nearer to 2 than to 1."""
+    settings, size = derived(capsys, "--depth", "20")
+    assert size == "20 layers of width 1280, 10 heads"
+    assert (settings["total_batch_size"], settings["max_steps"]) == (2**20, round(5490539520 / 2**20))
+    assert settings["learning_rate"] == pytest.approx(6e-4 * (2 * 768 / 1280) ** 0.5, rel=2e-3)
+    assert settings["muon_learning_rate"] == pytest.approx(0.02 * 2**0.5, rel=2e-3)
+    assert settings["weight_decay"] == pytest.approx(0.1 * 2**0.5 / 3.7039, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads"), [(1, 64, 1), (7, 448, 7), (8, 512, 4), (9, 640, 5)]
+)  # fmt: skip
+def test_heads_are_whole_and_wide_where_the_model_is(depth, width, heads):
+    assert size_of_depth(depth) == {
+        "num_hidden_layers": depth, "hidden_size": width, "num_attention_heads": heads
+    }  # fmt: skip
+
+
+def test_flags_and_recipes_replace_what_depth_derives(capsys, data_dir, tmp_path):
+    """What follows from a value that is given follows from it: here a batch of 2^17, a quarter, halves the rates."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("weight_decay: 0.1\nmax_steps: 10\n")
+    flags = ["--config", str(recipe), "--depth", "12", "--total_batch_size", str(2**17)]
+    settings, size = derived(capsys, *flags, "--learning_rate", "6e-4", "--config_overrides", "hidden_size=384")
+    assert (settings["max_steps"], settings["weight_decay"], settings["learning_rate"]) == (10, 0.1, 6e-4)
+    assert settings["muon_learning_rate"] == 0.01 and size == "12 layers of width 384, 6 heads"
+
+
+def test_the_vocabulary_and_the_length_of_the_data_count(capsys, data_dir):
+    settings, _ = derived(capsys, "--depth", "2", "--data_dir", str(data_dir))
+    tokens, base = (12 * (12 * depth * (64 * depth) ** 2 + 300 * 64 * depth) for depth in (2, 12))
+    batch = 2 ** round(math.log2(2**19 * (tokens / base) ** 0.383))
+    assert (settings["total_batch_size"], settings["max_steps"]) == (batch, round(tokens / batch))
+    config = parse_arguments(TrainConfig, ["--depth", "2", "--dry_run"], derive=flags_of_depth)
+    assert parse_arguments(TrainConfig, ["--dry_run"], derive=flags_of_depth).depth is None
+    model = build_model(config, PackedBlocks(data_dir, "train"))
+    assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.head_dim) == (2, 128, 64)
 
 
 # Two processes

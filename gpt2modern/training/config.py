@@ -45,6 +45,9 @@ class TrainConfig:
     )
 
     model_preset: str = model("modern", "architecture and size of a new model: gpt2, modern, speedrun, ...")
+    depth: int | None = model(
+        None, "layers of a new model; width, tokens, batch, learning rates, weight decay follow if not given", least=1
+    )
     config_overrides: str | None = model(
         None, "model settings that replace those of the preset: hidden_size=64,num_hidden_layers=2", may_be_empty=True
     )
@@ -227,6 +230,8 @@ class TrainConfig:
             raise ValueError("--lora_alpha and --lora_target_modules need --lora_rank above 0; set it or omit them")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps above 0; set it or omit both")
+        if self.depth is not None and self.model_name_or_path is not None:
+            raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
