@@ -98,3 +98,19 @@ def test_the_last_weights_are_averaged_equally():
     assert [schedule.average_weight(step) for step in range(10)] == [0] * 7 + [1, 1 / 2, 1 / 3]
     assert [Schedule("constant", 10, average_last=0.01).average_weight(step) for step in (8, 9)] == [0, 1]
     assert {Schedule("constant", 10).average_weight(step) for step in range(12)} == {0}
+
+
+def test_a_ramp_lowers_the_rates_by_the_root_of_the_batch():
+    """Thirds of eight steps begin at 0, 3 and 6. The record's factors for 1:2:3 are 1, 1.52 and 1.73 of the first."""
+    schedule = Schedule("constant", max_steps=8, warmup_steps=2, batch_size_ramp=[1, 2, 4])
+    assert [schedule.batch_share(step) for step in range(9)] == [0.25] * 3 + [0.5] * 3 + [1] * 3
+    assert [schedule.factor(step) for step in (0, 1, 2, 3, 5, 6, 7)] == pytest.approx(
+        [0.25, 0.5, 0.5, 0.5**0.5, 0.5**0.5, 1, 1]
+    )
+    factors = [Schedule("constant", 3, batch_size_ramp=[1, 2, 3]).factor(step) for step in range(3)]
+    assert [factor / factors[0] for factor in factors] == pytest.approx([1, 1.41, 1.73], abs=0.01)
+
+
+def test_another_length_moves_the_parts_of_a_ramp():
+    settings = {"lr_scheduler_type": "constant", "batch_size_ramp": [1, 2]}
+    assert not Schedule(max_steps=8, **settings).gave_the_same(Schedule(max_steps=12, **settings), 7)

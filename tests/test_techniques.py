@@ -6,6 +6,7 @@ import json
 import math
 import re
 import subprocess
+import time
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss, evaluate_loss, later_targets
 from gpt2modern.loading import load_model
+from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.depth import flags_of_depth
 from gpt2modern.training.models import build_model, size_of_depth
+from gpt2modern.training.schedules import Schedule
+from gpt2modern.training.speed import Stopwatch
 from tests.support.models import random_ids, tiny_model
 from tests.support.trainer import (
     REPOSITORY,
@@ -264,19 +268,66 @@ def test_the_vocabulary_and_the_length_of_the_data_count(capsys, data_dir):
     assert (model.config.num_hidden_layers, model.config.hidden_size, model.config.head_dim) == (2, 128, 64)
 
 
+# A batch that grows
+
+RAMP = ["--batch_size_ramp", "1", "2", "4"]
+
+
+def test_a_ramp_resumes_bit_identical_in_each_of_its_parts(data_dir, tmp_path):
+    """Thirds of nine steps with 64, 128 and 256 tokens, across the end of an epoch; saved at steps 2, 4, 6 and 8."""
+    flags = {"max_steps": 9, "save_steps": 2, "per_device_train_batch_size": 1}
+    whole = train(data_dir, tmp_path / "whole", RAMP, **flags)
+    rows = metrics(whole)
+    assert [row["tokens_seen"] for row in rows] == [64, 128, 192, 320, 448, 576, 832, 1088, 1344]
+    assert rows[3]["learning_rate"] / rows[2]["learning_rate"] == pytest.approx(
+        2**0.5 * rate(3, 9) / rate(2, 9), rel=1e-6
+    )
+    for step in (2, 4, 6, 8):
+        run = train(data_dir, tmp_path / str(step), RAMP, **flags, resume_from_checkpoint=checkpoint_of(whole, step))
+        assert losses(run) == losses(whole)[step:]
+        assert_same_weights(run, whole)
+    other = {"per_device_train_batch_size": 2, "resume_from_checkpoint": checkpoint_of(whole, 4)}
+    assert losses(train(data_dir, tmp_path / "other", RAMP, **(flags | other))) == pytest.approx(
+        losses(whole)[4:], abs=1e-5
+    )
+
+
+def rate(step, max_steps):
+    """Return the cosine that the tiny runs have, after two steps of warm-up."""
+    return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * (step - 2) / (max_steps - 2)))
+
+
+def test_the_remaining_time_counts_tokens(monkeypatch):
+    """Three steps of 64 tokens took 3 s; three of 128 and three of 256 are left."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    ramp = Schedule("constant", 9, batch_size_ramp=[1, 2, 4])
+    stopwatch = Stopwatch(
+        torch.device("cpu"), tiny_model(), BatchPlan(8, 1, 1, 32, 6, ramp=ramp), step=0, wall_time_s=0.0
+    )
+    now[0] = 3.0
+    assert stopwatch.lap(3)["tokens_per_second"] == 64
+    assert stopwatch.remaining_s(6) == pytest.approx(18)
+
+
+def test_a_dry_run_counts_the_tokens_of_each_part(capsys):
+    main(["--dry_run", "true", *RAMP, "--total_batch_size", "32768", "--max_steps", "9"])
+    assert "# tokens               172,032 (no --data_dir)" in capsys.readouterr().out  # 3 x (8192 + 16384 + 32768)
+
+
 # Two processes
 
-ALL = {"average_last": 0.5, "max_steps": 6, "per_device_train_batch_size": 2, "eval_steps": 4, "ddp_timeout": 120}
+ALL = {"average_last": 0.5, "max_steps": 6, "per_device_train_batch_size": 1, "eval_steps": 4, "ddp_timeout": 120}
 
 
 @pytest.fixture(scope="module")
 def alone(data_dir, tmp_path_factory):
-    return train(data_dir, tmp_path_factory.mktemp("alone"), MULTI_TOKEN, **ALL)
+    return train(data_dir, tmp_path_factory.mktemp("alone"), [*MULTI_TOKEN, *RAMP], **ALL)
 
 
 @pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["DDP", "FSDP2"])
 def test_two_processes_do_it_as_one_does(alone, data_dir, tmp_path, variables):
-    arguments = [*command(data_dir, tmp_path, *TORCHRUN, "2", **ALL), *MULTI_TOKEN]
+    arguments = [*command(data_dir, tmp_path, *TORCHRUN, "2", **ALL), *MULTI_TOKEN, *RAMP]
     result = subprocess.run(
         arguments, env=environment(**variables), capture_output=True, text=True, timeout=200, cwd=REPOSITORY
     )

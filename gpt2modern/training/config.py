@@ -76,6 +76,12 @@ class TrainConfig:
     initial_total_batch_size: int | None = batch(
         None, "tokens of the first step of a batch-size warm-up; default: an eighth of total_batch_size", least=1
     )
+    batch_size_ramp: list[float] | None = batch_decides(
+        None,
+        "tokens per step in equal parts of the run, relative to those of the last part: 1 2 4; learning rates follow "
+        "with the square root",
+        least=0.001,
+    )
     document_masking: bool = batch_decides(
         False, "in training, tokens attend only to their own document in the block; evaluation does not mask documents"
     )
@@ -232,6 +238,8 @@ class TrainConfig:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps above 0; set it or omit both")
         if self.depth is not None and self.model_name_or_path is not None:
             raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
+        if (ramp := list(self.batch_size_ramp or [])) != sorted(ramp) or (ramp and self.batch_size_warmup_steps):
+            raise ValueError(f"--batch_size_ramp {ramp} must rise, and replaces --batch_size_warmup_steps; omit one")
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
@@ -264,7 +272,8 @@ class TrainConfig:
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
             decay_steps = round(DEFAULT_DECAY_RATIO * self.max_steps)
         decays = (warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio)
-        return Schedule(self.lr_scheduler_type, self.max_steps, *decays, self.multi_token_prediction, self.average_last)
+        others = (self.multi_token_prediction, self.average_last, self.batch_size_ramp)
+        return Schedule(self.lr_scheduler_type, self.max_steps, *decays, *others)
 
     def max_train_seconds(self) -> float:
         """Return --max_train_time ('5400', '90:00', '1:30:00') in seconds, or infinity if it is not given.

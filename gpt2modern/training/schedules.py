@@ -32,6 +32,7 @@ class Schedule:
     min_lr_ratio: float = 0.0
     multi_token_prediction: list[float] | None = None  # first weights of the losses of later tokens
     average_last: float = 0.0  # last fraction of the updates whose weights are averaged
+    batch_size_ramp: list[float] | None = None  # tokens per step in equal parts of the run, relative to each other
 
     def __post_init__(self):
         if self.warmup_steps > self.max_steps:
@@ -56,9 +57,9 @@ class Schedule:
         """Return whether the first `steps` updates are the same under this schedule and `other`.
 
         Compares only the first and the last of them. This is enough if the two differ only in `max_steps` and in the
-        warm-up and decay lengths computed from it; the weights of losses depend on `max_steps` itself.
+        warm-up and decay lengths computed from it; weights of losses and a ramp depend on `max_steps` itself.
         """
-        if self.multi_token_prediction and self.max_steps != other.max_steps:
+        if (self.multi_token_prediction or self.batch_size_ramp) and self.max_steps != other.max_steps:
             return False
         values = [[(s.factor(step), s.average_weight(step)) for step in (0, steps - 1)] for s in (self, other)]
         return values[0] == values[1]
@@ -67,16 +68,22 @@ class Schedule:
         """Return the fraction of the peak learning rate that update `step` uses (the first update is step 0).
 
         It grows linearly during the warm-up and reaches 1 at update `warmup_steps - 1`. The decay would reach
-        `min_lr_ratio` at update `max_steps`, one after the last.
+        `min_lr_ratio` at update `max_steps`, one after the last. A smaller batch lowers all by the root of its share.
         """
+        root = math.sqrt(self.batch_share(step))
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return root * (step + 1) / self.warmup_steps
         if self.lr_scheduler_type == "warmup_stable_decay":
             length, decay = self.decay_steps or 0, DECAYS[self.decay_type or "1-sqrt"]
         else:
             length, decay = self.max_steps - self.warmup_steps, DECAYS[self.lr_scheduler_type]
         progress = (step - (self.max_steps - length)) / max(1, length)
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(min(1.0, max(0.0, progress)))
+        return root * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(min(1.0, max(0.0, progress))))
+
+    def batch_share(self, step: int) -> float:
+        """Return the tokens of update `step` as a fraction of those of the last update: 1 without a ramp."""
+        ramp = self.batch_size_ramp or [1.0]
+        return ramp[min(len(ramp) - 1, step * len(ramp) // self.max_steps)] / ramp[-1]
 
     def average_weight(self, step: int) -> float:
         """Return by which fraction update `step` moves the mean of the weights towards its own: 1/n in the n-th of the
