@@ -126,7 +126,8 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
             evaluate, config, accelerator, processes, unwrapped_model, mean, eval_blocks, tasks, stop, clock, callback
         )
         separator = train_blocks.eos_token_id if config.document_masking else None
-        objective = functools.partial(batch_loss, separator=separator, z_loss=config.z_loss)
+        masking = {"separator": separator, "max_document_length": config.max_document_length}
+        objective = functools.partial(batch_loss, **masking, z_loss=config.z_loss)
         batches = step_batches(config, accelerator, train_blocks, plan, first_step=state.step)
         with records, contextlib.closing(batches):
             if state.step and evaluation_is_due(config, state):  # the run was interrupted in it

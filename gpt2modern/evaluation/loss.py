@@ -19,6 +19,7 @@ def batch_loss(
     *,
     num_items: float | torch.Tensor = 1,
     separator: int | None = None,
+    max_document_length: int | None = None,
     z_loss: float = 0.0,
     later_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,11 +32,12 @@ def batch_loss(
     target; as an input it becomes id 0, which is harmless because only padding follows padding.
     separator: id of the token that ends a document; each token then attends to its own document only, and the separator
     still has the next document's first token as target. None: each token attends to all tokens before it.
+    max_document_length: longer documents are masked as several ones of at most so many tokens; targets are unchanged.
     """
     input_ids = batch[:, :-1].clamp(min=0)  # (sequences, block_size)
     output = model(
         input_ids=input_ids,
-        position_ids=None if separator is None else document_positions(input_ids, separator),
+        position_ids=None if separator is None else document_positions(input_ids, separator, max_document_length),
         shift_labels=batch[:, 1:],
         num_items_in_batch=num_items,
         use_cache=False,
@@ -65,12 +67,13 @@ def loss_from_logits(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tenso
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
-def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
-    """Return the position of each token in its document: positions restart at 0 after each `separator` token.
-    input_ids and result: (batch, seq_len) integers."""
+def document_positions(input_ids: torch.Tensor, separator: int, max_length: int | None = None) -> torch.Tensor:
+    """Return the position of each token in its document: positions restart at 0 after each `separator` token, and in
+    documents longer than `max_length` after so many tokens. input_ids and result: (batch, seq_len) integers."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     starts = torch.nn.functional.pad(input_ids[:, :-1] == separator, (1, 0))
-    return positions - torch.where(starts, positions, 0).cummax(dim=1).values
+    positions = positions - torch.where(starts, positions, 0).cummax(dim=1).values
+    return positions if max_length is None else positions % max_length
 
 
 class Metric(NamedTuple):

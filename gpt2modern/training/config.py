@@ -85,6 +85,9 @@ class TrainConfig:
     document_masking: bool = batch_decides(
         False, "in training, tokens attend only to their own document in the block; evaluation does not mask documents"
     )
+    max_document_length: int | None = batch_decides(
+        None, "tokens after which document_masking begins a new document inside a longer one; default: none", least=1
+    )
     seed: int = batch_decides(42, "random seed of initial weights, data order and dropout", least=0, most=2**63 - 1)
 
     max_steps: int = schedule(
@@ -240,6 +243,8 @@ class TrainConfig:
             raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
         if (ramp := list(self.batch_size_ramp or [])) != sorted(ramp) or (ramp and self.batch_size_warmup_steps):
             raise ValueError(f"--batch_size_ramp {ramp} must rise, and replaces --batch_size_warmup_steps; omit one")
+        if self.max_document_length is not None and not self.document_masking:
+            raise ValueError(f"--max_document_length {self.max_document_length} needs --document_masking true; set it")
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
