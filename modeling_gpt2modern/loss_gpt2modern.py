@@ -274,7 +274,7 @@ def linear_cross_entropy_and_z_loss(
         weight,
         labels,
         None if later_labels is None else later_labels.flatten(0, -2).to(labels.device),
-        later_weights,
+        None if later_weights is None else later_weights.to(labels.device),
         softcap,
         z_loss_coefficient,
         vocab_size,

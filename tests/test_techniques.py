@@ -4,7 +4,9 @@ it as one does, and nothing of it is in the saved model."""
 import functools
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import time
 
@@ -169,6 +171,30 @@ def test_an_averaged_run_resumes_bit_identical(averaged, data_dir, tmp_path, ste
     assert_same_weights(run, averaged)
     states = [load_file(checkpoint_of(each, 8) / "optimizer.safetensors") for each in (run, averaged) if step < 8]
     assert all(torch.equal(states[0][name], states[1][name]) for state in states for name in state)
+
+
+def test_a_run_that_is_stopped_while_it_evaluates_resumes_with_both_losses(averaged, data_dir, tmp_path):
+    """The signal arrives before the pass over the weights; the resumed run begins with the evaluation of step 6."""
+
+    def stop(event, step, **details):
+        if event == "evaluating" and step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    flags = {"average_last": 0.5, "save_steps": 1, "eval_steps": 3}
+    with pytest.raises(SystemExit):
+        train(data_dir, tmp_path, callback=stop, **flags)
+    run = train(data_dir, tmp_path, **flags)
+    assert_same_weights(run, averaged)
+    for name in ("eval_loss", "unaveraged_eval_loss"):
+        assert [row.get(name) for row in metrics(run)] == [row.get(name) for row in metrics(averaged)]
+
+
+def test_an_average_that_is_turned_on_later_is_one_line(averaged, data_dir, tmp_path, capsys):
+    plain = train(data_dir, tmp_path / "plain", max_steps=3)
+    resume = {"resume_from_checkpoint": checkpoint_of(plain, 3), "average_last": 0.5, "force_resume": True}
+    with pytest.raises(SystemExit, match="2"):
+        train(data_dir, tmp_path / "resumed", **resume)
+    assert "/mean" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_training_does_not_see_the_average(averaged, data_dir, tmp_path):
