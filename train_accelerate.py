@@ -31,6 +31,7 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import check_prompts, generate_samples
 from gpt2modern.evaluation.loss import METRICS, batch_loss, evaluate_loss
 from gpt2modern.evaluation.tasks import PreparedTask, evaluate_tasks, prepare_tasks
+from gpt2modern.training.averaging import WeightMean
 from gpt2modern.training.batches import (
     BatchPlan,
     StepBatch,
@@ -41,6 +42,7 @@ from gpt2modern.training.batches import (
 )
 from gpt2modern.training.checkpoints import Checkpoints, checkpoints_dir, refuse_nonfinite
 from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.depth import flags_of_depth
 from gpt2modern.training.distributed import (
     Processes,
     all_finite,
@@ -73,7 +75,7 @@ def no_callback(event: str, **details: Any) -> None:
 
 def main(argv: list[str] | None = None, callback: Callback = no_callback) -> None:
     with one_line_errors():
-        config = parse_arguments(TrainConfig, argv, __doc__)
+        config = parse_arguments(TrainConfig, argv, __doc__, derive=flags_of_depth)
         if config.dry_run:
             with joined_processes(config.mixed_precision, config.ddp_timeout) as (accelerator, _):
                 config = replace(config, mixed_precision=config.mixed_precision or accelerator.mixed_precision)
@@ -111,7 +113,9 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
                 held.enter_context(reserved_output_dir(Path(config.output_dir)))
         model, unwrapped_model, optimizers, train_blocks, eval_blocks, tasks, plan = build(config, accelerator)
         optimizer = accelerator.prepare_optimizer(OptimizerChain(optimizers), device_placement=False)
-        checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, optimizers, train_blocks, plan)
+        mean = WeightMean(unwrapped_model, config.schedule)
+        states = [*optimizers, mean]
+        checkpoints = Checkpoints(config, accelerator, processes, unwrapped_model, states, train_blocks, plan)
         state = checkpoints.restore()
         with processes.errors_of_main():
             new_model = None if config.model_name_or_path else unwrapped_model.config
@@ -119,10 +123,11 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         publisher = Publisher(config, records, unwrapped_model, plan, eval_blocks)
         clock = Stopwatch(accelerator.device, unwrapped_model, plan, step=state.step, wall_time_s=state.wall_time_s)
         evaluation = functools.partial(
-            evaluate, config, accelerator, processes, unwrapped_model, eval_blocks, tasks, stop, clock, callback
+            evaluate, config, accelerator, processes, unwrapped_model, mean, eval_blocks, tasks, stop, clock, callback
         )
         separator = train_blocks.eos_token_id if config.document_masking else None
-        objective = functools.partial(batch_loss, separator=separator, z_loss=config.z_loss)
+        masking = {"separator": separator, "max_document_length": config.max_document_length}
+        objective = functools.partial(batch_loss, **masking, z_loss=config.z_loss)
         batches = step_batches(config, accelerator, train_blocks, plan, first_step=state.step)
         with records, contextlib.closing(batches):
             if state.step and evaluation_is_due(config, state):  # the run was interrupted in it
@@ -133,6 +138,8 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
                 )
                 if not finite:
                     handle_nonfinite(config, accelerator, plan, state, batch.samples, loss, grad_norm)
+                if config.average_last and optimizer.state:  # a checkpoint has the states of both or of neither
+                    mean.step(step=state.step)
                 state.nonfinite_steps = 0 if finite else state.nonfinite_steps + 1
                 state.step += 1
                 stop.agree(processes)
@@ -159,10 +166,11 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         if stop.agreed:
             accelerator.print(stop.message(state.step, checkpoints.folder, saved=checkpoints.path(state.step).is_dir()))
         else:
-            whole = whole_model(unwrapped_model, keep=accelerator.is_main_process)
-            with processes.errors_of_main():
-                if accelerator.is_main_process:
-                    publisher.export(summary, whole, train_blocks)
+            with mean.in_place_of_weights(state.step):
+                whole = whole_model(unwrapped_model, keep=accelerator.is_main_process)
+                with processes.errors_of_main():
+                    if accelerator.is_main_process:
+                        publisher.export(summary, whole, train_blocks)
             held.callback(publisher.upload_final, summary)  # later, as the other processes do not wait so long
         del model, optimizer  # DistributedDataParallel must be gone before the process group it reduces over
     return summary | {"stopped": describe(stop.agreed) if stop.agreed else None}
@@ -276,13 +284,15 @@ def train_step(
     # DistributedDataParallel averages gradients over processes; dividing by the targets per process makes it a sum.
     # A tensor, because a compiled step would be recompiled for every new Python number.
     targets_per_process = torch.tensor(batch.num_targets / accelerator.num_processes, device=accelerator.device)
+    later_weights = config.schedule.later_weights(step)
+    later = {"later_weights": torch.tensor(later_weights, device=accelerator.device)} if later_weights else {}
     model.train()
     loss = torch.zeros((), device=accelerator.device)
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(accelerator.device, non_blocking=True)  # (micro_batch_size, block_size + 1)
         last = number == batch.grad_accum_steps
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            minimised, micro_loss = objective(model, micro_batch, num_items=targets_per_process)
+            minimised, micro_loss = objective(model, micro_batch, num_items=targets_per_process, **later)
             accelerator.backward(minimised)
         loss += micro_loss
     grad_norm = whole_tensor(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf))
@@ -299,6 +309,7 @@ def evaluate(
     accelerator: Accelerator,
     processes: Processes,
     model: GPT2ModernForCausalLM,
+    mean: WeightMean,
     blocks: PackedBlocks,
     tasks: list[PreparedTask],
     stop: StopRequest,
@@ -307,11 +318,12 @@ def evaluate(
     state: TrainState,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Evaluate the model, store the results in `state`, and return them by the names in METRICS, with those of the
-    tasks if they are due, plus sample rows.
+    tasks if they are due, plus sample rows. Once `mean` has weights in it, the results are those of the mean, and
+    `unaveraged_eval_loss` is that of the weights themselves.
 
     Returns ({}, []) if the run is asked to stop meanwhile; the resumed run then starts with this evaluation.
     """
-    with clock.paused():
+    with clock.paused(), contextlib.ExitStack() as held:
         callback("evaluating", step=state.step)
         shares = {
             "batch_size": config.per_device_eval_batch_size,
@@ -319,15 +331,18 @@ def evaluate(
             "num_processes": accelerator.num_processes,
             "should_stop": lambda: stop.agree(processes),
         }
-        from_start = config.eval_blocks_at == "start"
-        loss = evaluate_loss(model, blocks, max_blocks=config.eval_blocks, from_start=from_start, **shares)
+        chosen = {"max_blocks": config.eval_blocks, "from_start": config.eval_blocks_at == "start"}
+        loss_of = functools.partial(evaluate_loss, model, blocks, **chosen, **shares)
+        beside = {"unaveraged_eval_loss": loss_of()} if mean.has_begun(state.step) else {}
+        held.enter_context(mean.in_place_of_weights(state.step))
+        loss = None if None in beside.values() else loss_of()
         due = tasks if tasks_are_due(config, state) else []
         answers = None if loss is None else evaluate_tasks(due, model, **shares)
         samples = []
         if answers is not None:
             refuse_nonfinite("validation loss", loss, state.step, checkpoints_dir(config))
             state.evaluated_step = state.step
-            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()} | answers
+            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()} | answers | beside
             finite = {name: math.isfinite(value or 0) for name, value in results.items()}
             state.evaluation = {name: value if finite[name] else None for name, value in results.items()}
             if config.sample_prompts and (accelerator.is_main_process or accelerator.is_fsdp2):

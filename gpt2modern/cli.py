@@ -12,7 +12,7 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -131,19 +131,26 @@ def nearest(name: str, known: Sequence[str], otherwise: str = " (--help lists ev
 
 
 def parse_arguments(
-    arguments: type[Arguments], argv: Sequence[str] | None = None, description: str | None = None
+    arguments: type[Arguments],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    derive: Callable[[argparse.Namespace, list[str]], list[str]] | None = None,
 ) -> Arguments:
     """Parse `argv` (default: that of the process) into the dataclass `arguments`.
 
     If the dataclass has a field `config`, its value names a YAML file of defaults with the same keys as the flags, or a
-    recipe that is installed with this project. YAML values are parsed and checked in the same way as flags. Raises
+    recipe that is installed with this project. YAML values are parsed and checked in the same way as flags. derive: is
+    called with the settings and the flags they come from, and returns further flags, which these override. Raises
     GPT2ModernError for an unknown flag or key, a wrong value, and a ValueError of the dataclass's `__post_init__`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(arguments, description=description)
     namespace = parser.parse_strict(argv)
     if getattr(namespace, "config", None):
-        namespace = parser.parse_strict(_yaml_as_flags(parser, arguments, find_recipe(namespace.config)) + argv)
+        argv = _yaml_as_flags(parser, arguments, find_recipe(namespace.config)) + argv
+        namespace = parser.parse_strict(argv)
+    if derive is not None:
+        namespace = parser.parse_strict(derive(namespace, argv) + argv)
     try:
         return arguments(**vars(namespace))
     except ValueError as error:

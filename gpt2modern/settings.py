@@ -43,8 +43,9 @@ def check_ranges(config: Any, prefix: str = "--") -> None:
             kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
             choices = f"unknown; choose from {', '.join(get_args(kinds[0]))}" if kinds else None
             raise ValueError(f"{name} {value} is {choices or f'{type(value).__name__}, expected {_type_name(hint)}'}")
-        if field.metadata.get("least") is not None and is_number:
-            check_range(name, value, field.metadata["least"], field.metadata["most"])
+        for number in value if isinstance(value, list | tuple) else [value] if is_number else []:
+            if field.metadata.get("least") is not None:
+                check_range(name, number, field.metadata["least"], field.metadata["most"])
 
 
 def _has_type(value: Any, hint: Any) -> bool:

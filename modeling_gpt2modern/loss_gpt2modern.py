@@ -25,12 +25,14 @@ def _loss_and_gradient(
     softcap: float | None,
     z_loss_coefficient: float,
     loss_dtype: torch.dtype,
+    later_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the log-probability of each target, log(sum(exp(scores))) and the gradient of the loss with respect to the
     logits, where scores are the logits after the soft cap.
 
-    logits: (rows, vocab_size); targets: (rows, 1), int64. The first two results are (rows, 1) in loss_dtype, in which
-    everything is computed, and so is the gradient, (rows, vocab_size).
+    logits: (rows, vocab_size); targets: (rows, 1 + later), int64: the next token, whose loss has the weight 1, and
+    later ones; later_weights: (rows, later), theirs, None if there are none. The results are (rows, 1 + later), (rows,
+    1) and (rows, vocab_size) in loss_dtype, in which everything is computed.
     """
     scores = logits.to(loss_dtype)
     if softcap is not None:
@@ -42,12 +44,17 @@ def _loss_and_gradient(
     log_sum = largest - log_of_largest
     log_probs = scores.gather(1, targets) - largest + log_of_largest  # in this order: exact beside large scores
     # d loss / d scores = softmax - one_hot. expm1 keeps p - 1 of a confident token, which bf16 would round to 0.
-    at_target = log_probs.expm1()
+    at_target, slope = log_probs[:, :1].expm1(), 0.0
     if z_loss_coefficient:  # d log_sum^2 / d scores = 2 log_sum softmax
         slope = 2 * z_loss_coefficient * log_sum
+    if later_weights is not None:
+        slope = slope + later_weights.sum(1, keepdim=True)
+    if z_loss_coefficient or later_weights is not None:
         probabilities = probabilities.mul_(1 + slope)
-        at_target = at_target + slope * log_probs.exp()
-    gradient = probabilities.scatter_(1, targets, at_target)
+        at_target = at_target + slope * log_probs[:, :1].exp()
+    gradient = probabilities.scatter_(1, targets[:, :1], at_target)
+    for index in range(1, targets.shape[1]):  # one at a time: a row may have the same target twice
+        gradient = gradient.scatter_add_(1, targets[:, index : index + 1], -later_weights[:, index - 1 : index])
     if softcap is not None:
         gradient = gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - (scores / softcap)^2
     return log_probs, log_sum, gradient
@@ -62,6 +69,8 @@ def _summed_loss_and_gradients(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
+    later_labels: torch.Tensor | None,
+    later_weights: torch.Tensor | None,
     softcap: float | None,
     z_loss_coefficient: float,
     vocab_size: int,
@@ -72,21 +81,25 @@ def _summed_loss_and_gradients(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss summed over the tokens, the z-loss (a penalty on large logits) contained in it, and the gradients
-    of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens at a time. is_compiled: whether a
-    GPU may compile the part between the matrix products into one kernel.
+    """Return the loss summed over the tokens, the part of it that is z-loss (a penalty on large logits) or loss of
+    later tokens, and the gradients of this sum with respect to hidden_states and weight. Works on `chunk_size` tokens
+    at a time. is_compiled: whether a GPU may compile the part between the matrix products into one kernel.
 
-    hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64.
-    The two losses are scalars in at least fp32. The gradients have the shapes of their tensors; that of hidden_states
-    is in compute_dtype, that of weight in at least fp32. A gradient that is not needed is an empty tensor.
+    hidden_states: (num_tokens, hidden_size); weight: (rows, hidden_size); labels: (num_tokens,), int64; later_labels:
+    (num_tokens, later), int64; later_weights: (later,). The two losses are scalars in at least fp32. The gradients have
+    the shapes of their tensors; that of hidden_states is in compute_dtype, that of weight in at least fp32. A gradient
+    that is not needed is an empty tensor.
     """
     num_tokens = hidden_states.shape[0]
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
-    total, z_total, hidden_gradient, weight_gradient = _empty_outputs(
+    total, auxiliary_total, hidden_gradient, weight_gradient = _empty_outputs(
         hidden_states, weight, compute_dtype, needs_hidden_gradient, needs_weight_gradient
     )
     total.zero_()
-    z_total.zero_()
+    auxiliary_total.zero_()
+    all_labels = labels.unsqueeze(1)  # (num_tokens, 1 + later)
+    if later_labels is not None:
+        all_labels = torch.cat([all_labels, later_labels], dim=1)
     weight_gradient[vocab_size if num_tokens else 0 :].zero_()
     output_weight = weight[:vocab_size].to(compute_dtype)  # (vocab_size, hidden_size)
 
@@ -103,19 +116,26 @@ def _summed_loss_and_gradients(
     for start in range(0, num_tokens, chunk_size):
         chunk = slice(start, min(start + chunk_size, num_tokens))
         is_ignored = (labels[chunk] == ignore_index).unsqueeze(1)  # (rows, 1)
-        targets = labels[chunk].unsqueeze(1).masked_fill(is_ignored, 0)  # (rows, 1)
+        targets = all_labels[chunk].masked_fill(all_labels[chunk] == ignore_index, 0)  # (rows, 1 + later)
+        weights = None
+        if later_labels is not None:
+            no_loss = is_ignored | (later_labels[chunk] == ignore_index)
+            weights = later_weights.to(loss_dtype).expand_as(no_loss).masked_fill(no_loss, 0)  # (rows, later)
         # A zeroed hidden state adds exactly nothing to the weight gradient: cheaper than masking (rows, vocab_size).
         inputs = hidden_states[chunk].to(compute_dtype).masked_fill(is_ignored, 0)  # (rows, hidden_size)
         # Holds the logits, (rows, vocab_size), until each block of them is replaced by its gradient.
         gradient = torch.mm(inputs, output_weight.t(), out=buffer[: len(inputs)])
         for first in range(0, len(inputs), block_size):
             block = slice(first, first + block_size)
+            of_block = None if weights is None else weights[block]
             log_probs, log_sum, gradient[block] = loss_and_gradient(
-                gradient[block], targets[block], softcap, z_loss_coefficient, loss_dtype
+                gradient[block], targets[block], softcap, z_loss_coefficient, loss_dtype, of_block
             )
-            total -= log_probs.masked_fill(is_ignored[block], 0).sum()
+            total -= log_probs[:, :1].masked_fill(is_ignored[block], 0).sum()
             if z_loss_coefficient:
-                z_total += z_loss_coefficient * log_sum.square().masked_fill(is_ignored[block], 0).sum()
+                auxiliary_total += z_loss_coefficient * log_sum.square().masked_fill(is_ignored[block], 0).sum()
+            if of_block is not None:
+                auxiliary_total -= (log_probs[:, 1:] * of_block).sum()
         if needs_hidden_gradient:
             hidden_gradient[chunk] = (gradient @ output_weight).masked_fill_(is_ignored, 0)
         if needs_weight_gradient:
@@ -124,7 +144,7 @@ def _summed_loss_and_gradients(
                 product = gradient[:, rows].t() @ inputs
                 weight_gradient[rows] = product if start == 0 else weight_gradient[rows] + product
 
-    return total.add_(z_total), z_total, hidden_gradient, weight_gradient
+    return total.add_(auxiliary_total), auxiliary_total, hidden_gradient, weight_gradient
 
 
 def _empty_outputs(
@@ -134,7 +154,7 @@ def _empty_outputs(
     needs_hidden_gradient: bool,
     needs_weight_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return uninitialised tensors for loss, z-loss and two gradients; a gradient that is not needed is empty."""
+    """Return uninitialised tensors for loss, part of it and two gradients; a gradient that is not needed is empty."""
     loss_dtype = torch.promote_types(compute_dtype, torch.float32)
     return (
         hidden_states.new_empty((), dtype=loss_dtype),
@@ -159,8 +179,8 @@ def _(hidden_states, weight, *settings):
 
 def _keep_gradients(ctx, inputs, output) -> None:
     hidden_states, weight, *_, needs_hidden_gradient, needs_weight_gradient = inputs
-    _, z_total, hidden_gradient, weight_gradient = output
-    ctx.mark_non_differentiable(z_total, hidden_gradient, weight_gradient)
+    _, auxiliary_total, hidden_gradient, weight_gradient = output
+    ctx.mark_non_differentiable(auxiliary_total, hidden_gradient, weight_gradient)
     ctx.set_materialize_grads(False)  # otherwise backward receives a (vocab_size, hidden_size) block of zeros
     ctx.save_for_backward(hidden_gradient, weight_gradient)
     ctx.dtypes = (
@@ -183,7 +203,7 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
         for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return hidden_gradient, weight_gradient, *(None,) * 10
+    return hidden_gradient, weight_gradient, *(None,) * 12
 
 
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -207,9 +227,11 @@ def linear_cross_entropy_and_z_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    later_labels: torch.Tensor | None = None,
+    later_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) without holding all logits in
-    memory, and add the z-loss. Returns two scalars: this total loss, and the part of it that is z-loss.
+    memory, and add the z-loss and the losses on later tokens. Returns two scalars: this total, and what was added.
 
     hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
     labels: (num_tokens,), int64, already shifted by the caller; tokens with the label `ignore_index` have no loss.
@@ -220,6 +242,9 @@ def linear_cross_entropy_and_z_loss(
     softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
     num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored.
     chunk_size: number of tokens whose logits exist at the same time; None means `default_chunk_size`.
+    later_labels: (..., later), int64, for num_tokens tokens: the tokens after `labels` that the same logits also
+    predict; later_weights: (later,), the factors of these cross-entropies, which the divisor does not count
+    (multi-token prediction without further parameters; modded-nanogpt, record 53).
 
     Both results are in nats per token and in fp32 (float64 for float64 inputs); the second one has no gradient. Matrix
     products run in the dtype of autocast if it is enabled, otherwise in that of hidden_states; softmax, loss and the
@@ -244,10 +269,12 @@ def linear_cross_entropy_and_z_loss(
         compute_dtype = torch.get_autocast_dtype(device_type)
     if chunk_size is None:
         chunk_size = default_chunk_size(weight.shape[1], device_type, compute_dtype)
-    total, z_total, _, _ = _linear_cross_entropy_sum(
+    total, auxiliary_total, _, _ = _linear_cross_entropy_sum(
         hidden_states,
         weight,
         labels,
+        None if later_labels is None else later_labels.flatten(0, -2).to(labels.device),
+        None if later_weights is None else later_weights.to(labels.device),
         softcap,
         z_loss_coefficient,
         vocab_size,
@@ -258,8 +285,9 @@ def linear_cross_entropy_and_z_loss(
         torch.is_grad_enabled() and hidden_states.requires_grad,
         torch.is_grad_enabled() and weight.requires_grad,
     )
-    loss, z_loss = (_mean_over_labels(each, labels, num_items_in_batch, ignore_index) for each in (total, z_total))
-    return loss, z_loss
+    totals = (total, auxiliary_total)
+    loss, auxiliary_loss = (_mean_over_labels(each, labels, num_items_in_batch, ignore_index) for each in totals)
+    return loss, auxiliary_loss
 
 
 def logits_z_loss(

@@ -426,10 +426,10 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
 
 @dataclass
 class GPT2ModernCausalLMOutput(CausalLMOutputWithPast):
-    """Hold the fields of transformers' CausalLMOutputWithPast and `z_loss`, the part of `loss` that is z-loss (a
-    penalty on large logits), without a gradient. It is None without labels or if z_loss_coefficient is 0."""
+    """Hold the fields of transformers' CausalLMOutputWithPast and `auxiliary_loss`, the part of `loss` that is z-loss
+    (a penalty on large logits) or loss of later tokens, without a gradient; None if there is no such part."""
 
-    z_loss: torch.FloatTensor | None = None
+    auxiliary_loss: torch.FloatTensor | None = None
 
 
 class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
@@ -472,9 +472,12 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         skip_logits: if labels are given, compute the loss without holding all logits in memory, and return no logits.
         z_loss_coefficient: factor of the mean of log(sum(exp(logits)))^2, which is added to the loss.
         kwargs: may contain `shift_labels`, labels that are already shifted. It is not a parameter, because Trainer
-            evaluates without a loss unless each parameter with "label" in its name is in the batch.
+            evaluates without a loss unless each parameter with "label" in its name is in the batch. With skip_logits
+            also `later_labels` (batch, seq_len, later), the tokens after shift_labels, and `later_weights` (later,),
+            factors of their losses, which are added.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        later_labels, later_weights = kwargs.pop("later_labels", None), kwargs.pop("later_weights", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -488,9 +491,9 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)  # (batch, seq_len)
 
-        logits = loss = z_loss = None
+        logits = loss = auxiliary_loss = None
         if skip_logits and shift_labels is not None and self._head_is_a_matrix():
-            loss, z_loss = linear_cross_entropy_and_z_loss(
+            loss, auxiliary_loss = linear_cross_entropy_and_z_loss(
                 hidden_states.flatten(0, -2),  # (batch * seq_len, hidden_size)
                 self.lm_head.weight,
                 shift_labels.flatten().to(hidden_states.device),
@@ -498,7 +501,11 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                 vocab_size=self.config.unpadded_vocab_size,
                 softcap=self.final_logit_softcapping,
                 num_items_in_batch=num_items_in_batch,
+                later_labels=later_labels,
+                later_weights=later_weights,
             )
+        elif later_labels is not None:
+            raise ValueError("later_labels need shift_labels, skip_logits=True and a head that is a plain matrix")
         else:
             logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping)  # (batch, seq_len, vocab_size)
             if self.config.unpadded_vocab_size is not None:
@@ -515,13 +522,13 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                     num_items_in_batch=num_items_in_batch,
                 )
                 if z_loss_coefficient:
-                    z_loss = logits_z_loss(
+                    auxiliary_loss = logits_z_loss(
                         logits_of_ids,
                         shift_labels.to(logits.device),
                         z_loss_coefficient=z_loss_coefficient,
                         num_items_in_batch=num_items_in_batch,
                     )
-                    loss, z_loss = loss + z_loss, z_loss.detach()
+                    loss, auxiliary_loss = loss + auxiliary_loss, auxiliary_loss.detach()
 
         return GPT2ModernCausalLMOutput(
             loss=loss,
@@ -529,7 +536,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            z_loss=z_loss if z_loss_coefficient else None,
+            auxiliary_loss=auxiliary_loss if z_loss_coefficient or later_labels is not None else None,
         )
 
     def _head_is_a_matrix(self) -> bool:

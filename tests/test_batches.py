@@ -18,6 +18,7 @@ from gpt2modern.training.batches import (
     step_batches,
 )
 from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.schedules import Schedule
 
 
 def plan_of(samples_per_step, micro_batch_size, num_processes, **warmup):
@@ -70,6 +71,9 @@ def steps(num_blocks, plan, count, *, consumed_samples=0, seed=1):
     return result
 
 
+RAMP = Schedule("constant", max_steps=20, batch_size_ramp=[1, 2, 4])
+
+
 @pytest.mark.fault("F3 an epoch has every block once")
 def test_an_epoch_visits_every_block_of_whole_batches_once():
     seen = list(itertools.chain.from_iterable(steps(50, plan_of(8, 2, 2), 6)))
@@ -95,7 +99,7 @@ def test_seeking_gives_the_order_of_an_uninterrupted_run(consumed_steps):
 
 
 @pytest.mark.fault("F3 an epoch has every block once")
-@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 5, "first_samples": 2}])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 5, "first_samples": 2}, {"warmup_steps": 14, "ramp": RAMP}])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_samples_of_a_step_are_what_all_processes_read_in_it(warmup, num_processes):
     plan = plan_of(8, 2 // num_processes, num_processes, **warmup)
@@ -181,6 +185,41 @@ def test_the_growth_does_not_depend_on_processes_or_micro_batches():
 def test_a_first_batch_that_does_not_divide_is_refused_with_those_that_do():
     with pytest.raises(GPT2ModernError, match=r"from 256 tokens .* multiple of 512 tokens .* 1024; use 512"):
         warm_plan(micro_batch_size=8)
+
+
+# Batch-size ramp
+
+
+def ramp_plan(micro_batch_size=2, num_processes=1, ramp=(1, 2, 4), **settings):
+    return planned(
+        total_batch_size=1024,
+        per_device_train_batch_size=micro_batch_size,
+        num_processes=num_processes,
+        batch_size_ramp=list(ramp),
+        max_steps=8,
+        **settings,
+    )
+
+
+def test_equal_parts_of_the_run_have_their_batches():
+    """1024 tokens are 16 samples; the thirds of eight steps begin at 0, 3 and 6."""
+    plan = ramp_plan()
+    assert [plan.samples_at(step) for step in range(9)] == [4, 4, 4, 8, 8, 8, 16, 16, 16]
+    assert [plan.grad_accum_steps(step) for step in range(9)] == [2, 2, 2, 4, 4, 4, 8, 8, 8]
+    assert all(plan.consumed_samples(step) == sum(map(plan.samples_at, range(step))) for step in range(12))
+    assert plan.tokens_seen(8) == 64 * (12 + 24 + 32)
+    assert ramp_plan(1, ramp=(0.25, 0.5, 1)).samples_at(4) == 8 == ramp_plan(2, 2).samples_at(4)
+
+
+def test_micro_batches_divide_the_steps_of_every_part():
+    plan = ramp_plan("auto", ramp=(2, 3, 4))
+    assert [plan.samples_at(step) for step in (0, 3, 6)] == [8, 12, 16] and plan.micro_batch_sizes() == [1, 2, 4]
+    assert ramp_plan("auto").micro_batch_sizes() == [1, 2, 4]
+
+
+def test_a_ramp_that_does_not_divide_is_refused():
+    with pytest.raises(GPT2ModernError, match=r"\[1, 2, 3\] of --total_batch_size 1024 .* multiples of 128 tokens"):
+        ramp_plan(ramp=(1, 2, 3))
 
 
 # Seeking

@@ -39,3 +39,23 @@ def test_the_loss_is_that_of_the_documents_alone(flag_set):
         plain, _ = batch_loss(model, batch)
     assert masked.item() == pytest.approx(alone.item(), rel=1e-6)
     assert abs(plain.item() - alone.item()) > 1e-3 * alone.item()
+
+
+def test_positions_begin_again_in_a_long_document():
+    row = torch.tensor([[5, 6, 7, 8, 95, 1, 2, 3, 4]])
+    assert document_positions(row, SEPARATOR, 3).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("flag_set", ["modern", "speedrun"])
+def test_the_loss_of_long_documents_is_that_of_their_parts_alone(flag_set):
+    model = tiny_model(flag_set, unpadded_vocab_size=None)
+    batch, length = packed_rows(), 5
+    with torch.no_grad():
+        alone = 0.0
+        for document in (document for row in batch for document in documents_of(row)):
+            for start in range(0, document.shape[1] - 1, length):
+                alone += batch_loss(model, document[:, start : start + length + 1])[0].item()
+        masked, _ = batch_loss(model, batch, separator=SEPARATOR, max_document_length=length)
+        whole, _ = batch_loss(model, batch, separator=SEPARATOR)
+    assert masked.item() == pytest.approx(alone, rel=1e-6)
+    assert abs(whole.item() - alone) > 1e-3 * alone

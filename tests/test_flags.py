@@ -126,6 +126,8 @@ def test_help_shows_every_flag_once_under_its_group(capsys):
         ("total_batch_size", 64, {}),
         ("batch_size_warmup_steps", 3, SINGLY),
         ("initial_total_batch_size", 64, SINGLY | {"batch_size_warmup_steps": 3}),
+        ("batch_size_ramp", [1, 2, 4], SINGLY),
+        ("max_document_length", 8, {"document_masking": True}),
         ("optimizer", "muon", {}),
         ("learning_rate", 2e-2, {}),
         ("embedding_learning_rate", 2e-2, {}),
@@ -151,6 +153,7 @@ def test_help_shows_every_flag_once_under_its_group(capsys):
         ("adam_epsilon", 1e-3, {}),
         ("max_grad_norm", 0.01, {"adam_epsilon": 1e-3}),
         ("z_loss", 0.1, {}),
+        ("multi_token_prediction", [0.5, 0.25], {}),
         ("seed", 43, {}),
         ("mixed_precision", "bf16", {}),
         ("lora_rank", 2, LORA),
@@ -265,7 +268,8 @@ SETTINGS = {
     "warmup_steps": 1, "warmup_ratio": 0.5,
     "decay_steps": 1, "decay_ratio": 0.5, "decay_type": "linear", "min_lr_ratio": 0.7, "weight_decay": 0.7,
     "adam_beta1": 0.7, "adam_beta2": 0.7, "adam_epsilon": 0.7, "max_grad_norm": 0.7, "z_loss": 0.7, "lora_rank": 1,
-    "lora_alpha": 1.0, "lora_target_modules": ["q_proj"],
+    "lora_alpha": 1.0, "lora_target_modules": ["q_proj"], "multi_token_prediction": [0.5],
+    "average_last": 0.5, "batch_size_ramp": [1.0, 2.0], "max_document_length": 8,
 }  # fmt: skip
 
 

@@ -114,6 +114,60 @@ def test_gradients_with_z_loss_are_the_slope_of_the_loss(softcap):
     )
 
 
+LATER_WEIGHTS = [0.5, 0.25]
+
+
+def make_later_labels(labels, vocab_size=ROWS):
+    """Draw two later labels per token: some are ignored, some equal the label, some equal each other."""
+    later = torch.randint(vocab_size, (len(labels), 2), generator=torch.Generator().manual_seed(1))
+    later[::3, 1] = -100
+    later[1::5, 0] = labels[1::5]
+    later[2::5] = later[2::5, :1]
+    return later
+
+
+@pytest.mark.parametrize("chunk_size", [8, None])
+@pytest.mark.parametrize("z_loss_coefficient", [0.0, 0.1])
+@pytest.mark.parametrize(("softcap", "vocab_size"), [(None, ROWS), (3.0, 50)])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_losses_of_later_tokens_equal_those_of_all_logits(dtype, softcap, vocab_size, z_loss_coefficient, chunk_size):
+    hidden_states, weight, labels = make_inputs(dtype, vocab_size)
+    later_labels = make_later_labels(labels, vocab_size)
+    logits = hidden_states @ weight[:vocab_size].t()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    counted = labels != -100
+    added = z_loss_coefficient * logits.logsumexp(-1)[counted].square().sum() / 7
+    for index, factor in enumerate(LATER_WEIGHTS):
+        each = F.cross_entropy(logits, later_labels[:, index], reduction="none")  # 0 where the label is -100
+        added = added + factor * each[counted].sum() / 7
+    loss = F.cross_entropy(logits, labels, reduction="sum") / 7 + added
+    expected = loss, added, *torch.autograd.grad(loss, (hidden_states, weight))
+
+    actual = linear_cross_entropy_and_z_loss(
+        hidden_states, weight, labels, vocab_size=vocab_size, softcap=softcap, chunk_size=chunk_size,
+        z_loss_coefficient=z_loss_coefficient, num_items_in_batch=7,
+        later_labels=later_labels, later_weights=torch.tensor(LATER_WEIGHTS),
+    )  # fmt: skip
+    torch.testing.assert_close(
+        (*actual, *torch.autograd.grad(actual[0], (hidden_states, weight))), expected, **TOLERANCES[dtype]
+    )
+
+
+def test_later_tokens_without_weight_change_nothing():
+    hidden_states, weight, labels = make_inputs()
+    later = {"later_labels": make_later_labels(labels), "later_weights": torch.zeros(2)}
+    results = []
+    for options in ({}, later):
+        loss, added = linear_cross_entropy_and_z_loss(hidden_states, weight, labels, **options)
+        results.append((loss, added, *torch.autograd.grad(loss, (hidden_states, weight))))
+    torch.testing.assert_close(*results, atol=1e-7, rtol=1e-6)
+
+
+def test_later_tokens_need_the_loss_without_logits():
+    with pytest.raises(ValueError, match="later_labels need shift_labels, skip_logits=True"):
+        tiny_model()(random_ids(2, 8), labels=random_ids(2, 8), later_labels=random_ids(2, 8, 1), later_weights=[0.5])
+
+
 @pytest.mark.parametrize("flag_set", ["padded_vocabulary", "speedrun"])
 def test_the_model_gives_the_same_z_loss_with_and_without_logits(flag_set):
     model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
@@ -122,10 +176,10 @@ def test_the_model_gives_the_same_z_loss_with_and_without_logits(flag_set):
         model.zero_grad()
         output = model(input_ids, labels=input_ids, z_loss_coefficient=0.01, skip_logits=skip_logits)
         output.loss.backward()
-        results.append((output.loss, output.z_loss, [weight.grad for weight in model.parameters()]))
+        results.append((output.loss, output.auxiliary_loss, [weight.grad for weight in model.parameters()]))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
     plain = model(input_ids, labels=input_ids)
-    assert plain.z_loss is None and results[0][1] > 0
+    assert plain.auxiliary_loss is None and results[0][1] > 0
     torch.testing.assert_close(results[0][0] - results[0][1], plain.loss)
 
 
@@ -459,8 +513,11 @@ def test_one_compiled_graph_serves_other_token_counts():
 
 def test_operator_is_registered_as_torch_demands():
     hidden_states, weight, labels = make_inputs(vocab_size=50)
-    operator_arguments = (hidden_states, weight, labels, 3.0, 1e-4, 50, -100, 8, False, torch.float32, True, True)
-    torch.library.opcheck(_linear_cross_entropy_sum, operator_arguments)
+    later = (make_later_labels(labels, 50), torch.tensor(LATER_WEIGHTS))
+    for more in (later, (None, None)):
+        operator_arguments = (hidden_states, weight, labels, *more)
+        operator_arguments += (3.0, 1e-4, 50, -100, 8, False, torch.float32, True, True)
+        torch.library.opcheck(_linear_cross_entropy_sum, operator_arguments)
     requires_grad = [output.requires_grad for output in _linear_cross_entropy_sum(*operator_arguments)]
     assert requires_grad == [True, False, False, False]
 
@@ -509,10 +566,18 @@ def test_arguments_that_do_not_fit_raise_value_error(change, message):
 @pytest.mark.parametrize("z_loss_coefficient", [0.0, 1e-2])
 def test_the_part_that_a_gpu_compiles_equals_the_uncompiled_one(softcap, z_loss_coefficient):
     torch.manual_seed(0)
-    logits, targets = torch.randn(6, 50, dtype=torch.bfloat16) * 5, torch.randint(50, (6, 1))
-    arguments = (logits, targets, softcap, z_loss_coefficient, torch.float32)
-    results = [call(*arguments) for call in (_compiled_loss_and_gradient(), _loss_and_gradient)]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    logits, targets = torch.randn(6, 50, dtype=torch.bfloat16) * 5, torch.randint(50, (6, 3))
+    for later_weights in (None, torch.tensor([[0.5, 0.25]]).expand(6, -1)):
+        arguments = (
+            logits,
+            targets[:, : 1 if later_weights is None else 3],
+            softcap,
+            z_loss_coefficient,
+            torch.float32,
+            later_weights,
+        )
+        results = [call(*arguments) for call in (_compiled_loss_and_gradient(), _loss_and_gradient)]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_of_scores_do_not_change_the_loss(monkeypatch):

@@ -105,6 +105,9 @@ def test_weights_gradients_and_optimizer_states_are_counted():
     ]  # fmt: skip
     assert (halved["weights"], halved["activations"]) == (2 * parameters, adamw["activations"])
     assert (muon["weights"], muon["optimizer states"]) == (6 * parameters, 8 * parameters - 4 * matrices)
+    settings, plan = replace(CONFIG, average_last=0.1), BatchPlan(2, 1, 2, block_size=16)
+    averaged = estimate_memory(settings, model, plan, autocast=False, fsdp2=True)
+    assert averaged["average of weights"] == 2 * parameters and "average of weights" not in adamw
 
 
 @pytest.mark.parametrize(("most", "found"), [(0, 0), (1, 1), (5, 4), (99, 16)])

@@ -76,3 +76,41 @@ def test_steps_may_be_given_as_a_share_of_the_run():
 def test_parts_longer_than_the_run_are_refused():
     with pytest.raises(ValueError, match="30 warm-up steps and 80 decay steps are in total more than --max_steps 100"):
         Schedule("warmup_stable_decay", max_steps=100, warmup_steps=30, decay_steps=80)
+
+
+def test_the_weights_of_later_tokens_fall_one_after_the_other():
+    """Thirds of 30 steps: 0.25 falls to 0, then 0.5, then there are none."""
+    schedule = Schedule("constant", max_steps=30, multi_token_prediction=[0.5, 0.25])
+    expected = {0: [0.5, 0.25], 5: [0.5, 0.125], 10: [0.5, 0.0], 15: [0.25, 0.0], 20: [0.0, 0.0], 29: [0.0, 0.0]}
+    assert {step: schedule.later_weights(step) for step in expected} == expected
+    assert Schedule("constant", max_steps=30).later_weights(3) == []
+
+
+def test_another_length_changes_the_weights_of_later_tokens():
+    settings = {"lr_scheduler_type": "constant", "multi_token_prediction": [0.5]}
+    assert not Schedule(max_steps=30, **settings).gave_the_same(Schedule(max_steps=40, **settings), 25)
+    assert Schedule(max_steps=30, **settings).gave_the_same(Schedule(max_steps=30, **settings), 25)
+
+
+def test_the_last_weights_are_averaged_equally():
+    """After the n-th of them the mean moves by 1/n: the last 30 % of ten steps, and at least one."""
+    schedule = Schedule("constant", max_steps=10, average_last=0.3)
+    assert [schedule.average_weight(step) for step in range(10)] == [0] * 7 + [1, 1 / 2, 1 / 3]
+    assert [Schedule("constant", 10, average_last=0.01).average_weight(step) for step in (8, 9)] == [0, 1]
+    assert {Schedule("constant", 10).average_weight(step) for step in range(12)} == {0}
+
+
+def test_a_ramp_lowers_the_rates_by_the_root_of_the_batch():
+    """Thirds of eight steps begin at 0, 3 and 6. The record's factors for 1:2:3 are 1, 1.52 and 1.73 of the first."""
+    schedule = Schedule("constant", max_steps=8, warmup_steps=2, batch_size_ramp=[1, 2, 4])
+    assert [schedule.batch_share(step) for step in range(9)] == [0.25] * 3 + [0.5] * 3 + [1] * 3
+    assert [schedule.factor(step) for step in (0, 1, 2, 3, 5, 6, 7)] == pytest.approx(
+        [0.25, 0.5, 0.5, 0.5**0.5, 0.5**0.5, 1, 1]
+    )
+    factors = [Schedule("constant", 3, batch_size_ramp=[1, 2, 3]).factor(step) for step in range(3)]
+    assert [factor / factors[0] for factor in factors] == pytest.approx([1, 1.41, 1.73], abs=0.01)
+
+
+def test_another_length_moves_the_parts_of_a_ramp():
+    settings = {"lr_scheduler_type": "constant", "batch_size_ramp": [1, 2]}
+    assert not Schedule(max_steps=8, **settings).gave_the_same(Schedule(max_steps=12, **settings), 7)

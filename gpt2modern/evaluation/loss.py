@@ -19,28 +19,45 @@ def batch_loss(
     *,
     num_items: float | torch.Tensor = 1,
     separator: int | None = None,
+    max_document_length: int | None = None,
     z_loss: float = 0.0,
+    later_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the next-token losses of `batch` divided by `num_items`, with and without z-loss.
+    """Return the sum of the next-token losses of `batch` divided by `num_items`, with and without auxiliary losses.
 
-    The first result is minimised: the loss plus the z-loss with coefficient `z_loss`. The second is the loss alone,
-    detached. Both are fp32 scalars in nats. No logits are kept.
+    The first result is minimised: the loss, plus the z-loss with coefficient `z_loss`, plus the losses of the tokens
+    after the next one times `later_weights`, (later,). The second is the next-token loss alone, detached. Both are fp32
+    scalars in nats. No logits are kept.
     batch: (sequences, block_size + 1) token ids; the last of each sequence is a target only. Padding (-100) is never a
     target; as an input it becomes id 0, which is harmless because only padding follows padding.
     separator: id of the token that ends a document; each token then attends to its own document only, and the separator
     still has the next document's first token as target. None: each token attends to all tokens before it.
+    max_document_length: longer documents are masked as several ones of at most so many tokens; targets are unchanged.
     """
     input_ids = batch[:, :-1].clamp(min=0)  # (sequences, block_size)
     output = model(
         input_ids=input_ids,
-        position_ids=None if separator is None else document_positions(input_ids, separator),
+        position_ids=None if separator is None else document_positions(input_ids, separator, max_document_length),
         shift_labels=batch[:, 1:],
         num_items_in_batch=num_items,
         use_cache=False,
         skip_logits=True,
         **({"z_loss_coefficient": z_loss} if z_loss else {}),
+        **({} if later_weights is None else later_targets(batch, later_weights, separator)),
     )
-    return output.loss, output.loss.detach() - output.z_loss if z_loss else output.loss.detach()
+    loss = output.loss.detach()
+    return output.loss, loss - output.auxiliary_loss if z_loss or later_weights is not None else loss
+
+
+def later_targets(batch: torch.Tensor, weights: torch.Tensor, separator: int | None) -> dict[str, torch.Tensor]:
+    """Return `weights`, (later,), and the tokens 2, 3, ... places after each input of `batch`, as the model takes them:
+    (sequences, block_size, later), with -100 beyond the block and, if there is a `separator`, in another document."""
+    ends = batch[:, :-1] == (-1 if separator is None else separator)
+    targets, labels = batch[:, 1:].masked_fill(ends, -100), []
+    for _ in weights:
+        targets = nn.functional.pad(targets[:, 1:], (0, 1), value=-100).masked_fill(ends, -100)
+        labels.append(targets)
+    return {"later_labels": torch.stack(labels, dim=-1), "later_weights": weights}
 
 
 def loss_from_logits(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
@@ -50,12 +67,13 @@ def loss_from_logits(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tenso
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
 
 
-def document_positions(input_ids: torch.Tensor, separator: int) -> torch.Tensor:
-    """Return the position of each token in its document: positions restart at 0 after each `separator` token.
-    input_ids and result: (batch, seq_len) integers."""
+def document_positions(input_ids: torch.Tensor, separator: int, max_length: int | None = None) -> torch.Tensor:
+    """Return the position of each token in its document: positions restart at 0 after each `separator` token, and in
+    documents longer than `max_length` after so many tokens. input_ids and result: (batch, seq_len) integers."""
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     starts = torch.nn.functional.pad(input_ids[:, :-1] == separator, (1, 0))
-    return positions - torch.where(starts, positions, 0).cummax(dim=1).values
+    positions = positions - torch.where(starts, positions, 0).cummax(dim=1).values
+    return positions if max_length is None else positions % max_length
 
 
 class Metric(NamedTuple):

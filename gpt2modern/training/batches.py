@@ -7,6 +7,7 @@ data. A resumed run, even with another number of processes or micro-batch size, 
 import contextlib
 import functools
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class BatchPlan:
     """Describe how the samples (blocks) of each optimizer step are divided over micro-batches and processes.
 
     With a batch-size warm-up (arXiv:2005.14165, appendix B) step 0 takes `first_samples` samples; their number then
-    grows linearly, in multiples of `first_samples`, to `samples_per_step` at step `warmup_steps`.
+    grows linearly, in multiples of `first_samples`, to `samples_per_step` at step `warmup_steps`. With a `ramp` its
+    `batch_share` decides until then.
     """
 
     samples_per_step: int
@@ -35,11 +38,14 @@ class BatchPlan:
     block_size: int  # tokens per sample
     warmup_steps: int = 0
     first_samples: int | None = None  # None: there is no warm-up
+    ramp: Schedule | None = None
 
     def samples_at(self, step: int) -> int:
         """Return the number of samples that update `step` alone takes (the first is 0), over all processes."""
         if step >= self.warmup_steps:
             return self.samples_per_step
+        if self.ramp is not None:
+            return round(self.ramp.batch_share(step) * self.samples_per_step)
         growth = self.samples_per_step // self.first_samples - 1
         return self.first_samples * (1 + growth * step // self.warmup_steps)
 
@@ -60,7 +66,8 @@ class BatchPlan:
     def micro_batch_sizes(self) -> list[int]:
         """Return, in ascending order, the micro-batch sizes (samples per process and forward pass) that divide each
         process's share of every step without remainder."""
-        per_process = self.samples_at(0) // self.num_processes
+        sizes = {self.samples_at(step) for step in range(self.warmup_steps + 1)}
+        per_process = math.gcd(*sizes) // self.num_processes
         return [size for size in range(1, per_process + 1) if per_process % size == 0]
 
     def grad_accum_steps(self, step: int) -> int:
@@ -84,6 +91,15 @@ def plan_batches(config: TrainConfig, *, block_size: int, num_processes: int) ->
             f"{size} x --block_size {block_size} x {num_processes} processes = {tokens_per_pass} tokens; use {choices}"
         )
     plan = BatchPlan(total // block_size, size, num_processes, block_size)
+    if ramp := config.batch_size_ramp:
+        passes = [total / tokens_per_pass * part / ramp[-1] for part in ramp]
+        if any(abs(number - round(number)) > 1e-6 for number in passes):
+            raise GPT2ModernError(
+                f"--batch_size_ramp {ramp} of --total_batch_size {total} gives steps that are not multiples of "
+                f"{tokens_per_pass} tokens (one forward pass on every process); use other numbers, such as 1 2 4, or "
+                "lower --per_device_train_batch_size"
+            )
+        return replace(plan, warmup_steps=-(-config.max_steps * (len(ramp) - 1) // len(ramp)), ramp=config.schedule)
     if not config.batch_size_warmup_steps:
         return plan
     first = total // 8 if config.initial_total_batch_size is None else config.initial_total_batch_size

@@ -46,6 +46,9 @@ class TrainConfig:
     )
 
     model_preset: str = model("modern", "architecture and size of a new model: gpt2, modern, speedrun, ...")
+    depth: int | None = model(
+        None, "layers of a new model; width, tokens, batch, learning rates, weight decay follow if not given", least=1
+    )
     config_overrides: str | None = model(
         None, "model settings that replace those of the preset: hidden_size=64,num_hidden_layers=2", may_be_empty=True
     )
@@ -74,8 +77,17 @@ class TrainConfig:
     initial_total_batch_size: int | None = batch(
         None, "tokens of the first step of a batch-size warm-up; default: an eighth of total_batch_size", least=1
     )
+    batch_size_ramp: list[float] | None = batch_decides(
+        None,
+        "tokens per step in equal parts of the run, relative to those of the last part: 1 2 4; learning rates follow "
+        "with the square root",
+        least=0.001,
+    )
     document_masking: bool = batch_decides(
         False, "in training, tokens attend only to their own document in the block; evaluation does not mask documents"
+    )
+    max_document_length: int | None = batch_decides(
+        None, "tokens after which document_masking begins a new document inside a longer one; default: none", least=1
     )
     seed: int = batch_decides(42, "random seed of initial weights, data order and dropout", least=0, most=2**63 - 1)
 
@@ -134,6 +146,14 @@ class TrainConfig:
     max_grad_norm: float = optimizer_decides(1.0, "clip the gradient's global norm to this value; 0: no clipping")
     z_loss: float = optimizer_decides(
         0.0, "weight of log(sum(exp(logits)))^2 added to the minimised loss, such as 1e-4; not in the reported loss"
+    )
+    multi_token_prediction: list[float] | None = optimizer_decides(
+        None,
+        "first weights of the losses of the tokens after the next one, such as 0.5 0.25, which fall to 0 one after the "
+        "other; not in the reported loss",
+    )
+    average_last: float = optimizer_decides(
+        0.0, "last fraction of max_steps whose weights are averaged to the final model, such as 0.1; 0: none", most=1
     )
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = speed(
@@ -235,6 +255,12 @@ class TrainConfig:
             raise ValueError("--lora_alpha and --lora_target_modules need --lora_rank above 0; set it or omit them")
         if self.initial_total_batch_size is not None and not self.batch_size_warmup_steps:
             raise ValueError("--initial_total_batch_size needs --batch_size_warmup_steps above 0; set it or omit both")
+        if self.depth is not None and self.model_name_or_path is not None:
+            raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
+        if (ramp := list(self.batch_size_ramp or [])) != sorted(ramp) or (ramp and self.batch_size_warmup_steps):
+            raise ValueError(f"--batch_size_ramp {ramp} must rise, and replaces --batch_size_warmup_steps; omit one")
+        if self.max_document_length is not None and not self.document_masking:
+            raise ValueError(f"--max_document_length {self.max_document_length} needs --document_masking true; set it")
         self._check_output_dir()
         self._check_hub_model_id()
         self.max_train_seconds()
@@ -261,14 +287,14 @@ class TrainConfig:
 
     @functools.cached_property  # read in every step
     def schedule(self) -> Schedule:
-        """Return the learning-rate schedule of these settings; raises ValueError if they contradict each other."""
+        """Return the schedule of these settings; raises ValueError if they contradict each other."""
         warmup_steps = steps_from("warmup", self.warmup_steps, self.warmup_ratio, self.max_steps) or 0
         decay_steps = steps_from("decay", self.decay_steps, self.decay_ratio, self.max_steps)
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
             decay_steps = round(DEFAULT_DECAY_RATIO * self.max_steps)
-        return Schedule(
-            self.lr_scheduler_type, self.max_steps, warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio
-        )
+        decays = (warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio)
+        others = (self.multi_token_prediction, self.average_last, self.batch_size_ramp)
+        return Schedule(self.lr_scheduler_type, self.max_steps, *decays, *others)
 
     def max_train_seconds(self) -> float:
         """Return --max_train_time ('5400', '90:00', '1:30:00') in seconds, or infinity if it is not given.

@@ -140,9 +140,11 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
     flops = model_flops_per_token(model, plan.block_size)
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     formula = "6 N + 12 L D T" if trained == parameters else "6 P + 4 (N - P) + 12 L D T, P of N parameters trained"
+    shape = model.config
     stand_in = ", in place of the --model_name_or_path that --lora_rank needs for training" if config.lora_rank else ""
     facts = {
         "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
+        "size": f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, {shape.num_attention_heads} heads",
         "parameters": f"{parameters:,}",
         "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
         "processes": f"{count} x {kind}, {precision}",

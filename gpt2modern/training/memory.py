@@ -65,6 +65,7 @@ def estimate_memory(
         "weights": (6 if autocast else 4) * parameters // shards,
         "gradients": 4 * model.num_parameters(only_trainable=True) // (1 if accumulates else shards),
         "optimizer states": state_bytes(model, config) // shards,
+        **({"average of weights": _mean_bytes(config, model) // shards} if config.average_last else {}),
         "activations": activation_bytes(
             model.config,
             autocast=autocast,
@@ -73,6 +74,10 @@ def estimate_memory(
             gradient_checkpointing=config.gradient_checkpointing,
         ),
     }
+
+
+def _mean_bytes(config: TrainConfig, model: PreTrainedModel) -> int:
+    return 4 * model.num_parameters(only_trainable=True) if config.average_last else 0
 
 
 def activation_bytes(
@@ -175,7 +180,7 @@ def fits_by_trying(
     """Return whether a forward and a backward pass of `size` sequences fit in memory together with a reserved block as
     large as what is allocated later: the optimizer state and, with several processes, the gradient buckets."""
     device, was_training = accelerator.device, model.training
-    later_bytes = state_bytes(model, config)
+    later_bytes = state_bytes(model, config) + _mean_bytes(config, model)
     later_bytes += 4 * model.num_parameters() if accelerator.num_processes > 1 else 0
     devices = [device] if device.type != "cpu" else []
     try:

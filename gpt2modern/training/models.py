@@ -79,6 +79,7 @@ def _preset_model(config: TrainConfig, data: PackedBlocks | DataShape) -> GPT2Mo
     """Build the preset, adjusted to the data (vocabulary, context length, special tokens) and then by
     --config_overrides, with random weights. Raises GPT2ModernError if the settings or the data do not fit."""
     overrides = parse_config_overrides(config.config_overrides)
+    overrides = size_of_depth(config.depth) | overrides if config.depth else overrides
     try:
         preset = GPT2ModernConfig.from_preset(config.model_preset)
         fitted = {
@@ -121,6 +122,14 @@ def _pretrained_model(config: TrainConfig, data: PackedBlocks | DataShape, load_
     if load_weights:
         return load_model(name, flag=flag, **arguments)
     return GPT2ModernForCausalLM._from_config(**arguments)
+
+
+def size_of_depth(depth: int) -> dict[str, int]:
+    """Return the model settings of --depth: a width of 64 x depth, rounded up to whole heads, which have 128
+    dimensions, or 64 where the width is below 512."""
+    head_dim = 128 if depth >= 8 else 64
+    heads = -(-64 * depth // head_dim)
+    return {"num_hidden_layers": depth, "hidden_size": heads * head_dim, "num_attention_heads": heads}
 
 
 def parse_config_overrides(text: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compute learning rates as pure functions of the step, so that a checkpoint need not save any schedule state."""
+"""Compute what changes during a run from the step alone, so that a checkpoint need not save any schedule state."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ DEFAULT_DECAY_RATIO = 0.2  # longer gained little in arXiv:2405.18392
 
 @dataclass(frozen=True)
 class Schedule:
-    """Represent a learning-rate schedule: the fraction of the peak learning rate that each update uses.
+    """Represent what changes during a run: the fraction of the peak learning rate, weights of losses, averaging.
 
     cosine and linear decay over all updates after the warm-up; constant does not decay. warmup_stable_decay (WSD,
     arXiv:2404.06395) keeps the peak until the last `decay_steps` updates, then decays by `decay_type`: "1-sqrt" was
@@ -30,6 +30,9 @@ class Schedule:
     decay_steps: int | None = None  # only for warmup_stable_decay
     decay_type: str | None = None  # only for warmup_stable_decay; None: "1-sqrt"
     min_lr_ratio: float = 0.0
+    multi_token_prediction: list[float] | None = None  # first weights of the losses of later tokens
+    average_last: float = 0.0  # last fraction of the updates whose weights are averaged
+    batch_size_ramp: list[float] | None = None  # tokens per step in equal parts of the run, relative to each other
 
     def __post_init__(self):
         if self.warmup_steps > self.max_steps:
@@ -51,27 +54,52 @@ class Schedule:
             )
 
     def gave_the_same(self, other: "Schedule", steps: int) -> bool:
-        """Return whether the first `steps` updates have the same learning rates under this schedule and `other`.
+        """Return whether the first `steps` updates are the same under this schedule and `other`.
 
         Compares only the first and the last of them. This is enough if the two differ only in `max_steps` and in the
-        warm-up and decay lengths computed from it.
+        warm-up and decay lengths computed from it; weights of losses and a ramp depend on `max_steps` itself.
         """
-        return all(self.factor(step) == other.factor(step) for step in (0, steps - 1))
+        if (self.multi_token_prediction or self.batch_size_ramp) and self.max_steps != other.max_steps:
+            return False
+        values = [[(s.factor(step), s.average_weight(step)) for step in (0, steps - 1)] for s in (self, other)]
+        return values[0] == values[1]
 
     def factor(self, step: int) -> float:
         """Return the fraction of the peak learning rate that update `step` uses (the first update is step 0).
 
         It grows linearly during the warm-up and reaches 1 at update `warmup_steps - 1`. The decay would reach
-        `min_lr_ratio` at update `max_steps`, one after the last.
+        `min_lr_ratio` at update `max_steps`, one after the last. A smaller batch lowers all by the root of its share.
         """
+        root = math.sqrt(self.batch_share(step))
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+            return root * (step + 1) / self.warmup_steps
         if self.lr_scheduler_type == "warmup_stable_decay":
             length, decay = self.decay_steps or 0, DECAYS[self.decay_type or "1-sqrt"]
         else:
             length, decay = self.max_steps - self.warmup_steps, DECAYS[self.lr_scheduler_type]
         progress = (step - (self.max_steps - length)) / max(1, length)
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(min(1.0, max(0.0, progress)))
+        return root * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * decay(min(1.0, max(0.0, progress))))
+
+    def batch_share(self, step: int) -> float:
+        """Return the tokens of update `step` as a fraction of those of the last update: 1 without a ramp."""
+        ramp = self.batch_size_ramp or [1.0]
+        return ramp[min(len(ramp) - 1, step * len(ramp) // self.max_steps)] / ramp[-1]
+
+    def average_weight(self, step: int) -> float:
+        """Return by which fraction update `step` moves the mean of the weights towards its own: 1/n in the n-th of the
+        last updates that are averaged, and 0 before."""
+        first = self.max_steps - max(1, round(self.average_last * self.max_steps))
+        return 1 / (step - first + 1) if self.average_last and step >= first else 0.0
+
+    def later_weights(self, step: int) -> list[float]:
+        """Return the weights that the losses of the tokens after the next one have in update `step`.
+
+        n of them divide the run into n + 1 equal parts. In each part but the last one of them falls linearly to 0, the
+        one furthest ahead first (modded-nanogpt, record 53).
+        """
+        weights = self.multi_token_prediction or []
+        passed = (len(weights) + 1) * step / self.max_steps
+        return [w * min(1.0, max(0.0, len(weights) - i - passed)) for i, w in enumerate(weights)]
 
 
 def steps_from(name: str, steps: int | None, ratio: float | None, max_steps: int) -> int | None:

@@ -116,7 +116,7 @@ class Stopwatch:
         self._first_s = wall_time_s
         self._paused_s = 0.0
         self._lap_s, self._lap_step = 0.0, step
-        self._step_time_s = 0.0
+        self._token_time_s = 0.0
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -144,7 +144,7 @@ class Stopwatch:
         self._count()
         seconds, steps = self._lap_s, step - self._lap_step
         tokens = self.plan.tokens_seen(step) - self.plan.tokens_seen(self._lap_step)
-        self._lap_s, self._lap_step, self._step_time_s = 0.0, step, seconds / steps
+        self._lap_s, self._lap_step, self._token_time_s = 0.0, step, seconds / tokens
         per_device = tokens / seconds / self.plan.num_processes
         return {
             "tokens_per_second": tokens / seconds,
@@ -154,9 +154,10 @@ class Stopwatch:
         }
 
     def remaining_s(self, steps: int) -> float:
-        """Estimate the seconds that `steps` further steps take at the speed of the last `lap`, including evaluation and
-        saving, in the proportion of time that these have taken so far."""
-        return steps * self._step_time_s * (1 + self._paused_s / (self.total_s - self._first_s))
+        """Estimate the seconds that `steps` further steps take, at the tokens/s of the last `lap`, including evaluation
+        and saving in the proportion of time that these have taken so far."""
+        tokens = self.plan.tokens_seen(self._lap_step + steps) - self.plan.tokens_seen(self._lap_step)
+        return tokens * self._token_time_s * (1 + self._paused_s / (self.total_s - self._first_s))
 
 
 def step_metrics(
