@@ -3,13 +3,37 @@
 import functools
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 
-def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """Return cap * tanh(logits / cap), which is between -cap and cap (arXiv:2408.00118); if cap is None, the logits."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+class SoftCap(NamedTuple):
+    """Hold a function g that bounds logits, and the product of a gradient and the slope of g, which overwrites the
+    gradient and may overwrite g(x). A soft cap c makes c * g(logits / c) of the logits."""
+
+    bound: Callable[[torch.Tensor], torch.Tensor]
+    times_slope_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+# The forms of `final_logit_softcapping_type`: tanh of arXiv:2408.00118, and two of modded-nanogpt. With c = 15 rational
+# is 15 x / sqrt(x^2 + 225); with c = 23 sigmoid is 23 / (1 + exp(-(x + 5) / 7.5)), which is above 0.
+SOFT_CAPS: dict[str, SoftCap] = {
+    "tanh": SoftCap(torch.tanh, lambda gradient, bounded: gradient.addcmul_(gradient, bounded.square_(), value=-1)),
+    "rational": SoftCap(
+        lambda scaled: scaled * torch.rsqrt(scaled.square() + 1),
+        lambda gradient, bounded: gradient.mul_(bounded.square_().neg_().add_(1).clamp_(min=0).pow_(1.5)),
+    ),
+    "sigmoid": SoftCap(
+        lambda scaled: torch.sigmoid((scaled + 5 / 23) * (23 / 7.5)),
+        lambda gradient, bounded: gradient.mul_(bounded.addcmul(bounded, bounded, value=-1).mul_(23 / 7.5)),
+    ),
+}
+
+
+def soft_cap(logits: torch.Tensor, cap: float | None, form: str = "tanh") -> torch.Tensor:
+    """Return cap * g(logits / cap) with the function g of SOFT_CAPS[form]; if cap is None, the logits."""
+    return logits if cap is None else cap * SOFT_CAPS[form].bound(logits / cap)
 
 
 # Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
@@ -23,6 +47,7 @@ def _loss_and_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,
     softcap: float | None,
+    softcap_type: str,
     z_loss_coefficient: float,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -34,8 +59,8 @@ def _loss_and_gradient(
     """
     scores = logits.to(loss_dtype)
     if softcap is not None:
-        tanh = torch.tanh(scores / softcap)
-        scores = softcap * tanh
+        bounded = SOFT_CAPS[softcap_type].bound(scores / softcap)
+        scores = softcap * bounded
     probabilities = torch.softmax(scores, dim=-1)
     # The largest probability is 1 / sum(exp(scores - largest score)).
     largest, log_of_largest = scores.amax(1, keepdim=True), probabilities.amax(1, keepdim=True).log()
@@ -49,7 +74,7 @@ def _loss_and_gradient(
         at_target = at_target + slope * log_probs.exp()
     gradient = probabilities.scatter_(1, targets, at_target)
     if softcap is not None:
-        gradient = gradient.addcmul_(gradient, tanh.square_(), value=-1)  # times 1 - (scores / softcap)^2
+        gradient = SOFT_CAPS[softcap_type].times_slope_(gradient, bounded)
     return log_probs, log_sum, gradient
 
 
@@ -63,6 +88,7 @@ def _summed_loss_and_gradients(
     weight: torch.Tensor,
     labels: torch.Tensor,
     softcap: float | None,
+    softcap_type: str,
     z_loss_coefficient: float,
     vocab_size: int,
     ignore_index: int,
@@ -111,7 +137,7 @@ def _summed_loss_and_gradients(
         for first in range(0, len(inputs), block_size):
             block = slice(first, first + block_size)
             log_probs, log_sum, gradient[block] = loss_and_gradient(
-                gradient[block], targets[block], softcap, z_loss_coefficient, loss_dtype
+                gradient[block], targets[block], softcap, softcap_type, z_loss_coefficient, loss_dtype
             )
             total -= log_probs.masked_fill(is_ignored[block], 0).sum()
             if z_loss_coefficient:
@@ -183,7 +209,7 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
         for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return hidden_gradient, weight_gradient, *(None,) * 10
+    return hidden_gradient, weight_gradient, *(None,) * 11
 
 
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -204,12 +230,13 @@ def linear_cross_entropy_and_z_loss(
     z_loss_coefficient: float = 0.0,
     vocab_size: int | None = None,
     softcap: float | None = None,
+    softcap_type: str = "tanh",
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cross_entropy(softcap * tanh(hidden_states @ weight.T / softcap), labels) without holding all logits in
-    memory, and add the z-loss. Returns two scalars: this total loss, and the part of it that is z-loss.
+    """Compute cross_entropy(soft_cap(hidden_states @ weight.T, softcap), labels) without holding all logits in memory,
+    and add the z-loss. Returns two scalars: this total loss, and the part of it that is z-loss.
 
     hidden_states: (num_tokens, hidden_size), floating point; weight: (rows, hidden_size), of any floating dtype;
     labels: (num_tokens,), int64, already shifted by the caller; tokens with the label `ignore_index` have no loss.
@@ -217,7 +244,7 @@ def linear_cross_entropy_and_z_loss(
     This term prevents a growth of all logits by the same amount, which the softmax does not notice (PaLM,
     arXiv:2204.02311, section 5, uses 1e-4).
     vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
-    softcap: bound of the logits (arXiv:2408.00118, section 2), applied in fp32; None means no bound.
+    softcap: bound of the logits, applied in fp32; None means no bound. softcap_type: its form, a key of SOFT_CAPS.
     num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored.
     chunk_size: number of tokens whose logits exist at the same time; None means `default_chunk_size`.
 
@@ -249,6 +276,7 @@ def linear_cross_entropy_and_z_loss(
         weight,
         labels,
         softcap,
+        softcap_type,
         z_loss_coefficient,
         vocab_size,
         ignore_index,

@@ -110,6 +110,85 @@ def test_speedrun_is_its_description():
         torch.testing.assert_close(weight.grad.double(), weights[name].grad, atol=1e-5, rtol=1e-4)
 
 
+def frontier_by_hand(
+    config: GPT2ModernConfig, weights: dict[str, torch.Tensor], input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Compute the logits of the flag set "frontier" for one row in float64, token by token where that is simpler."""
+    seq_len, depth, size = len(input_ids), config.num_hidden_layers, config.head_dim
+    rotated, groups = size // 2, config.num_attention_heads // config.num_key_value_heads
+
+    def norm(x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).rsqrt()
+
+    def gate(x, name):
+        return 1 / (1 + torch.exp(-(x[..., :12] @ weights[f"{name}.gate.weight"].T)))
+
+    def rotate(x):
+        half = rotated // 2
+        angles = torch.arange(seq_len)[:, None] * 1024.0 ** (-torch.arange(half) / half).double()
+        cos, sin, a, b = angles.cos()[:, None], angles.sin()[:, None], x[..., :half], x[..., half:rotated]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., rotated:]), -1)
+
+    embeds = weights["model.embed_tokens.weight"][input_ids]
+    previous = torch.cat((torch.zeros(1, config.hidden_size), embeds[:-1]))
+    x = x0 = norm(embeds + weights["model.smear.weight"] * gate(embeds, "model.smear") * previous)
+    rows = [config.bigram_vocab_size - 1]
+    for before, token in zip(input_ids.tolist(), input_ids.tolist()[1:], strict=False):
+        rows.append(((36313 * token) ^ (27191 * before)) % (config.bigram_vocab_size - 1))
+    bigrams, outputs = weights["model.embed_bigrams.weight"][rows], []
+    distance = torch.arange(seq_len)[:, None] - torch.arange(seq_len)
+    for index in range(depth):
+        layer = f"model.layers.{index}."
+        if index == depth // 2:
+            skip = weights[f"{layer}long_skip.weight"]
+            x = x + 2 * gate(x, f"{layer}long_skip") / (1 + torch.exp(-skip)) * outputs[depth // 4]
+        a, b = weights[f"{layer}embedding_residual.weight"]
+        x = a * x + b * x0 + weights[f"{layer}bigram_residual.weight"] * bigrams
+        n, attn = norm(x), f"{layer}self_attn."
+        q, k, v = ((n @ weights[f"{attn}{name}_proj.weight"].T).view(seq_len, -1, size) for name in "qkv")
+        if index in config.value_embedding_layers:
+            table = config.value_embedding_layers.index(index) % config.num_value_embeddings
+            e = weights[f"model.value_embeddings.{table}.weight"][input_ids].view(seq_len, -1, size)
+            v = v + 2 * gate(n, f"{attn}value_embedding")[..., None] * e
+        k, is_full = norm(k), config.layer_types[index] == "full_attention"
+        if is_full:
+            k = torch.cat((k[..., :rotated], torch.cat((k[:1], k[:-1]))[..., rotated:]), -1)
+        k, v = (each.repeat_interleave(groups, 1) for each in (rotate(k), v))
+        scores = 0.2 * torch.einsum("qhd,khd->hqk", rotate(norm(q)), k)
+        seen = (distance >= 0) & (distance < (seq_len if is_full else config.sliding_window))
+        y = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+        share = torch.tanh(weights[f"{attn}exclusive.weight"])[:, None]
+        y = y - share * (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
+        y = 2 * gate(n, f"{attn}output_gate")[..., None] * y
+        x = x + y.reshape(seq_len, -1) @ weights[f"{attn}o_proj.weight"].T
+        up = norm(x) @ weights[f"{layer}mlp.up_proj.weight"].T
+        x = x + up.clamp(min=0) ** 2 @ weights[f"{layer}mlp.down_proj.weight"].T
+        outputs.append(x)
+    x = x - weights["model.backout.weight"] * outputs[2 * depth // 3 - 1]
+    logits = norm(x) @ weights["lm_head.weight"].T
+    return (23 / (1 + torch.exp(-(logits + 5) / 7.5)))[:, : config.unpadded_vocab_size]
+
+
+def test_frontier_is_its_description():
+    """With half-truncated RoPE, a fixed scale of attention, and short and long windows."""
+    layers = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "attention_scale": 0.2,
+    }
+    layers |= {"value_embedding_layers": [0, 1, 3], "num_value_embeddings": 2}
+    model, input_ids = tiny_model("frontier", **layers), random_ids(1, 12)
+    weights = {name: weight.detach().double().requires_grad_() for name, weight in model.named_parameters()}
+    expected = frontier_by_hand(model.config, weights, input_ids[0])
+    actual = model(input_ids, use_cache=False).logits[0, :, : model.config.unpadded_vocab_size]
+    close(actual.double(), expected, atol=1e-4)
+
+    F.cross_entropy(expected, input_ids[0].roll(-1)).backward()
+    F.cross_entropy(actual, input_ids[0].roll(-1)).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad.double(), weights[name].grad, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("flag", ["use_unet_skips", "use_x0_residual", "use_value_residual"])
 def test_residual_mix_of_weight_zero_is_the_model_without(flag):
     with_mix, without = tiny_model(**{flag: True}), tiny_model()
@@ -146,6 +225,22 @@ AXES = {
     "use_embedding_norm": ({"norm_affine": False}, {"norm_affine": False, "use_embedding_norm": True}),
     "tie_word_embeddings": ({}, {"tie_word_embeddings": False}),
     "final_logit_softcapping": ({}, {"final_logit_softcapping": 2.0}),
+    "final_logit_softcapping_type": (
+        {"final_logit_softcapping": 2.0},
+        {"final_logit_softcapping": 2.0, "final_logit_softcapping_type": "rational"},
+    ),
+    "value_embedding_layers": ({}, {"value_embedding_layers": [0, 1]}),
+    "num_value_embeddings": (
+        {"value_embedding_layers": [0, 1]},
+        {"value_embedding_layers": [0, 1], "num_value_embeddings": 1},
+    ),
+    "use_smear": ({}, {"use_smear": True}),
+    "bigram_vocab_size": ({}, {"bigram_vocab_size": 50}),
+    "use_key_offset": ({"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5, "use_key_offset": True}),
+    "use_attention_gate": ({}, {"use_attention_gate": True}),
+    "use_exclusive_attention": ({}, {"use_exclusive_attention": True}),
+    "use_long_skip": ({}, {"use_long_skip": True}),
+    "use_backout": ({}, {"use_backout": True}),
     "unpadded_vocab_size": ({}, {"unpadded_vocab_size": 90}),
     "embedding_dropout": ({}, {"embedding_dropout": 0.5}),
     "attention_dropout": ({}, {"attention_dropout": 0.5}),
