@@ -320,10 +320,12 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the token embedding and the head as transformers does, and return the embedding. Rows that
+        """Resize the token embedding, the head and value embeddings as transformers does; return the embedding. Rows that
         `pad_to_multiple_of` adds are not token ids: `unpadded_vocab_size` does not count them."""
         real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for table in self.base_model.value_embeddings:
+            self._get_resized_embeddings(table, embeddings.num_embeddings, mean_resizing=mean_resizing)
         self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
         return embeddings
 

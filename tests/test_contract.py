@@ -38,7 +38,7 @@ from modeling_gpt2modern import (
 from tests.support.models import FLAG_SETS, random_ids, tiny_config, tiny_model
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
-PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier_sliding_mixed"])
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
@@ -288,10 +288,12 @@ PARALLEL = {
     "tp-qk_norm": ("gqa", {"use_qk_norm": True}),
     "fsdp-gpt2": ("gpt2", {}),
     "fsdp-speedrun": ("speedrun", {}),
+    "fsdp-frontier": ("frontier_sliding_mixed", {}),
     "pp-modern": ("modern", {}),
     "pp-sliding_mixed": ("sliding_mixed", {}),
     "pp-gpt2": ("gpt2", {}),
     "pp-unet": ("modern", {"use_unet_skips": True}),
+    "pp-frontier": ("frontier_sliding_mixed", {}),
 }
 
 
@@ -332,7 +334,7 @@ def test_pipeline_of_two_processes_computes_the_same(parallel, name):
         assert torch.equal(process[name]["generated"], expected)
 
 
-@pytest.mark.parametrize("name", ["pp-gpt2", "pp-unet"])
+@pytest.mark.parametrize("name", ["pp-gpt2", "pp-unet", "pp-frontier"])
 def test_pipeline_that_would_be_wrong_is_refused(parallel, name):
     assert all(process[name].startswith("pp_size=2, but a stage") for process in parallel)
 

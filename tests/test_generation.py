@@ -65,7 +65,7 @@ def test_greedy_generation_is_that_by_hand(flag_set, settings):
 @EVERY_FLAG_SET
 def test_drafts_from_the_first_layers_do_not_change_what_is_generated(flag_set):
     """transformers lowers config.num_hidden_layers for the draft, so that the forward ends after two of the layers."""
-    changes = {"layer_types": ["sliding_attention", "full_attention"] * 2} if flag_set == "sliding_mixed" else {}
+    changes = {"layer_types": ["sliding_attention", "full_attention"] * 2} if "mixed" in flag_set else {}
     model, input_ids = tiny_model(flag_set, num_hidden_layers=4, **changes), random_ids(1, 10)
     generated = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=8, assistant_early_exit=2, **GREEDY
@@ -276,7 +276,7 @@ def test_logits_to_keep_are_those_of_the_full_forward(flag_set, kept):
     model, input_ids = tiny_model(flag_set), random_ids(2, 8)
     full = logits_of(model, input_ids)
     expected = full[:, -kept:] if isinstance(kept, int) else full[:, kept]
-    close(logits_of(model, input_ids, logits_to_keep=kept), expected, atol=1e-6)
+    close(logits_of(model, input_ids, logits_to_keep=kept), expected, atol=3e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
@@ -284,6 +284,10 @@ def test_logits_to_keep_are_those_of_the_full_forward(flag_set, kept):
 def test_embeddings_may_take_the_place_of_ids(flag_set, settings):
     model, input_ids = tiny_model(flag_set), random_ids(2, 8)
     inputs_embeds = model.get_input_embeddings()(input_ids)
+    if model.model.reads_token_ids:
+        with pytest.raises(ValueError, match="inputs_embeds is not enough .* pass input_ids"):
+            model(inputs_embeds=inputs_embeds)
+        return
     close(logits_of(model, None, inputs_embeds=inputs_embeds), logits_of(model, input_ids))
     mask = torch.ones_like(input_ids)
     generated = model.generate(inputs_embeds=inputs_embeds, attention_mask=mask, max_new_tokens=5, **GREEDY, **settings)
@@ -378,7 +382,10 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("flag_set", "graphs"), [("gpt2", 1), ("speedrun", 1), ("gqa", 1), ("sliding_mixed", 2)])
+@pytest.mark.parametrize(
+    ("flag_set", "graphs"),
+    [("gpt2", 1), ("speedrun", 1), ("gqa", 1), ("sliding_mixed", 2), ("frontier_sliding_mixed", 2)],
+)
 def test_compiled_decoding_with_a_static_cache_does_not_recompile(flag_set, graphs):
     """Seven steps and a shorter second prompt, one graph. The sliding layers of a StaticCache count in Python, which
     costs stock Mistral and Qwen3 a second graph too."""

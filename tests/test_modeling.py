@@ -113,7 +113,7 @@ def test_speedrun_is_its_description():
 def frontier_by_hand(
     config: GPT2ModernConfig, weights: dict[str, torch.Tensor], input_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the logits of the flag set "frontier" for one row in float64, token by token where that is simpler."""
+    """Compute the logits of the flag set "frontier_sliding_mixed" for one row in float64, token by token where that is simpler."""
     seq_len, depth, size = len(input_ids), config.num_hidden_layers, config.head_dim
     rotated, groups = size // 2, config.num_attention_heads // config.num_key_value_heads
 
@@ -177,7 +177,7 @@ def test_frontier_is_its_description():
         "attention_scale": 0.2,
     }
     layers |= {"value_embedding_layers": [0, 1, 3], "num_value_embeddings": 2}
-    model, input_ids = tiny_model("frontier", **layers), random_ids(1, 12)
+    model, input_ids = tiny_model("frontier_sliding_mixed", **layers), random_ids(1, 12)
     weights = {name: weight.detach().double().requires_grad_() for name, weight in model.named_parameters()}
     expected = frontier_by_hand(model.config, weights, input_ids[0])
     actual = model(input_ids, use_cache=False).logits[0, :, : model.config.unpadded_vocab_size]
@@ -371,7 +371,7 @@ def test_weights_missing_from_a_checkpoint_start_as_new_ones_do(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier_sliding_mixed"])
 def test_half_precision_stays_near_fp32_and_its_loss_is_fp32(flag_set, dtype, tmp_path):
     model, input_ids = tiny_model(flag_set), random_ids(2, 12)
     model.save_pretrained(tmp_path)
@@ -621,7 +621,7 @@ CAUSAL = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
 
 LENGTHS = [[5, 7], [3, 9]]
 POSITION_IDS = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
-PACKED_FLAG_SETS = ["gpt2", "modern", "speedrun", "sliding_mixed"]
+PACKED_FLAG_SETS = ["gpt2", "modern", "speedrun", "sliding_mixed", "frontier_sliding_mixed"]
 
 
 def in_pieces(model, input_ids, sizes, **kwargs):
@@ -772,7 +772,10 @@ def test_attention_that_makes_no_masks_gets_none():
     assert [(mask, lengths.tolist()) for mask, lengths in seen] == [(None, [0, 5, 12, 15, 24])] * 2
 
 
-@pytest.mark.parametrize(("flag_set", "flags"), [("gpt2", {}), ("modern", {"use_qk_norm": True}), ("speedrun", {})])
+@pytest.mark.parametrize(
+    ("flag_set", "flags"),
+    [("gpt2", {}), ("modern", {"use_qk_norm": True}), ("speedrun", {}), ("frontier_sliding_mixed", {})],
+)
 def test_attention_gets_one_dtype_under_autocast(flag_set, flags, monkeypatch):
     model, seen = tiny_model(flag_set, **flags), set()
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -809,7 +812,7 @@ def test_unpacked_calls_keep_the_fast_path_of_sdpa(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "sliding_mixed"])
+@pytest.mark.parametrize("flag_set", PACKED_FLAG_SETS)
 def test_training_step_compiles_without_graph_breaks(flag_set, packed):
     torch.compiler.reset()
     model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
@@ -821,7 +824,7 @@ def test_training_step_compiles_without_graph_breaks(flag_set, packed):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier_sliding_mixed"])
 def test_gradient_checkpointing_changes_no_gradient(flag_set, use_reentrant):
     model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
     model(input_ids, labels=input_ids).loss.backward()
@@ -868,8 +871,9 @@ def test_parallel_plans_name_modules_that_exist(flag_set):
 
 def test_pipeline_is_offered_only_where_layers_hand_on_one_tensor():
     assert tiny_config("modern").base_model_pp_plan is not None
-    for flag in ("use_unet_skips", "use_value_residual", "use_x0_residual"):
-        assert tiny_config("modern", **{flag: True}).base_model_pp_plan is None
+    flags = ("use_unet_skips", "use_value_residual", "use_x0_residual", "use_long_skip", "use_backout", "use_smear")
+    for changes in (*({flag: True} for flag in flags), {"bigram_vocab_size": 9}, {"value_embedding_layers": [1]}):
+        assert tiny_config("modern", **changes).base_model_pp_plan is None
 
 
 def test_dropout_of_evaluation_is_none():

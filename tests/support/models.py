@@ -61,7 +61,7 @@ FLAG_SETS = {
     "partial_rope": ("modern", {"partial_rotary_factor": 0.5}),
     "value_residual_gqa": ("modern", {"use_value_residual": True, "num_key_value_heads": 2}),
     "odd_unet": ("modern", {"use_unet_skips": True, "num_hidden_layers": 3}),
-    "frontier": ("speedrun", FRONTIER),
+    "frontier_sliding_mixed": ("speedrun", FRONTIER),
 }
 
 
