@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.utils.import_utils import is_tracing
 
@@ -218,60 +218,70 @@ class ValueResidual(ResidualMix):
 class Gate(nn.Module):
     """Compute sigmoid(W x[:12]) from the first 12 features of x (fewer, if x has fewer), one gate per row of W.
 
-    W starts at zero, so that twice the gate, which most users take, starts at 1. It is not an nn.Linear, so that LoRA
-    and quantisers, which look for that class, leave these few weights alone. Source: modded-nanogpt (August 2025).
+    W starts at zero, so that twice the gate starts at 1. It is not an nn.Linear, so that LoRA and quantisers, which
+    look for that class, leave these few weights alone. Source: modded-nanogpt (August 2025).
     """
 
-    def __init__(self, hidden_size: int, num_gates: int = 1):
+    def __init__(self, hidden_size: int, num_gates: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_gates, min(12, hidden_size)))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the gates (..., num_gates) of hidden_states (..., hidden_size)."""
         return torch.sigmoid(F.linear(hidden_states[..., : self.weight.shape[1]], self.weight))
 
 
-class LongSkip(ResidualMix):
-    """Compute x + sigmoid(w) * gate * y with a learned w, where y is the output of an earlier layer: one gated skip
-    connection instead of those of a U-Net."""
-
-    initial_weight = (-1.5,)
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.gate = Gate(hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, skip_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + torch.sigmoid(self.weight) * 2 * self.gate(hidden_states) * skip_states
-
-
-class Backout(ResidualMix):
-    """Compute x - w * y with a learned w, where x is the output of the last layer and y that of an earlier one."""
-
-    initial_weight = (0.5,)
-
-    def forward(self, hidden_states: torch.Tensor, earlier_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states - self.weight * earlier_states
-
-
 class Smear(ResidualMix):
-    """Compute x + w * gate * x' with a learned w, where x' is the embedding of the previous token (zero if none)."""
+    """Compute x + w * gate * y with a learned w, where y is the embedding of the previous token."""
 
     initial_weight = (0.0,)
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.gate = Gate(hidden_size)
+        self.gate = Gate(hidden_size, 1)
 
-    def forward(self, embeds: torch.Tensor, previous_embeds: torch.Tensor, has_previous: torch.Tensor) -> torch.Tensor:
-        """Mix embeds and previous_embeds (batch, seq_len, hidden_size); has_previous: (batch, seq_len), bool."""
-        return embeds + self.weight * self.gate(embeds) * previous_embeds.masked_fill(~has_previous.unsqueeze(-1), 0)
+    def forward(self, hidden_states: torch.Tensor, other_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.weight * self.gate(hidden_states) * other_states
 
 
-class BigramResidual(UNetSkip):
-    """Compute x + w * e with a learned w, where x is the input of a layer and e the embedding of a pair of tokens."""
+class LongSkip(Smear):
+    """Compute x + sigmoid(w) * 2 * gate * y with a learned w, where y is the output of an earlier layer."""
 
-    initial_weight = (0.05,)
+    initial_weight = (-1.5,)
+
+    def forward(self, hidden_states: torch.Tensor, other_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + torch.sigmoid(self.weight) * 2 * self.gate(hidden_states) * other_states
+
+
+class ValueEmbedding(Gate):
+    """Add 2 * gate * e to the attention values, where e is an embedding of the token and each key and value head has a
+    gate of its own. Returns the dtype of the values."""
+
+    def forward(self, value_states: torch.Tensor, hidden_states: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Return (batch, num_heads, seq_len, head_dim), the shape of value_states. hidden_states: the input of the
+        attention, (batch, seq_len, hidden_size); embeds: (batch, seq_len, num_heads * head_dim)."""
+        gate = 2 * super().forward(hidden_states).unsqueeze(-1)  # (batch, seq_len, num_heads, 1)
+        added = gate * embeds.unflatten(-1, (gate.shape[2], -1))  # (batch, seq_len, num_heads, head_dim)
+        return (value_states + added.transpose(1, 2)).to(value_states.dtype)
+
+
+class AttentionGate(Gate):
+    """Multiply the output of each attention head, (batch, seq_len, num_heads, head_dim), by 2 * gate, which is computed
+    from the input of the attention. Returns the dtype of the output."""
+
+    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (attn_output * 2 * super().forward(hidden_states).unsqueeze(-1)).to(attn_output.dtype)
+
+
+class ExclusiveAttention(ResidualMix):
+    """Subtract from the output y of each head, (batch, seq_len, num_heads, head_dim), its part along the token's own
+    value v: y - tanh(w) (y.v / v.v) v with a learned w per head (exclusive self-attention, modded-nanogpt's record 82).
+    v: (batch, num_key_value_heads, seq_len, head_dim)."""
+
+    def forward(self, attn_output: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
+        groups = attn_output.shape[2] // value_states.shape[1]
+        own = value_states.transpose(1, 2).repeat_interleave(groups, dim=2)  # (batch, seq_len, num_heads, head_dim)
+        share = (attn_output * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(min=1e-6)
+        return (attn_output - torch.tanh(self.weight).unsqueeze(-1) * share * own).to(attn_output.dtype)
 
 
 def bigram_rows(input_ids: torch.Tensor, previous_ids: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -281,52 +291,9 @@ def bigram_rows(input_ids: torch.Tensor, previous_ids: torch.Tensor, num_rows: i
     return rows.masked_fill(previous_ids < 0, num_rows - 1)
 
 
-class ValueEmbedding(nn.Module):
-    """Add 2 * gate * e to the attention values, where e is an embedding of the token and each key and value head has a
-    gate of its own. Returns the dtype of the values."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.gate = Gate(hidden_size, num_heads)
-
-    def forward(
-        self, value_states: torch.Tensor, hidden_states: torch.Tensor, value_embeds: torch.Tensor
-    ) -> torch.Tensor:
-        """Return (batch, num_heads, seq_len, head_dim), the shape of value_states. hidden_states: the input of the
-        attention, (batch, seq_len, hidden_size); value_embeds: (batch, seq_len, num_heads * head_dim)."""
-        gate = 2 * self.gate(hidden_states).unsqueeze(-1)  # (batch, seq_len, num_heads, 1)
-        added = gate * value_embeds.unflatten(-1, (gate.shape[2], -1))  # (batch, seq_len, num_heads, head_dim)
-        return (value_states + added.transpose(1, 2)).to(value_states.dtype)
-
-
-class AttentionGate(nn.Module):
-    """Multiply the output of each attention head by 2 * gate, so that a head can be switched off for a token."""
-
-    def __init__(self, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.gate = Gate(hidden_size, num_heads)
-
-    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return (batch, seq_len, num_heads, head_dim). hidden_states: the input of the attention."""
-        return (attn_output * 2 * self.gate(hidden_states).unsqueeze(-1)).to(attn_output.dtype)
-
-
-class ExclusiveAttention(ResidualMix):
-    """Subtract from the output y of each head its part along the token's own value v: y - tanh(w) (y.v / v.v) v with a
-    learned w per head (exclusive self-attention, modded-nanogpt's record 82)."""
-
-    def forward(self, attn_output: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
-        """Return (batch, seq_len, num_heads, head_dim). value_states: (batch, num_key_value_heads, seq_len, head_dim),
-        those of the same tokens."""
-        groups = attn_output.shape[2] // value_states.shape[1]
-        own = value_states.transpose(1, 2).repeat_interleave(groups, dim=2)  # (batch, seq_len, num_heads, head_dim)
-        share = (attn_output * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(min=1e-6)
-        return (attn_output - torch.tanh(self.weight).unsqueeze(-1) * share * own).to(attn_output.dtype)
-
-
 class TokenHistory(DynamicLayer):
-    """Keep a state of every token of a row, to be read for the token after it: an additional layer of a Cache, so that
-    transformers crops, reorders and repeats it with the others."""
+    """Keep a state of every token, to be read for the token after it: one more layer of a Cache, so that transformers
+    crops, reorders and repeats it with the others."""
 
 
 class LastToken(StaticLayer):
@@ -342,28 +309,24 @@ class LastToken(StaticLayer):
         self.cumulative_length.fill_(1)
         return self.keys, self.values
 
-    def reset(self) -> None:
-        super().reset()
-        if self.is_initialized:
-            self.keys.fill_(-1)
 
-
-def add_histories(cache: Cache, num_layers: int, count: int) -> None:
-    """Append `count` histories to the layers of a cache for a model of `num_layers`, unless it has them."""
-    if cache.layers and isinstance(cache.layers[-1], (TokenHistory, LastToken)):
-        return
+def add_histories(cache: Cache, num_layers: int, count: int) -> CacheLayerMixin:
+    """Append `count` histories to the layers of a cache for a model of `num_layers`, unless it has them, and return the
+    first of them, that of the token ids."""
     while cache.layer_class_to_replicate is not None and len(cache.layers) < num_layers:
         cache.layers.append(cache.layer_class_to_replicate())
-    kind = LastToken if isinstance(cache.layers[0], StaticLayer) else TokenHistory
-    cache.layers.extend(kind() for _ in range(count))
+    if not isinstance(cache.layers[-1], (TokenHistory, LastToken)):
+        kind = LastToken if isinstance(cache.layers[0], StaticLayer) else TokenHistory
+        cache.layers.extend(kind() for _ in range(count))
+    return cache.layers[-count]
 
 
 class PreviousTokens(NamedTuple):
     """Describe the token before each token: that of the same document, without padding in between.
 
     ids: (batch, seq_len), -1 for the first token of a document.
-    source: (batch, 1 + seq_len), for each token, and the last one in the cache, the index of the last token up to it
-        that is not padding; None if there is no padding.
+    source: (batch, 1 + seq_len), for the last token in the cache and each new one, the index among these of the last
+        token up to it that is not padding; None if there is no padding.
     """
 
     ids: torch.Tensor
@@ -371,29 +334,26 @@ class PreviousTokens(NamedTuple):
 
     @classmethod
     def find(
-        cls,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        history: TokenHistory | LastToken | None,
+        cls, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: Any, history: CacheLayerMixin | None
     ) -> "PreviousTokens":
         """Return the previous tokens of input_ids (batch, seq_len). A position that is not higher than the one before
         it begins a document. position_ids: (batch or 1, seq_len); attention_mask: (batch, past_length + seq_len), 0 for
-        padding, or None; history: that of the ids in the cache, or None.
+        padding; anything else, such as the masks of generate(), which pads on the left, is not read. history: that of
+        the ids in the cache, which are kept plus 1.
         """
         source = None
-        if attention_mask is not None:
+        if isinstance(attention_mask, torch.Tensor):
             is_token = F.pad(attention_mask[:, -input_ids.shape[1] :].bool(), (1, 0), value=True)
             index = torch.arange(is_token.shape[1], device=is_token.device)
             source = torch.where(is_token, index, 0).cummax(-1).values
-        ids = cls(input_ids, source).shift(input_ids[:, None, :, None], history)[:, 0, :, 0]
+        ids = cls(input_ids, source).shift(input_ids[:, None, :, None] + 1, history)[:, 0, :, 0] - 1
         continues = position_ids.diff(prepend=torch.zeros_like(position_ids[:, :1])) > 0
         return cls(ids.masked_fill(~continues, -1), source)
 
-    def shift(self, states: torch.Tensor, history: TokenHistory | LastToken | None) -> torch.Tensor:
-        """Return for each token the state of the token before it, -1 or that of another document if there is none, and
-        append the states (batch, heads, seq_len, size) to the history."""
-        first = torch.full_like(states[:, :, :1], -1)
+    def shift(self, states: torch.Tensor, history: CacheLayerMixin | None) -> torch.Tensor:
+        """Return for each token the state of the token before it, and append the states (batch, heads, seq_len, size)
+        to the history. The first token of all gets zeros."""
+        first = torch.zeros_like(states[:, :, :1])
         if history is not None and history.is_initialized and history.keys.numel():
             first = history.keys[:, :, -1:]
         row = torch.cat((first, states), dim=2)
@@ -406,10 +366,7 @@ class PreviousTokens(NamedTuple):
 
 class KeyOffset(nn.Module):
     """Replace the dimensions of each key that RoPE does not rotate by those of the previous token's key (partial key
-    offset, modded-nanogpt's record 49), so that a token can find what follows a token like itself in one layer.
-
-    history_index: index of its history in the layers of a cache.
-    """
+    offset, modded-nanogpt's record 49), so that a token can find in one layer what follows a token like itself."""
 
     def __init__(self, rotary_dim: int, history_index: int):
         super().__init__()

@@ -3,37 +3,28 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-
-class SoftCap(NamedTuple):
-    """Hold a function g that bounds logits, and the product of a gradient and the slope of g, which overwrites the
-    gradient and may overwrite g(x). A soft cap c makes c * g(logits / c) of the logits."""
-
-    bound: Callable[[torch.Tensor], torch.Tensor]
-    times_slope_: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-# The forms of `final_logit_softcapping_type`: tanh of arXiv:2408.00118, and two of modded-nanogpt. With c = 15 rational
-# is 15 x / sqrt(x^2 + 225); with c = 23 sigmoid is 23 / (1 + exp(-(x + 5) / 7.5)), which is above 0.
-SOFT_CAPS: dict[str, SoftCap] = {
-    "tanh": SoftCap(torch.tanh, lambda gradient, bounded: gradient.addcmul_(gradient, bounded.square_(), value=-1)),
-    "rational": SoftCap(
-        lambda scaled: scaled * torch.rsqrt(scaled.square() + 1),
+# Forms of `final_logit_softcapping_type`: a function g that bounds x = logits / c, and the product of a gradient and
+# g's slope at g(x), which may overwrite both. tanh is of arXiv:2408.00118, the others of modded-nanogpt: with c = 15,
+# rational is 15 z / sqrt(z^2 + 225) of the logits z; with c = 23, sigmoid is 23 / (1 + exp(-(z + 5) / 7.5)).
+SOFT_CAPS: dict[str, tuple[Callable, Callable]] = {
+    "tanh": (torch.tanh, lambda gradient, bounded: gradient.addcmul_(gradient, bounded.square_(), value=-1)),
+    "rational": (
+        lambda x: x * torch.rsqrt(x.square() + 1),
         lambda gradient, bounded: gradient.mul_(bounded.square_().neg_().add_(1).clamp_(min=0).pow_(1.5)),
     ),
-    "sigmoid": SoftCap(
-        lambda scaled: torch.sigmoid((scaled + 5 / 23) * (23 / 7.5)),
-        lambda gradient, bounded: gradient.mul_(bounded.addcmul(bounded, bounded, value=-1).mul_(23 / 7.5)),
+    "sigmoid": (
+        lambda x: torch.sigmoid((x + 5 / 23) * (23 / 7.5)),
+        lambda gradient, bounded: gradient.mul_(bounded.addcmul_(bounded, bounded, value=-1).mul_(23 / 7.5)),
     ),
 }
 
 
 def soft_cap(logits: torch.Tensor, cap: float | None, form: str = "tanh") -> torch.Tensor:
     """Return cap * g(logits / cap) with the function g of SOFT_CAPS[form]; if cap is None, the logits."""
-    return logits if cap is None else cap * SOFT_CAPS[form].bound(logits / cap)
+    return logits if cap is None else cap * SOFT_CAPS[form][0](logits / cap)
 
 
 # Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
@@ -59,7 +50,7 @@ def _loss_and_gradient(
     """
     scores = logits.to(loss_dtype)
     if softcap is not None:
-        bounded = SOFT_CAPS[softcap_type].bound(scores / softcap)
+        bounded = SOFT_CAPS[softcap_type][0](scores / softcap)
         scores = softcap * bounded
     probabilities = torch.softmax(scores, dim=-1)
     # The largest probability is 1 / sum(exp(scores - largest score)).
@@ -74,7 +65,7 @@ def _loss_and_gradient(
         at_target = at_target + slope * log_probs.exp()
     gradient = probabilities.scatter_(1, targets, at_target)
     if softcap is not None:
-        gradient = SOFT_CAPS[softcap_type].times_slope_(gradient, bounded)
+        gradient = SOFT_CAPS[softcap_type][1](gradient, bounded)
     return log_probs, log_sum, gradient
 
 

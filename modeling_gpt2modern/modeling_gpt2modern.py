@@ -43,8 +43,6 @@ from .configuration_gpt2modern import GPT2ModernConfig, load_conversion
 from .layers_gpt2modern import (
     NORMS,
     AttentionGate,
-    Backout,
-    BigramResidual,
     EmbeddingResidual,
     ExclusiveAttention,
     Gate,
@@ -200,7 +198,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         self.unet_skip = UNetSkip() if config.use_unet_skips and reads_skip else unchanged
         self.long_skip = LongSkip(config.hidden_size) if config.use_long_skip and reads_skip else unchanged
         self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else unchanged
-        self.bigram_residual = BigramResidual() if config.bigram_vocab_size else unchanged
+        self.bigram_residual = UNetSkip((0.05,)) if config.bigram_vocab_size else unchanged
 
         self.input_layernorm = build_norm(config)
         self.self_attn = GPT2ModernAttention(config, layer_idx)
@@ -284,12 +282,17 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args, **kwargs) -> nn.Module:
         """Distribute the model over devices as transformers does, which splits even a model without a pipeline plan.
-        Raises ValueError if pipeline stages are requested but would make the logits of this model wrong.
+        Raises ValueError if pipeline stages or tensor parallelism are requested but would make its logits wrong.
         """
+        if getattr(distributed_config, "tp_size", None) not in (None, 1) and not model.config.base_model_tp_plan:
+            raise ValueError(
+                f"tp_size={distributed_config.tp_size}, but it cannot split weights of heads; omit tp_size"
+            )
         if getattr(distributed_config, "pp_size", None) not in (None, 1) and model.config.base_model_pp_plan is None:
             raise ValueError(
                 f"pp_size={distributed_config.pp_size}, but a stage gets only the output of the stage before it, and a "
-                "model with learned positions, an embedding norm or residuals across layers needs more; omit pp_size"
+                "model with learned positions, an embedding norm, residuals across layers or token ids that layers "
+                "read needs more; omit pp_size"
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
@@ -303,10 +306,10 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         config = self.config
         if isinstance(module, ResidualMix):
             init.copy_(module.weight, torch.tensor(module.initial_weight))
-        elif isinstance(module, Gate):
+        elif isinstance(module, Gate) or module is self.base_model.embed_bigrams:
             init.zeros_(module.weight)
-        elif (std := getattr(module, "initial_std", None)) is not None:
-            init.normal_(module.weight, std=std)
+        elif module in self.base_model.value_embeddings:
+            init.normal_(module.weight, std=0.01)
         elif isinstance(module, nn.Embedding) and config.embedding_initializer_range is not None:
             if module is self.get_input_embeddings():
                 init.normal_(module.weight, std=config.embedding_initializer_range)
@@ -320,7 +323,7 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the token embedding, the head and value embeddings as transformers does; return the embedding. Rows that
+        """Resize token and value embeddings and the head as transformers does, and return the former. Rows that
         `pad_to_multiple_of` adds are not token ids: `unpadded_vocab_size` does not count them."""
         real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -341,18 +344,13 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = None if uses_rope else nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.rotary_emb = GPT2ModernRotaryEmbedding(config) if uses_rope else None
-        value_size = config.num_key_value_heads * config.head_dim
-        value_layers = config.value_embedding_layers or []
-        num_tables = config.num_value_embeddings or len(value_layers)
+        value_size, value_layers = config.num_key_value_heads * config.head_dim, config.value_embedding_layers or []
+        num_tables, rows = config.num_value_embeddings or len(value_layers), config.bigram_vocab_size
         self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, value_size) for _ in range(num_tables))
         self.value_tables = {layer: index % num_tables for index, layer in enumerate(value_layers)}
-        rows = config.bigram_vocab_size
         self.embed_bigrams = nn.Embedding(rows, config.hidden_size) if rows else None
-        for table, std in ((self.embed_bigrams, 0.0), *((table, 0.01) for table in self.value_embeddings)):
-            if table is not None:
-                table.initial_std = std
         self.smear = Smear(config.hidden_size) if config.use_smear else None
-        self.backout = Backout() if config.use_backout else unchanged
+        self.backout = UNetSkip((-0.5,)) if config.use_backout else unchanged
         self.num_histories = 0  # what a cache keeps for the next token: the id and, where they are offset, keys
         if config.use_smear or config.use_key_offset or rows is not None:
             self.num_histories = 1 + config.use_key_offset * config.layer_types.count("full_attention")
@@ -389,10 +387,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the model needs exactly one of input_ids and inputs_embeds")
         if input_ids is None and self.reads_token_ids:
-            raise ValueError(
-                "inputs_embeds is not enough for a model with value embeddings, smear, bigrams or a key offset, which "
-                "read token ids; pass input_ids"
-            )
+            raise ValueError("value embeddings, smear, bigrams and key offsets need input_ids, not inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -412,10 +407,18 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         position_embeddings = previous = bigram_embeds = None
         hidden_states = inputs_embeds
         if self.num_histories:
+            if "paged" in self.config._attn_implementation or getattr(attention_mask, "ndim", 2) != 2:
+                raise ValueError(
+                    "smear, bigrams and the key offset need the previous token, which neither continuous batching nor "
+                    "a mask of four dimensions gives; use generate, and a mask of two dimensions"
+                )
+            cache = past_key_values
+            history = None if cache is None else add_histories(cache, len(self.layers), self.num_histories)
             positions = position_ids if document_positions is None else document_positions
-            previous = self._previous_tokens(input_ids, positions, attention_mask, past_key_values)
+            previous = PreviousTokens.find(input_ids, positions, attention_mask, history)
         if self.smear is not None:
-            hidden_states = self.smear(hidden_states, self.embed_tokens(previous.ids.clamp(min=0)), previous.ids >= 0)
+            previous_embeds = self.embed_tokens(previous.ids.clamp(min=0))
+            hidden_states = self.smear(hidden_states, previous_embeds.masked_fill(previous.ids[..., None] < 0, 0))
         if self.embed_bigrams is not None:
             bigram_embeds = self.embed_bigrams(bigram_rows(input_ids, previous.ids, self.embed_bigrams.num_embeddings))
         if self.embed_positions is not None:
@@ -460,29 +463,6 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
         )
-
-    def _previous_tokens(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
-        cache: Cache | None,
-    ) -> PreviousTokens:
-        """Return the token before each token, also from the cache, to which histories are added. Raises ValueError for
-        a mask of four dimensions and for the paged cache of continuous batching, which do not say which token that is.
-        """
-        if isinstance(attention_mask, dict):
-            attention_mask = None  # generate() has put padding on the left, where positions do not increase
-        is_paged = self.config._attn_implementation.startswith("paged")
-        if is_paged or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
-            raise ValueError(
-                "smear, bigrams and the key offset need the previous token, which neither continuous batching nor a "
-                "mask of four dimensions gives; use generate, and a mask of two dimensions"
-            )
-        if cache is not None:
-            add_histories(cache, len(self.layers), self.num_histories)
-        history = None if cache is None else cache.layers[-self.num_histories]
-        return PreviousTokens.find(input_ids, positions, attention_mask, history)
 
     def _attention_arguments(
         self,
