@@ -407,7 +407,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         position_embeddings = previous = bigram_embeds = None
         hidden_states = inputs_embeds
         if self.num_histories:
-            if "paged" in self.config._attn_implementation or getattr(attention_mask, "ndim", 2) != 2:
+            if kwargs.get("cache") is not None or getattr(attention_mask, "ndim", 2) != 2:  # of continuous batching
                 raise ValueError(
                     "smear, bigrams and the key offset need the previous token, which neither continuous batching nor "
                     "a mask of four dimensions gives; use generate, and a mask of two dimensions"
