@@ -461,10 +461,8 @@ class GPT2ModernConfig(PreTrainedConfig):
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name}={value} must be between 0 and {self.vocab_size - 1}, the last token id")
         layers, tables, depth = self.value_embedding_layers, self.num_value_embeddings, self.num_hidden_layers
-        if layers is not None and not (isinstance(layers, list) and layers and set(layers) <= set(range(depth))):
-            raise ValueError(
-                f"value_embedding_layers={layers!r} must be 'alternating' or list layers, 0 to {depth - 1}"
-            )
+        if layers is not None and (not layers or layers != sorted({*layers} & {*range(depth)})):
+            raise ValueError(f"value_embedding_layers={layers!r} must be alternating, or rise from 0 to {depth - 1}")
         if tables is not None and not 1 <= tables <= len(layers or []):
             raise ValueError(f"num_value_embeddings={tables} must be from 1 to the number of value_embedding_layers")
         if self.bigram_vocab_size is not None and self.bigram_vocab_size < 2:

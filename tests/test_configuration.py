@@ -91,8 +91,9 @@ MISTAKES = {
     "soft cap without a cap": ({"final_logit_softcapping_type": "sigmoid"}, "'sigmoid' needs final_logit_softcapping"),
     "value embedding of no layer": (
         {"value_embedding_layers": [12]},
-        r"value_embedding_layers=\[12\] must be .*, 0 to 11",
+        r"value_embedding_layers=\[12\] must be .* rise from 0 to 11",
     ),
+    "value embedding of a layer twice": ({"value_embedding_layers": [1, 1]}, "must be .* rise"),
     "value embeddings in no layers": ({"value_embedding_layers": []}, r"value_embedding_layers=\[\] must be"),
     "value embeddings of no kind": ({"value_embedding_layers": "all"}, "value_embedding_layers='all' must be"),
     "tables of no layer": ({"num_value_embeddings": 1}, "num_value_embeddings=1 must be"),

@@ -200,6 +200,22 @@ def test_residual_mix_of_weight_zero_is_the_model_without(flag):
     close(logits_of(with_mix, random_ids(1, 8)), logits_of(without, random_ids(1, 8)))
 
 
+NEUTRAL = [
+    {"use_smear": True},
+    {"bigram_vocab_size": 50},
+    {"use_attention_gate": True},
+    {"use_exclusive_attention": True},
+]
+
+
+@pytest.mark.parametrize("axis", NEUTRAL)
+def test_axis_that_starts_neutral_is_the_model_without_at_first(axis):
+    torch.manual_seed(0)
+    changed, without = GPT2ModernForCausalLM(tiny_config(**axis)).eval(), GPT2ModernForCausalLM(tiny_config()).eval()
+    without.load_state_dict(changed.state_dict(), strict=False)
+    close(logits_of(changed, random_ids(1, 8)), logits_of(without, random_ids(1, 8)))
+
+
 # One entry per field of the configuration: the base and the change that must matter.
 AXES = {
     "position_embedding_type": ({}, {"position_embedding_type": "learned"}),
