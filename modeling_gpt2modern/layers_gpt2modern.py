@@ -1,4 +1,4 @@
-"""Provide the parts of a GPT2-Modern layer: norms, MLPs, RoPE, learned residual weights, masks between documents."""
+"""Provide the parts of a GPT2-Modern layer: norms, MLPs, RoPE, residual weights, gates, documents, previous tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -265,8 +265,7 @@ class ValueEmbedding(Gate):
 
 
 class AttentionGate(Gate):
-    """Multiply the output of each attention head, (batch, seq_len, num_heads, head_dim), by 2 * gate, which is computed
-    from the input of the attention. Returns the dtype of the output."""
+    """Multiply each head's output, (batch, seq_len, num_heads, head_dim), by 2 * gate of the attention's input."""
 
     def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         return (attn_output * 2 * super().forward(hidden_states).unsqueeze(-1)).to(attn_output.dtype)
@@ -286,8 +285,8 @@ class ExclusiveAttention(ResidualMix):
 
 def bigram_rows(input_ids: torch.Tensor, previous_ids: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Return the row of a table of `num_rows` for each pair of token ids, by modded-nanogpt's hash; the last row is for
-    tokens without a previous one, whose previous id is -1. All tensors: (batch, seq_len), int64."""
-    rows = torch.bitwise_xor(36313 * input_ids, 27191 * previous_ids) % (num_rows - 1)
+    tokens without a previous one, whose previous id is -1. All tensors: (batch, seq_len)."""
+    rows = torch.bitwise_xor(36313 * input_ids.long(), 27191 * previous_ids.long()) % (num_rows - 1)
     return rows.masked_fill(previous_ids < 0, num_rows - 1)
 
 
