@@ -132,7 +132,21 @@ class GPT2ModernConfig(PreTrainedConfig):
         "sliding_attention" for all layers if sliding_window is set, and "full_attention" for all layers otherwise.
     use_unet_skips, use_value_residual (arXiv:2410.17897), use_x0_residual, use_embedding_norm: the residual stream of
         the GPT-2 speedrun (github.com/KellerJordan/modded-nanogpt, record of 2024-11-10).
+    value_embedding_layers: layers whose attention values get a gated embedding of the token added, which starts at
+        standard deviation 0.01; "alternating" means every other layer, counting from the last. Reads token ids, so that
+        `inputs_embeds` is refused. `num_value_embeddings`: tables that the layers take in turn; None means one each.
+    use_smear: add a gated share of the previous token's embedding to each embedding. Like the next two, reads the
+        previous token's id, which is neither padding nor of another document: no `inputs_embeds`, no 4D masks.
+    bigram_vocab_size: rows of a table into which the pair of a token and the previous one is hashed; each layer adds
+        a share of this row, which starts at zero, to its input. None means no table.
+    use_key_offset: in layers of the type "full_attention", the dimensions of a key that RoPE does not rotate come from
+        the previous token; needs partial_rotary_factor < 1.
+    use_attention_gate: multiply the output of each head by a gate. `use_exclusive_attention`: subtract a learned share
+        of its part along the token's own value.
+    use_long_skip: one gated connection from a quarter of the depth to the middle. `use_backout`: subtract a learned
+        share of the hidden states at two thirds of the depth from the last.
     final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means no soft cap.
+        `final_logit_softcapping_type`: "tanh", or another form (a key of SOFT_CAPS in loss_gpt2modern.py).
     initializer_range: standard deviation with which all matrices start. `embedding_initializer_range`: that of the
         token embedding (None: the same). Output matrices of attention and MLP use initializer_range / sqrt(2 x
         num_hidden_layers), as in GPT-2; with `zero_init_projections` they and an untied head start at zero.
@@ -204,8 +218,19 @@ class GPT2ModernConfig(PreTrainedConfig):
     use_x0_residual: bool = False
     use_embedding_norm: bool = False
 
+    value_embedding_layers: list[int] | str | None = None
+    num_value_embeddings: int | None = None
+    use_smear: bool = False
+    bigram_vocab_size: int | None = None
+    use_key_offset: bool = False
+    use_attention_gate: bool = False
+    use_exclusive_attention: bool = False
+    use_long_skip: bool = False
+    use_backout: bool = False
+
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | int | None = None
+    final_logit_softcapping_type: Literal["tanh", "rational", "sigmoid"] = "tanh"
 
     embedding_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -288,6 +313,8 @@ class GPT2ModernConfig(PreTrainedConfig):
         if self.layer_types is None:
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
+        if self.value_embedding_layers == "alternating":
+            self.value_embedding_layers = list(range((self.num_hidden_layers - 1) % 2, self.num_hidden_layers, 2))
         # Not in a validation method, which also runs before saving: transformers' own tools set a window on models
         # whose layers do not use it, and save them.
         if self.sliding_window is not None and "sliding_attention" not in self.layer_types and not is_loaded:
@@ -303,7 +330,8 @@ class GPT2ModernConfig(PreTrainedConfig):
 
     def _choose_parallel_plans(self) -> None:
         """Remove from the tensor-parallel plan (how transformers splits each module over GPUs) the modules that this
-        model does not have, and set the pipeline-parallel plan to None if stages would compute wrong logits.
+        model does not have (all, if it has weights of single heads, which no plan splits), and set the
+        pipeline-parallel plan to None if stages would compute wrong logits.
 
         A pipeline stage receives only the output of the stage before it, as `inputs_embeds`. Residuals from earlier
         layers are then missing, and learned positions or an embedding norm would be applied a second time.
@@ -317,8 +345,12 @@ class GPT2ModernConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: style for name, style in self.base_model_tp_plan.items() if not absent.get(name.rpartition(".")[2])
         }
-        residuals = self.use_unet_skips or self.use_value_residual or self.use_x0_residual
-        if residuals or self.use_embedding_norm or self.position_embedding_type == "learned":
+        if self.value_embedding_layers or self.use_attention_gate or self.use_exclusive_attention:
+            self.base_model_tp_plan = {}
+        residuals = self.use_unet_skips or self.use_value_residual or self.use_x0_residual or self.use_long_skip
+        reads_ids = self.value_embedding_layers or self.use_smear or self.bigram_vocab_size or self.use_key_offset
+        embeds_once = self.use_embedding_norm or self.position_embedding_type == "learned"
+        if residuals or reads_ids or embeds_once or self.use_backout:
             self.base_model_pp_plan = None
 
     def _refuse_unknown_keys(self, kwargs: dict[str, Any], is_loaded: bool) -> None:
@@ -428,6 +460,18 @@ class GPT2ModernConfig(PreTrainedConfig):
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name}={value} must be between 0 and {self.vocab_size - 1}, the last token id")
+        layers, tables, depth = self.value_embedding_layers, self.num_value_embeddings, self.num_hidden_layers
+        if layers is not None and (not layers or layers != sorted({*layers} & {*range(depth)})):
+            raise ValueError(f"value_embedding_layers={layers!r} must be alternating, or rise from 0 to {depth - 1}")
+        if tables is not None and not 1 <= tables <= len(layers or []):
+            raise ValueError(f"num_value_embeddings={tables} must be from 1 to the number of value_embedding_layers")
+        if self.bigram_vocab_size is not None and self.bigram_vocab_size < 2:
+            raise ValueError(f"bigram_vocab_size={self.bigram_vocab_size} must be at least 2, or None")
+        if self.use_long_skip and self.use_unet_skips:
+            raise ValueError("use_long_skip=True takes the place of use_unet_skips=True; remove one of them")
+        softcap_type = self.final_logit_softcapping_type
+        if self.final_logit_softcapping is None and softcap_type != "tanh":
+            raise ValueError(f"final_logit_softcapping_type={softcap_type!r} needs final_logit_softcapping; set it too")
         slides = "sliding_attention" in self.layer_types
         if slides and not (self.sliding_window and self.sliding_window > 0):
             raise ValueError(
@@ -449,6 +493,12 @@ class GPT2ModernConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim={self.head_dim} x partial_rotary_factor={self.partial_rotary_factor} is {rotary_dim} "
                 "rotated dimensions per head; it must be an even number between 2 and head_dim; change one of them"
+            )
+
+        if self.use_key_offset and (rotary_dim == self.head_dim or "full_attention" not in self.layer_types):
+            raise ValueError(
+                f"use_key_offset needs partial_rotary_factor={self.partial_rotary_factor} below 1 and 'full_attention' "
+                "in layer_types; change them, or remove it"
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):

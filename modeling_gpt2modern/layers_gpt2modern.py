@@ -1,4 +1,4 @@
-"""Provide the parts of a GPT2-Modern layer: norms, MLPs, RoPE, learned residual weights, masks between documents."""
+"""Provide the parts of a GPT2-Modern layer: norms, MLPs, RoPE, residual weights, gates, documents, previous tokens."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.utils.import_utils import is_tracing
 
@@ -175,8 +176,9 @@ class ResidualMix(nn.Module):
 
     initial_weight: tuple[float, ...]
 
-    def __init__(self):
+    def __init__(self, initial_weight: tuple[float, ...] | None = None):
         super().__init__()
+        self.initial_weight = self.initial_weight if initial_weight is None else initial_weight
         self.weight = nn.Parameter(torch.tensor(self.initial_weight))
 
 
@@ -211,6 +213,170 @@ class ValueResidual(ResidualMix):
     def forward(self, value_states: torch.Tensor, first_value_states: torch.Tensor) -> torch.Tensor:
         mixed = (1 - self.weight) * value_states + self.weight * first_value_states
         return mixed.to(value_states.dtype)
+
+
+class Gate(nn.Module):
+    """Compute sigmoid(W x[:12]) from the first 12 features of x (fewer, if x has fewer), one gate per row of W.
+
+    W starts at zero, so that twice the gate starts at 1. It is not an nn.Linear, so that LoRA and quantisers, which
+    look for that class, leave these few weights alone. Source: modded-nanogpt (August 2025).
+    """
+
+    def __init__(self, hidden_size: int, num_gates: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_gates, min(12, hidden_size)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(F.linear(hidden_states[..., : self.weight.shape[1]], self.weight))
+
+
+class Smear(ResidualMix):
+    """Compute x + w * gate * y with a learned w, where y is the embedding of the previous token."""
+
+    initial_weight = (0.0,)
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gate = Gate(hidden_size, 1)
+
+    def forward(self, hidden_states: torch.Tensor, other_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.weight * self.gate(hidden_states) * other_states
+
+
+class LongSkip(Smear):
+    """Compute x + sigmoid(w) * 2 * gate * y with a learned w, where y is the output of an earlier layer."""
+
+    initial_weight = (-1.5,)
+
+    def forward(self, hidden_states: torch.Tensor, other_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + torch.sigmoid(self.weight) * 2 * self.gate(hidden_states) * other_states
+
+
+class ValueEmbedding(Gate):
+    """Add 2 * gate * e to the attention values, where e is an embedding of the token and each key and value head has a
+    gate of its own. Returns the dtype of the values."""
+
+    def forward(self, value_states: torch.Tensor, hidden_states: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Return (batch, num_heads, seq_len, head_dim), the shape of value_states. hidden_states: the input of the
+        attention, (batch, seq_len, hidden_size); embeds: (batch, seq_len, num_heads * head_dim)."""
+        gate = 2 * super().forward(hidden_states).unsqueeze(-1)  # (batch, seq_len, num_heads, 1)
+        added = gate * embeds.unflatten(-1, (gate.shape[2], -1))  # (batch, seq_len, num_heads, head_dim)
+        return (value_states + added.transpose(1, 2)).to(value_states.dtype)
+
+
+class AttentionGate(Gate):
+    """Multiply each head's output, (batch, seq_len, num_heads, head_dim), by 2 * gate of the attention's input."""
+
+    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return (attn_output * 2 * super().forward(hidden_states).unsqueeze(-1)).to(attn_output.dtype)
+
+
+class ExclusiveAttention(ResidualMix):
+    """Subtract from the output y of each head, (batch, seq_len, num_heads, head_dim), its part along the token's own
+    value v: y - tanh(w) (y.v / v.v) v with a learned w per head (exclusive self-attention, modded-nanogpt's record 82).
+    v: (batch, num_key_value_heads, seq_len, head_dim)."""
+
+    def forward(self, attn_output: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
+        groups = attn_output.shape[2] // value_states.shape[1]
+        own = value_states.transpose(1, 2).repeat_interleave(groups, dim=2)  # (batch, seq_len, num_heads, head_dim)
+        share = (attn_output * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(min=1e-6)
+        return (attn_output - torch.tanh(self.weight).unsqueeze(-1) * share * own).to(attn_output.dtype)
+
+
+def bigram_rows(input_ids: torch.Tensor, previous_ids: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Return the row of a table of `num_rows` for each pair of token ids, by modded-nanogpt's hash; the last row is for
+    tokens without a previous one, whose previous id is -1. All tensors: (batch, seq_len)."""
+    rows = torch.bitwise_xor(36313 * input_ids.long(), 27191 * previous_ids.long()) % (num_rows - 1)
+    return rows.masked_fill(previous_ids < 0, num_rows - 1)
+
+
+class TokenHistory(DynamicLayer):
+    """Keep a state of every token, to be read for the token after it: one more layer of a Cache, so that transformers
+    crops, reorders and repeats it with the others."""
+
+
+class LastToken(StaticLayer):
+    """Keep a state of the last token only, in the same memory at every step: TokenHistory for a StaticCache."""
+
+    def __init__(self):
+        super().__init__(max_cache_len=1)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys.copy_(key_states[:, :, -1:])
+        self.cumulative_length.fill_(1)
+        return self.keys, self.values
+
+
+def add_histories(cache: Cache, num_layers: int, count: int) -> CacheLayerMixin:
+    """Append `count` histories to the layers of a cache for a model of `num_layers`, unless it has them, and return the
+    first of them, that of the token ids."""
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < num_layers:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if not isinstance(cache.layers[-1], (TokenHistory, LastToken)):
+        kind = LastToken if isinstance(cache.layers[0], StaticLayer) else TokenHistory
+        cache.layers.extend(kind() for _ in range(count))
+    return cache.layers[-count]
+
+
+class PreviousTokens(NamedTuple):
+    """Describe the token before each token: that of the same document, without padding in between.
+
+    ids: (batch, seq_len), -1 for the first token of a document.
+    source: (batch, 1 + seq_len), for the last token in the cache and each new one, the index among these of the last
+        token up to it that is not padding; None if there is no padding.
+    """
+
+    ids: torch.Tensor
+    source: torch.Tensor | None
+
+    @classmethod
+    def find(
+        cls, input_ids: torch.Tensor, position_ids: torch.Tensor, attention_mask: Any, history: CacheLayerMixin | None
+    ) -> "PreviousTokens":
+        """Return the previous tokens of input_ids (batch, seq_len). A position that is not higher than the one before
+        it begins a document. position_ids: (batch or 1, seq_len); attention_mask: (batch, past_length + seq_len), 0 for
+        padding; anything else, such as the masks of generate(), which pads on the left, is not read. history: that of
+        the ids in the cache, which are kept plus 1.
+        """
+        source = None
+        if isinstance(attention_mask, torch.Tensor):
+            is_token = F.pad(attention_mask[:, -input_ids.shape[1] :].bool(), (1, 0), value=True)
+            index = torch.arange(is_token.shape[1], device=is_token.device)
+            source = torch.where(is_token, index, 0).cummax(-1).values
+        ids = cls(input_ids, source).shift(input_ids[:, None, :, None] + 1, history)[:, 0, :, 0] - 1
+        continues = position_ids.diff(prepend=torch.zeros_like(position_ids[:, :1])) > 0
+        return cls(ids.masked_fill(~continues, -1), source)
+
+    def shift(self, states: torch.Tensor, history: CacheLayerMixin | None) -> torch.Tensor:
+        """Return for each token the state of the token before it, and append the states (batch, heads, seq_len, size)
+        to the history. The first token of all gets zeros."""
+        first = torch.zeros_like(states[:, :, :1])
+        if history is not None and history.is_initialized and history.keys.numel():
+            first = history.keys[:, :, -1:]
+        row = torch.cat((first, states), dim=2)
+        if self.source is not None:
+            row = row.gather(2, self.source[:, None, :, None].expand(row.shape))
+        if history is not None:
+            history.update(row[:, :, 1:], row[:, :, 1:, :0])
+        return row[:, :, :-1]
+
+
+class KeyOffset(nn.Module):
+    """Replace the dimensions of each key that RoPE does not rotate by those of the previous token's key (partial key
+    offset, modded-nanogpt's record 49), so that a token can find in one layer what follows a token like itself."""
+
+    def __init__(self, rotary_dim: int, history_index: int):
+        super().__init__()
+        self.rotary_dim, self.history_index = rotary_dim, history_index
+
+    def forward(self, key_states: torch.Tensor, previous: PreviousTokens, cache: Cache | None) -> torch.Tensor:
+        """Return the new key_states (batch, num_key_value_heads, seq_len, head_dim). Tokens without a previous one keep
+        their own key."""
+        rotated, own = key_states.tensor_split([self.rotary_dim], dim=-1)
+        shifted = previous.shift(own, None if cache is None else cache.layers[self.history_index])
+        return torch.cat((rotated, torch.where((previous.ids >= 0)[:, None, :, None], shifted, own)), dim=-1)
 
 
 def positions_from_lengths(cu_seq_lens: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:

@@ -42,13 +42,23 @@ from .attention_gpt2modern import eager_attention_forward
 from .configuration_gpt2modern import GPT2ModernConfig, load_conversion
 from .layers_gpt2modern import (
     NORMS,
+    AttentionGate,
     EmbeddingResidual,
+    ExclusiveAttention,
+    Gate,
     GPT2ModernRotaryEmbedding,
+    KeyOffset,
+    LongSkip,
     PackedDocuments,
+    PreviousTokens,
     ResidualMix,
+    Smear,
     UNetSkip,
+    ValueEmbedding,
     ValueResidual,
+    add_histories,
     apply_rotary,
+    bigram_rows,
     build_dropout,
     build_mlp,
     build_norm,
@@ -80,7 +90,8 @@ MASKS: dict[str, Callable] = {
 class GPT2ModernAttention(nn.Module):
     """Compute causal self-attention with grouped key and value heads (arXiv:2305.13245).
 
-    Differs from Qwen3's: query and key norms and RoPE are optional, and so is a mix with the first layer's values.
+    Differs from Qwen3's: query and key norms and RoPE are optional, and so are changes of the values (a mix with those
+    of the first layer, embeddings), of the keys (offset), and of each head's output (gate, exclusive self-attention).
     """
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
@@ -109,11 +120,22 @@ class GPT2ModernAttention(nn.Module):
         )
         # Layer 0 mixes nothing in: the other layers read its values.
         self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else unchanged
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        has_value_embedding = layer_idx in (config.value_embedding_layers or ())
+        self.value_embedding = ValueEmbedding(config.hidden_size, kv_heads) if has_value_embedding else unchanged
+        self.key_offset = unchanged
+        if config.use_key_offset and config.layer_types[layer_idx] == "full_attention":
+            rotary_dim = int(config.head_dim * config.partial_rotary_factor)
+            self.key_offset = KeyOffset(rotary_dim, -config.layer_types[layer_idx:].count("full_attention"))
+        self.exclusive = ExclusiveAttention((0.0,) * heads) if config.use_exclusive_attention else unchanged
+        self.output_gate = AttentionGate(config.hidden_size, heads) if config.use_attention_gate else unchanged
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         first_value_states: torch.Tensor | None = None,
+        value_embeds: torch.Tensor | None = None,
+        previous_tokens: PreviousTokens | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -129,6 +151,8 @@ class GPT2ModernAttention(nn.Module):
         key_states = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         value_states = new_value_states = self.value_residual(value_states, first_value_states)
+        value_states = own_value_states = self.value_embedding(value_states, hidden_states, value_embeds)
+        key_states = self.key_offset(key_states, previous_tokens, past_key_values)
 
         if position_embeddings is not None:
             query_states, key_states = apply_rotary(query_states, key_states, *position_embeddings)
@@ -150,9 +174,18 @@ class GPT2ModernAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        attn_output = self.output_gate(self.exclusive(attn_output, own_value_states), hidden_states)
         # (batch, seq_len, num_heads, head_dim) -> (batch, seq_len, hidden_size)
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
         return attn_output, attn_weights, new_value_states
+
+
+def skip_sources(config: GPT2ModernConfig) -> dict[int, int]:
+    """Return for each layer that reads a skip connection the earlier layer whose output it reads."""
+    depth = config.num_hidden_layers
+    if config.use_unet_skips:
+        return {index: depth - 1 - index for index in range(depth - depth // 2, depth)}
+    return {depth // 2: depth // 4} if config.use_long_skip and depth > 1 else {}
 
 
 class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
@@ -161,9 +194,11 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
         super().__init__()
         self.is_value_source = config.use_value_residual and layer_idx == 0
-        reads_skip = config.use_unet_skips and layer_idx >= config.num_hidden_layers - config.num_hidden_layers // 2
-        self.unet_skip = UNetSkip() if reads_skip else unchanged
+        reads_skip = layer_idx in skip_sources(config)
+        self.unet_skip = UNetSkip() if config.use_unet_skips and reads_skip else unchanged
+        self.long_skip = LongSkip(config.hidden_size) if config.use_long_skip and reads_skip else unchanged
         self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else unchanged
+        self.bigram_residual = UNetSkip((0.05,)) if config.bigram_vocab_size else unchanged
 
         self.input_layernorm = build_norm(config)
         self.self_attn = GPT2ModernAttention(config, layer_idx)
@@ -177,18 +212,22 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         skip_states: torch.Tensor | None = None,
         embedding_states: torch.Tensor | None = None,
         first_value_states: torch.Tensor | None = None,
+        value_embeds: torch.Tensor | None = None,
+        bigram_embeds: torch.Tensor | None = None,
         **attention_kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the new hidden_states; layer 0 of a model with value residuals also returns its attention values.
 
-        hidden_states, skip_states, embedding_states: (batch, seq_len, hidden_size); first_value_states: (batch,
-        num_key_value_heads, seq_len, head_dim). Tensors with gradients must be passed as positional arguments, because
-        reentrant gradient checkpointing tracks no others.
+        hidden_states, skip_states, embedding_states, bigram_embeds: (batch, seq_len, hidden_size); first_value_states:
+        (batch, num_key_value_heads, seq_len, head_dim); value_embeds: (batch, seq_len, num_key_value_heads * head_dim).
+        Tensors with gradients must be passed as positional arguments, because reentrant gradient checkpointing tracks
+        no others.
         """
-        hidden_states = self.unet_skip(hidden_states, skip_states)
+        hidden_states = self.long_skip(self.unet_skip(hidden_states, skip_states), skip_states)
         hidden_states = self.embedding_residual(hidden_states, embedding_states)
+        hidden_states = self.bigram_residual(hidden_states, bigram_embeds)
         attn_output, _, value_states = self.self_attn(
-            self.input_layernorm(hidden_states), first_value_states, **attention_kwargs
+            self.input_layernorm(hidden_states), first_value_states, value_embeds, **attention_kwargs
         )
         hidden_states = hidden_states + self.dropout(attn_output)
         hidden_states = hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
@@ -243,12 +282,17 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config, *args, **kwargs) -> nn.Module:
         """Distribute the model over devices as transformers does, which splits even a model without a pipeline plan.
-        Raises ValueError if pipeline stages are requested but would make the logits of this model wrong.
+        Raises ValueError if pipeline stages or tensor parallelism are requested but would make its logits wrong.
         """
+        if getattr(distributed_config, "tp_size", None) not in (None, 1) and not model.config.base_model_tp_plan:
+            raise ValueError(
+                f"tp_size={distributed_config.tp_size}, but it cannot split weights of heads; omit tp_size"
+            )
         if getattr(distributed_config, "pp_size", None) not in (None, 1) and model.config.base_model_pp_plan is None:
             raise ValueError(
                 f"pp_size={distributed_config.pp_size}, but a stage gets only the output of the stage before it, and a "
-                "model with learned positions, an embedding norm or residuals across layers needs more; omit pp_size"
+                "model with learned positions, an embedding norm, residuals across layers or token ids that layers "
+                "read needs more; omit pp_size"
             )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
@@ -262,6 +306,10 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
         config = self.config
         if isinstance(module, ResidualMix):
             init.copy_(module.weight, torch.tensor(module.initial_weight))
+        elif isinstance(module, Gate) or module is self.base_model.embed_bigrams:
+            init.zeros_(module.weight)
+        elif module in self.base_model.value_embeddings:
+            init.normal_(module.weight, std=0.01)
         elif isinstance(module, nn.Embedding) and config.embedding_initializer_range is not None:
             if module is self.get_input_embeddings():
                 init.normal_(module.weight, std=config.embedding_initializer_range)
@@ -275,10 +323,12 @@ class GPT2ModernPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the token embedding and the head as transformers does, and return the embedding. Rows that
+        """Resize token and value embeddings and the head as transformers does, and return the former. Rows that
         `pad_to_multiple_of` adds are not token ids: `unpadded_vocab_size` does not count them."""
         real_ids = new_num_tokens or self.config.unpadded_vocab_size or self.config.vocab_size
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for table in self.base_model.value_embeddings:
+            self._get_resized_embeddings(table, embeddings.num_embeddings, mean_resizing=mean_resizing)
         self.config.unpadded_vocab_size = real_ids if real_ids < self.config.vocab_size else None
         return embeddings
 
@@ -294,12 +344,26 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = None if uses_rope else nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.rotary_emb = GPT2ModernRotaryEmbedding(config) if uses_rope else None
+        value_size, value_layers = config.num_key_value_heads * config.head_dim, config.value_embedding_layers or []
+        num_tables, rows = config.num_value_embeddings or len(value_layers), config.bigram_vocab_size
+        self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, value_size) for _ in range(num_tables))
+        self.value_tables = {layer: index % num_tables for index, layer in enumerate(value_layers)}
+        self.embed_bigrams = nn.Embedding(rows, config.hidden_size) if rows else None
+        self.smear = Smear(config.hidden_size) if config.use_smear else None
+        self.backout = UNetSkip((-0.5,)) if config.use_backout else unchanged
+        self.num_histories = 0  # what a cache keeps for the next token: the id and, where they are offset, keys
+        if config.use_smear or config.use_key_offset or rows is not None:
+            self.num_histories = 1 + config.use_key_offset * config.layer_types.count("full_attention")
+        self.reads_token_ids = self.num_histories > 0 or num_tables > 0
         self.embedding_norm = build_norm(config) if config.use_embedding_norm else unchanged
         self.dropout = build_dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(GPT2ModernDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config)
         self.layer_types = tuple(config.layer_types)
-        self.unet_depth = config.num_hidden_layers // 2 if config.use_unet_skips else 0
+        # Two thirds of the layers come before the output that is subtracted in the end.
+        self.backout_source = max(0, 2 * config.num_hidden_layers // 3 - 1)
+        self.skip_sources = skip_sources(config)
+        self.read_later = {*self.skip_sources.values(), *({self.backout_source} if config.use_backout else ())}
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -322,6 +386,8 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the model needs exactly one of input_ids and inputs_embeds")
+        if input_ids is None and self.reads_token_ids:
+            raise ValueError("value embeddings, smear, bigrams and key offsets need input_ids, not inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -338,8 +404,23 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             inputs_embeds, attention_mask, past_key_values, past_length, document_positions
         )
 
-        position_embeddings = None
+        position_embeddings = previous = bigram_embeds = None
         hidden_states = inputs_embeds
+        if self.num_histories:
+            if kwargs.get("cache") is not None or getattr(attention_mask, "ndim", 2) != 2:  # of continuous batching
+                raise ValueError(
+                    "smear, bigrams and the key offset need the previous token, which neither continuous batching nor "
+                    "a mask of four dimensions gives; use generate, and a mask of two dimensions"
+                )
+            cache = past_key_values
+            history = None if cache is None else add_histories(cache, len(self.layers), self.num_histories)
+            positions = position_ids if document_positions is None else document_positions
+            previous = PreviousTokens.find(input_ids, positions, attention_mask, history)
+        if self.smear is not None:
+            previous_embeds = self.embed_tokens(previous.ids.clamp(min=0))
+            hidden_states = self.smear(hidden_states, previous_embeds.masked_fill(previous.ids[..., None] < 0, 0))
+        if self.embed_bigrams is not None:
+            bigram_embeds = self.embed_bigrams(bigram_rows(input_ids, previous.ids, self.embed_bigrams.num_embeddings))
         if self.embed_positions is not None:
             longest = self.embed_positions.num_embeddings
             # To read positions, the CPU waits for the GPU: there only of rows too long for a single document.
@@ -352,17 +433,19 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         embedding_states = hidden_states = self.dropout(self.embedding_norm(hidden_states))
 
         first_value_states = None
-        # Outputs of the layers of the first half. The first layer of the second half reads the last of them.
-        skips: list[torch.Tensor] = []
+        outputs: dict[int, torch.Tensor] = {}  # of the layers that a later layer reads
         # The configuration may name fewer layers than there are: generate(assistant_early_exit=...).
         # A slice of self.layers, as in Llama, would build a new ModuleList in every forward: 50 us for 12 layers.
         for index, layer in zip(range(self.config.num_hidden_layers), self.layers, strict=False):
-            skip_states = skips.pop() if index >= len(self.layers) - self.unet_depth else None
+            table = self.value_tables.get(index)
             hidden_states = layer(
                 hidden_states,
-                skip_states,
+                outputs.get(self.skip_sources.get(index)),
                 embedding_states,
                 first_value_states,
+                None if table is None else self.value_embeddings[table](input_ids),
+                bigram_embeds,
+                previous_tokens=previous,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -371,9 +454,11 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             )
             if isinstance(hidden_states, tuple):
                 hidden_states, first_value_states = hidden_states
-            if index < self.unet_depth:
-                skips.append(hidden_states)
+            if index in self.read_later:
+                outputs[index] = hidden_states
 
+        # A draft that ends after fewer layers (assistant_early_exit) has no earlier output to subtract but its own.
+        hidden_states = self.backout(hidden_states, outputs.get(self.backout_source, hidden_states))
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
@@ -446,6 +531,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         self.model = GPT2ModernModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.final_logit_softcapping = config.final_logit_softcapping
+        self.softcap_type = config.final_logit_softcapping_type
         self.post_init()
 
     @can_return_tuple
@@ -500,6 +586,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                 z_loss_coefficient=z_loss_coefficient,
                 vocab_size=self.config.unpadded_vocab_size,
                 softcap=self.final_logit_softcapping,
+                softcap_type=self.softcap_type,
                 num_items_in_batch=num_items_in_batch,
                 later_labels=later_labels,
                 later_weights=later_weights,
@@ -507,7 +594,8 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         elif later_labels is not None:
             raise ValueError("later_labels need shift_labels, skip_logits=True and a head that is a plain matrix")
         else:
-            logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping)  # (batch, seq_len, vocab_size)
+            # (batch, seq_len, vocab_size)
+            logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping, self.softcap_type)
             if self.config.unpadded_vocab_size is not None:
                 logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
                 if num_items_in_batch is not None and shift_labels is None:

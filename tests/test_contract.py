@@ -38,7 +38,7 @@ from modeling_gpt2modern import (
 from tests.support.models import FLAG_SETS, random_ids, tiny_config, tiny_model
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
-PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier_sliding_mixed"])
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:
@@ -89,6 +89,10 @@ def test_rows_of_a_batch_do_not_see_each_other(flag_set):
 def test_mask_of_four_dimensions_is_taken_as_it_is(flag_set):
     """One row holds two continuations of one prompt, as in tree decoding; it is not longer than any window."""
     model = tiny_model(flag_set)
+    if model.model.num_histories:
+        with pytest.raises(ValueError, match="neither continuous batching nor a mask of four dimensions"):
+            model(random_ids(1, 4), attention_mask=torch.zeros(1, 1, 4, 4))
+        return
     prompt, first, second = random_ids(1, 2), random_ids(1, 2, seed=2), random_ids(1, 2, seed=3)
     allowed = torch.ones(6, 6).tril()
     allowed[4:, 2:4] = 0
@@ -217,7 +221,8 @@ def test_model_part_of_which_stays_on_disk_computes_the_same(flag_set, tmp_path)
 
 @PRESETS
 def test_device_map_auto_splits_the_model_between_layers(flag_set, tmp_path):
-    model = tiny_model(flag_set, num_hidden_layers=4)
+    changes = {"layer_types": ["sliding_attention", "full_attention"] * 2} if "mixed" in flag_set else {}
+    model = tiny_model(flag_set, num_hidden_layers=4, **changes)
     model.save_pretrained(tmp_path)
     memory = {"cpu": model.get_memory_footprint() * 3 // 4}
     loaded = AutoModelForCausalLM.from_pretrained(
@@ -288,10 +293,13 @@ PARALLEL = {
     "tp-qk_norm": ("gqa", {"use_qk_norm": True}),
     "fsdp-gpt2": ("gpt2", {}),
     "fsdp-speedrun": ("speedrun", {}),
+    "fsdp-frontier": ("frontier_sliding_mixed", {}),
     "pp-modern": ("modern", {}),
     "pp-sliding_mixed": ("sliding_mixed", {}),
     "pp-gpt2": ("gpt2", {}),
     "pp-unet": ("modern", {"use_unet_skips": True}),
+    "pp-frontier": ("frontier_sliding_mixed", {}),
+    "tp-frontier": ("frontier_sliding_mixed", {}),
 }
 
 
@@ -305,7 +313,7 @@ def parallel(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"results{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [name for name in PARALLEL if not name.startswith("pp")])
+@pytest.mark.parametrize("name", [name for name in PARALLEL if not name.startswith("pp") and name != "tp-frontier"])
 def test_model_that_two_processes_share_has_the_same_gradients(parallel, name):
     """transformers shards by tensor parallelism and FSDP2 with the plans of the configuration and the class."""
     flag_set, flags = PARALLEL[name]
@@ -332,9 +340,10 @@ def test_pipeline_of_two_processes_computes_the_same(parallel, name):
         assert torch.equal(process[name]["generated"], expected)
 
 
-@pytest.mark.parametrize("name", ["pp-gpt2", "pp-unet"])
-def test_pipeline_that_would_be_wrong_is_refused(parallel, name):
-    assert all(process[name].startswith("pp_size=2, but a stage") for process in parallel)
+@pytest.mark.parametrize("name", ["pp-gpt2", "pp-unet", "pp-frontier", "tp-frontier"])
+def test_distribution_that_would_be_wrong_is_refused(parallel, name):
+    starts = {"pp": "pp_size=2, but a stage", "tp": "tp_size=2, but it cannot split"}
+    assert all(process[name].startswith(starts[name[:2]]) for process in parallel)
 
 
 @EVERY_FLAG_SET
@@ -545,6 +554,10 @@ def test_virtual_tokens_in_front_of_the_input_are_trained_and_generated_from(fla
     mask = torch.ones_like(input_ids)
     before = logits_of(model, input_ids)
     model = get_peft_model(model, tuning(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    if tuning is PromptTuningConfig and model.base_model.model.reads_token_ids:
+        with pytest.raises(ValueError, match="need input_ids, not inputs_embeds"):
+            model(input_ids=input_ids, attention_mask=mask)
+        return
     outputs = model(input_ids=input_ids, attention_mask=mask, labels=input_ids)
     outputs.loss.backward()
     assert all(weight.grad.any() for weight in model.parameters() if weight.requires_grad)

@@ -275,6 +275,7 @@ def test_generation_configuration_comes_along():
 
 REFUSED = {
     "speedrun": ("speedrun", {}, ["use_unet_skips=True", "use_value_residual=True", "use_x0_residual=True"]),
+    "frontier": ("frontier_sliding_mixed", {}, ["use_smear=True", "value_embedding_layers=[1]", "use_backout=True"]),
     "learned rmsnorm": ("modern", {"position_embedding_type": "learned"}, ["position_embedding_type='learned'"]),
     "learned with window": ("gpt2", WINDOW, ["sliding_window=4"]),
     "learned with embedding norm": ("gpt2", {"use_embedding_norm": True}, ["use_embedding_norm=True"]),

@@ -110,6 +110,85 @@ def test_speedrun_is_its_description():
         torch.testing.assert_close(weight.grad.double(), weights[name].grad, atol=1e-5, rtol=1e-4)
 
 
+def frontier_by_hand(
+    config: GPT2ModernConfig, weights: dict[str, torch.Tensor], input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Compute the logits of the flag set "frontier_sliding_mixed" for one row in float64, from its description."""
+    seq_len, depth, size = len(input_ids), config.num_hidden_layers, config.head_dim
+    rotated, groups = size // 2, config.num_attention_heads // config.num_key_value_heads
+
+    def norm(x):
+        return x * (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).rsqrt()
+
+    def gate(x, name):
+        return 1 / (1 + torch.exp(-(x[..., :12] @ weights[f"{name}.weight"].T)))
+
+    def rotate(x):
+        half = rotated // 2
+        angles = torch.arange(seq_len)[:, None] * 1024.0 ** (-torch.arange(half) / half).double()
+        cos, sin, a, b = angles.cos()[:, None], angles.sin()[:, None], x[..., :half], x[..., half:rotated]
+        return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., rotated:]), -1)
+
+    embeds = weights["model.embed_tokens.weight"][input_ids]
+    previous = torch.cat((torch.zeros(1, config.hidden_size), embeds[:-1]))
+    x = x0 = norm(embeds + weights["model.smear.weight"] * gate(embeds, "model.smear.gate") * previous)
+    rows = [config.bigram_vocab_size - 1]
+    for before, token in zip(input_ids.tolist(), input_ids.tolist()[1:], strict=False):
+        rows.append(((36313 * token) ^ (27191 * before)) % (config.bigram_vocab_size - 1))
+    bigrams, outputs = weights["model.embed_bigrams.weight"][rows], []
+    distance = torch.arange(seq_len)[:, None] - torch.arange(seq_len)
+    for index in range(depth):
+        layer = f"model.layers.{index}."
+        if index == depth // 2:
+            skip = weights[f"{layer}long_skip.weight"]
+            x = x + 2 * gate(x, f"{layer}long_skip.gate") / (1 + torch.exp(-skip)) * outputs[depth // 4]
+        a, b = weights[f"{layer}embedding_residual.weight"]
+        x = a * x + b * x0 + weights[f"{layer}bigram_residual.weight"] * bigrams
+        n, attn = norm(x), f"{layer}self_attn."
+        q, k, v = ((n @ weights[f"{attn}{name}_proj.weight"].T).view(seq_len, -1, size) for name in "qkv")
+        if index in config.value_embedding_layers:
+            table = config.value_embedding_layers.index(index) % config.num_value_embeddings
+            e = weights[f"model.value_embeddings.{table}.weight"][input_ids].view(seq_len, -1, size)
+            v = v + 2 * gate(n, f"{attn}value_embedding")[..., None] * e
+        k, is_full = norm(k), config.layer_types[index] == "full_attention"
+        if is_full:
+            k = torch.cat((k[..., :rotated], torch.cat((k[:1], k[:-1]))[..., rotated:]), -1)
+        k, v = (each.repeat_interleave(groups, 1) for each in (rotate(k), v))
+        scores = 0.2 * torch.einsum("qhd,khd->hqk", rotate(norm(q)), k)
+        seen = (distance >= 0) & (distance < (seq_len if is_full else config.sliding_window))
+        y = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
+        share = torch.tanh(weights[f"{attn}exclusive.weight"])[:, None]
+        y = y - share * (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
+        y = 2 * gate(n, f"{attn}output_gate")[..., None] * y
+        x = x + y.reshape(seq_len, -1) @ weights[f"{attn}o_proj.weight"].T
+        up = norm(x) @ weights[f"{layer}mlp.up_proj.weight"].T
+        x = x + up.clamp(min=0) ** 2 @ weights[f"{layer}mlp.down_proj.weight"].T
+        outputs.append(x)
+    x = x + weights["model.backout.weight"] * outputs[2 * depth // 3 - 1]
+    logits = norm(x) @ weights["lm_head.weight"].T
+    return (23 / (1 + torch.exp(-(logits + 5) / 7.5)))[:, : config.unpadded_vocab_size]
+
+
+def test_frontier_is_its_description():
+    """With half-truncated RoPE, a fixed scale of attention, and short and long windows."""
+    layers = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "attention_scale": 0.2,
+    }
+    layers |= {"value_embedding_layers": [0, 1, 3], "num_value_embeddings": 2}
+    model, input_ids = tiny_model("frontier_sliding_mixed", **layers), random_ids(1, 12)
+    weights = {name: weight.detach().double().requires_grad_() for name, weight in model.named_parameters()}
+    expected = frontier_by_hand(model.config, weights, input_ids[0])
+    actual = model(input_ids, use_cache=False).logits[0, :, : model.config.unpadded_vocab_size]
+    close(actual.double(), expected, atol=1e-4)
+
+    F.cross_entropy(expected, input_ids[0].roll(-1)).backward()
+    F.cross_entropy(actual, input_ids[0].roll(-1)).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad.double(), weights[name].grad, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("flag", ["use_unet_skips", "use_x0_residual", "use_value_residual"])
 def test_residual_mix_of_weight_zero_is_the_model_without(flag):
     with_mix, without = tiny_model(**{flag: True}), tiny_model()
@@ -119,6 +198,22 @@ def test_residual_mix_of_weight_zero_is_the_model_without(flag):
                 weight.copy_(torch.tensor([1.0, 0.0] if "embedding" in name else [0.0]))
     without.load_state_dict(with_mix.state_dict(), strict=False)
     close(logits_of(with_mix, random_ids(1, 8)), logits_of(without, random_ids(1, 8)))
+
+
+NEUTRAL = [
+    {"use_smear": True},
+    {"bigram_vocab_size": 50},
+    {"use_attention_gate": True},
+    {"use_exclusive_attention": True},
+]
+
+
+@pytest.mark.parametrize("axis", NEUTRAL)
+def test_axis_that_starts_neutral_is_the_model_without_at_first(axis):
+    torch.manual_seed(0)
+    changed, without = GPT2ModernForCausalLM(tiny_config(**axis)).eval(), GPT2ModernForCausalLM(tiny_config()).eval()
+    without.load_state_dict(changed.state_dict(), strict=False)
+    close(logits_of(changed, random_ids(1, 8)), logits_of(without, random_ids(1, 8)))
 
 
 # One entry per field of the configuration: the base and the change that must matter.
@@ -146,6 +241,22 @@ AXES = {
     "use_embedding_norm": ({"norm_affine": False}, {"norm_affine": False, "use_embedding_norm": True}),
     "tie_word_embeddings": ({}, {"tie_word_embeddings": False}),
     "final_logit_softcapping": ({}, {"final_logit_softcapping": 2.0}),
+    "final_logit_softcapping_type": (
+        {"final_logit_softcapping": 2.0},
+        {"final_logit_softcapping": 2.0, "final_logit_softcapping_type": "rational"},
+    ),
+    "value_embedding_layers": ({}, {"value_embedding_layers": [0, 1]}),
+    "num_value_embeddings": (
+        {"value_embedding_layers": [0, 1]},
+        {"value_embedding_layers": [0, 1], "num_value_embeddings": 1},
+    ),
+    "use_smear": ({}, {"use_smear": True}),
+    "bigram_vocab_size": ({}, {"bigram_vocab_size": 50}),
+    "use_key_offset": ({"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5, "use_key_offset": True}),
+    "use_attention_gate": ({}, {"use_attention_gate": True}),
+    "use_exclusive_attention": ({}, {"use_exclusive_attention": True}),
+    "use_long_skip": ({}, {"use_long_skip": True}),
+    "use_backout": ({}, {"use_backout": True}),
     "unpadded_vocab_size": ({}, {"unpadded_vocab_size": 90}),
     "embedding_dropout": ({}, {"embedding_dropout": 0.5}),
     "attention_dropout": ({}, {"attention_dropout": 0.5}),
@@ -275,8 +386,40 @@ def test_weights_missing_from_a_checkpoint_start_as_new_ones_do(tmp_path):
         assert torch.equal(loaded[name], weight), name
 
 
+INITIAL = {  # the end of a name, and all values with which the weights start
+    "smear.weight": [0.0],
+    "backout.weight": [-0.5],
+    "long_skip.weight": [-1.5],
+    "bigram_residual.weight": [0.05],
+    "embedding_residual.weight": [1.0, 0.0],
+    "exclusive.weight": [0.0] * 4,
+    **dict.fromkeys(("gate.weight", "value_embedding.weight", "embed_bigrams.weight"), None),
+}
+
+
+@pytest.mark.parametrize("way", ["built", "loaded without them"])
+def test_axes_start_as_documented(way, tmp_path):
+    """Where no value is given all are 0, so that gates are 1 and bigrams nothing; value embeddings deviate by 0.01."""
+    model = GPT2ModernForCausalLM(tiny_config("frontier_sliding_mixed"))
+    if way != "built":
+        tiny_model("frontier_sliding_mixed").save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        new = (*INITIAL, "value_embeddings.0.weight")
+        kept = {name: weight for name, weight in weights.items() if not name.endswith(new)}
+        assert len(weights) - len(kept) == 16
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        model = GPT2ModernForCausalLM.from_pretrained(tmp_path)
+    seen = set()
+    for name, weight in model.named_parameters():
+        if kind := next((kind for kind in INITIAL if name.endswith(kind)), None):
+            seen.add(kind)
+            close(weight, torch.zeros_like(weight) if INITIAL[kind] is None else torch.tensor(INITIAL[kind]), atol=0)
+    assert seen == set(INITIAL)
+    assert model.model.value_embeddings[0].weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier_sliding_mixed"])
 def test_half_precision_stays_near_fp32_and_its_loss_is_fp32(flag_set, dtype, tmp_path):
     model, input_ids = tiny_model(flag_set), random_ids(2, 12)
     model.save_pretrained(tmp_path)
@@ -526,7 +669,7 @@ CAUSAL = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
 
 LENGTHS = [[5, 7], [3, 9]]
 POSITION_IDS = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in LENGTHS])
-PACKED_FLAG_SETS = ["gpt2", "modern", "speedrun", "sliding_mixed"]
+PACKED_FLAG_SETS = ["gpt2", "modern", "speedrun", "sliding_mixed", "frontier_sliding_mixed"]
 
 
 def in_pieces(model, input_ids, sizes, **kwargs):
@@ -677,7 +820,10 @@ def test_attention_that_makes_no_masks_gets_none():
     assert [(mask, lengths.tolist()) for mask, lengths in seen] == [(None, [0, 5, 12, 15, 24])] * 2
 
 
-@pytest.mark.parametrize(("flag_set", "flags"), [("gpt2", {}), ("modern", {"use_qk_norm": True}), ("speedrun", {})])
+@pytest.mark.parametrize(
+    ("flag_set", "flags"),
+    [("gpt2", {}), ("modern", {"use_qk_norm": True}), ("speedrun", {}), ("frontier_sliding_mixed", {})],
+)
 def test_attention_gets_one_dtype_under_autocast(flag_set, flags, monkeypatch):
     model, seen = tiny_model(flag_set, **flags), set()
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -714,7 +860,7 @@ def test_unpacked_calls_keep_the_fast_path_of_sdpa(monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "sliding_mixed"])
+@pytest.mark.parametrize("flag_set", PACKED_FLAG_SETS)
 def test_training_step_compiles_without_graph_breaks(flag_set, packed):
     torch.compiler.reset()
     model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
@@ -726,7 +872,7 @@ def test_training_step_compiles_without_graph_breaks(flag_set, packed):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun"])
+@pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier_sliding_mixed"])
 def test_gradient_checkpointing_changes_no_gradient(flag_set, use_reentrant):
     model, input_ids = tiny_model(flag_set).train(), random_ids(2, 12)
     model(input_ids, labels=input_ids).loss.backward()
@@ -768,13 +914,14 @@ def test_parallel_plans_name_modules_that_exist(flag_set):
         assert pattern.replace("*", "1") in names, pattern
     split = {name.rpartition(".")[2] for name in model.config.base_model_tp_plan}
     matrices = {name.rpartition(".")[2] for name in names if name.endswith("_proj")}
-    assert matrices <= split
+    assert matrices <= split or flag_set == "frontier_sliding_mixed"
 
 
 def test_pipeline_is_offered_only_where_layers_hand_on_one_tensor():
     assert tiny_config("modern").base_model_pp_plan is not None
-    for flag in ("use_unet_skips", "use_value_residual", "use_x0_residual"):
-        assert tiny_config("modern", **{flag: True}).base_model_pp_plan is None
+    flags = ("use_unet_skips", "use_value_residual", "use_x0_residual", "use_long_skip", "use_backout", "use_smear")
+    for changes in (*({flag: True} for flag in flags), {"bigram_vocab_size": 9}, {"value_embedding_layers": [1]}):
+        assert tiny_config("modern", **changes).base_model_pp_plan is None
 
 
 def test_dropout_of_evaluation_is_none():

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support.models import random_ids, tiny_model
 
-FLAG_SETS = ("gpt2", "modern", "speedrun", "sliding_mixed")
+FLAG_SETS = ("gpt2", "modern", "speedrun", "frontier_sliding_mixed")
 CODE = {
     "attention_gpt2modern.py",
     "configuration_gpt2modern.py",

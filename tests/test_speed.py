@@ -8,6 +8,7 @@ import torch
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.speed import Stopwatch, flops_per_token, model_flops_per_token, peak_flops, peak_flops_of
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+from tests.support.models import tiny_model
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,12 @@ def test_utilization_is_the_share_of_one_devices_peak(model, clock, num_processe
     assert model_flops_per_token(model, 1024) == flops
     assert row["tokens_per_second"] == 10 * 8 * 1024 / 4
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] / num_processes * flops / 1e15)
+
+
+def test_tables_that_are_looked_up_cost_no_flops():
+    plain, tables = (tiny_model(**flags) for flags in ({}, {"bigram_vocab_size": 50, "value_embedding_layers": [1]}))
+    added = 2 + 4 * 12  # a weight of the bigrams per layer, and the gates of four heads
+    assert model_flops_per_token(tables, 16) == model_flops_per_token(plain, 16) + 6 * added
 
 
 def test_the_peak_of_a_cpu_is_not_invented(model, clock):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# Layers of a cache that can be repeated for several continuations; by name, as a model may bring code of its own.
+REPEATABLE = {"DynamicLayer", "DynamicSlidingWindowLayer", "TokenHistory"}
 
 
 class Row(NamedTuple):
@@ -88,8 +90,8 @@ def score_batch(model: PreTrainedModel, rows: Sequence[Row]) -> torch.Tensor:
         "past_key_values"
     )
     # Other caches (Mamba, ...) cannot be repeated: their contexts are computed again with each continuation.
-    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
-    if is_shared := length > 1 and bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", ())}
+    if is_shared := length > 1 and bool(kinds) and kinds <= REPEATABLE:
         cache.batch_select_indices(of_row)
         input_ids = input_ids[:, length - 1 :]  # (rows, width)
     options = {"past_key_values": cache, "use_cache": True} if is_shared else {"use_cache": False}

@@ -83,6 +83,8 @@ def model_flops_per_token(model: PreTrainedModel, seq_len: int) -> int:
     config = model.config
     embedding = model.get_input_embeddings().weight
     looked_up = 0 if config.tie_word_embeddings else embedding.numel()
+    tables = ("value_embeddings.", "embed_bigrams.")
+    looked_up += sum(table.numel() for name, table in model.named_parameters() if any(key in name for key in tables))
     frozen = model.num_parameters() - model.num_parameters(only_trainable=True)
     return flops_per_token(
         model.num_parameters() - looked_up,
