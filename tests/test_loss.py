@@ -486,7 +486,21 @@ def test_one_compiled_graph_serves_other_token_counts():
 
 def test_operator_is_registered_as_torch_demands():
     hidden_states, weight, labels = make_inputs(vocab_size=50)
-    operator_arguments = (hidden_states, weight, labels, 3.0, 1e-4, 50, -100, 8, False, torch.float32, True, True)
+    operator_arguments = (
+        hidden_states,
+        weight,
+        labels,
+        3.0,
+        "rational",
+        1e-4,
+        50,
+        -100,
+        8,
+        False,
+        torch.float32,
+        True,
+        True,
+    )
     torch.library.opcheck(_linear_cross_entropy_sum, operator_arguments)
     requires_grad = [output.requires_grad for output in _linear_cross_entropy_sum(*operator_arguments)]
     assert requires_grad == [True, False, False, False]
