@@ -463,6 +463,16 @@ def test_a_run_that_has_skipped_every_update_resumes(data_dir, tmp_path):
     assert summary["steps"] == 8
 
 
+@pytest.mark.parametrize("odd", [{"batch_size_ramp": [0, 0]}, {"batch_size_ramp": [-1, 1]}, {"average_last": 1e400}])
+def test_a_schedule_that_cannot_be_computed_is_refused(saved, tmp_path, odd):
+    checkpoint, run = saved("adamw")
+    copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    state = json.loads((copy / "trainer_state.json").read_text())
+    state["schedule"] |= odd
+    with_text(copy, "trainer_state.json", json.dumps(state))
+    assert "is not the state of a run" in refusal(run, copy)
+
+
 def test_a_loss_scale_is_checked(saved, tmp_path):
     checkpoint, run = saved("adamw")
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=96.0)

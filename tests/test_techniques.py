@@ -19,12 +19,14 @@ from gpt2modern.cli import parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import batch_loss, evaluate_loss, later_targets
+from gpt2modern.files import sha256_of
 from gpt2modern.loading import load_model
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.depth import flags_of_depth
 from gpt2modern.training.models import build_model, size_of_depth
 from gpt2modern.training.schedules import Schedule
 from gpt2modern.training.speed import Stopwatch
+from tests.support.folders import change_json
 from tests.support.models import random_ids, tiny_model
 from tests.support.trainer import (
     REPOSITORY,
@@ -339,6 +341,24 @@ def test_the_remaining_time_counts_tokens(monkeypatch):
 def test_a_dry_run_counts_the_tokens_of_each_part(capsys):
     main(["--dry_run", "true", *RAMP, "--total_batch_size", "32768", "--max_steps", "9"])
     assert "# tokens               172,032 (no --data_dir)" in capsys.readouterr().out  # 3 x (8192 + 16384 + 32768)
+
+
+def test_a_checkpoint_from_before_these_settings_is_resumed(data_dir, tmp_path):
+    """It names none of them."""
+    plain = train(data_dir, tmp_path / "plain")
+    checkpoint = checkpoint_of(plain, 3)
+    new = {"multi_token_prediction", "average_last", "batch_size_ramp"}
+
+    def forget(state):
+        for values in (state["settings"], state["schedule"]):
+            for name in new | {"max_document_length"}:
+                values.pop(name, None)
+
+    change_json(checkpoint / "trainer_state.json", forget)
+    sums = {"trainer_state.json": sha256_of(checkpoint / "trainer_state.json")}
+    change_json(checkpoint / "checksums.json", lambda checksums: checksums.update(sums))
+    run = train(data_dir, tmp_path / "resumed", resume_from_checkpoint=checkpoint)
+    assert_same_weights(run, plain)
 
 
 # Two processes

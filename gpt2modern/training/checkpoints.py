@@ -337,12 +337,12 @@ def read_trainer_state(checkpoint: Path) -> tuple[SavedState, Schedule]:
         state = SavedState.from_json(json.loads(path.read_text(encoding="utf-8")))
         schedule = Schedule(**state.schedule)
         check_ranges(schedule, prefix="schedule.")
-        schedule.factor(schedule.max_steps)
+        schedule.gave_the_same(schedule, state.step)  # what a resume will compute from it
         _ = {**state.settings, **state.settings["model"]}
         named = re.fullmatch("step_([0-9]+)", checkpoint.name)
         if state.step > schedule.max_steps or (named and int(named[1]) != state.step):
             raise ValueError(f"step {state.step} is not that of the folder, or above max_steps {schedule.max_steps}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise GPT2ModernError(f"{path} is not the state of a run ({first_line(error)}); {OTHERWISE}") from None
     return state, schedule
 

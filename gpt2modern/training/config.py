@@ -152,8 +152,8 @@ class TrainConfig:
         "first weights of the losses of the tokens after the next one, such as 0.5 0.25, which fall to 0 one after the "
         "other; not in the reported loss",
     )
-    average_last: float = optimizer_decides(
-        0.0, "last fraction of max_steps whose weights are averaged to the final model, such as 0.1; 0: none", most=1
+    average_last: float | None = optimizer_decides(
+        None, "last fraction of max_steps whose weights are averaged to the final model, such as 0.1", most=1
     )
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] | None = speed(

@@ -31,7 +31,7 @@ class Schedule:
     decay_type: str | None = None  # only for warmup_stable_decay; None: "1-sqrt"
     min_lr_ratio: float = 0.0
     multi_token_prediction: list[float] | None = None  # first weights of the losses of later tokens
-    average_last: float = 0.0  # last fraction of the updates whose weights are averaged
+    average_last: float | None = None  # last fraction of the updates whose weights are averaged
     batch_size_ramp: list[float] | None = None  # tokens per step in equal parts of the run, relative to each other
 
     def __post_init__(self):
@@ -88,8 +88,9 @@ class Schedule:
     def average_weight(self, step: int) -> float:
         """Return by which fraction update `step` moves the mean of the weights towards its own: 1/n in the n-th of the
         last updates that are averaged, and 0 before."""
-        first = self.max_steps - max(1, round(self.average_last * self.max_steps))
-        return 1 / (step - first + 1) if self.average_last and step >= first else 0.0
+        averaged = max(1, round(self.average_last * self.max_steps)) if self.average_last else 0
+        number = step - (self.max_steps - averaged) + 1
+        return 1 / number if averaged and number > 0 else 0.0
 
     def later_weights(self, step: int) -> list[float]:
         """Return the weights that the losses of the tokens after the next one have in update `step`.
