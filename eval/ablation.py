@@ -79,7 +79,9 @@ OF_A_RUN = ("config", "data_dir", "dry_run", "output_dir", "seed")  # eval.ablat
 SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
 # The code that decides the losses.
 MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern"]
-MEASURES += [f"gpt2modern/training/{name}.py" for name in ("batches", "models", "optimizers", "schedules")]
+MEASURES += [
+    f"gpt2modern/training/{name}.py" for name in ("averaging", "batches", "models", "muon", "optimizers", "schedules")
+]
 
 
 @dataclass

@@ -20,7 +20,7 @@ from gpt2modern.training.speed import flops_per_token
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 PARTS = {  # the first pattern that is found in a parameter's name decides
-    "embedding": "embed_tokens",
+    "embedding": "embed_tokens|embed_bigrams|value_embeddings",
     "positions": "embed_positions",
     "norms": "norm",
     "attention projections": r"[qkvo]_proj",

@@ -41,7 +41,7 @@ BLOCK = re.compile(r"<!-- report: (?P<name>\S+) -->(?:(?!<!-- report:).)*?<!-- e
 NAME = re.compile(r"\d{4}-\d\d-\d\d_\d{6}_(?P<topic>[\w-]+)")
 # The steps of the trainer: what the speed of training depends on, and the losses of a run.
 TRAINING_CODE = ["modeling_gpt2modern", "gpt2modern/evaluation/loss.py:batch_loss", "train_accelerate.py:train_step"]
-TRAINING_CODE += ["gpt2modern/training/optimizers.py"]
+TRAINING_CODE += ["gpt2modern/training/optimizers.py", "gpt2modern/training/muon.py"]
 
 
 def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.2, high: float = 0.8) -> str:

@@ -30,9 +30,9 @@ def decay_cautiously(adamw: torch.optim.AdamW, *arguments: Any) -> None:
 
 
 def matrices_in_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable 2-D parameters inside the decoder layers of `model`, embedding tables excepted."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.ndim == 2]
-    return without([p for name, p in named if ".layers." in name], embedding_tables(model))
+    """Return the trainable weights of all Linear modules inside the decoder layers of `model`."""
+    modules = [each for name, each in model.named_modules() if ".layers." in name and isinstance(each, nn.Linear)]
+    return [module.weight for module in modules if module.weight.requires_grad]
 
 
 def embedding_tables(model: nn.Module) -> list[nn.Parameter]:
