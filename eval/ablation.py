@@ -76,6 +76,7 @@ TRAIN_SETTINGS = {field.name: field for field in fields(TrainConfig)}
 DEFAULTS = {name: field.default for name, field in TRAIN_SETTINGS.items()}
 NUMBER = r"\d*\.?\d+(e[+-]?\d+)?"
 OF_A_RUN = ("config", "data_dir", "dry_run", "output_dir", "seed")  # eval.ablation sets them itself
+MOST_UNEVEN = 1.2  # fastest seed / slowest seed: beyond it other programs have slowed some, and no speed is reported
 SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
 # The code that decides the losses.
 MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern"]
@@ -405,15 +406,17 @@ def results_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
     summaries, base_summaries = ([run.summary for run in each] for each in (runs, base))
     losses, base_losses = ([each["eval_loss"] for each in some] for some in (summaries, base_summaries))
     mean, target = statistics.mean(losses), statistics.mean(base_losses)
-    speeds = [each["tokens_per_second"] for each in summaries]
+    speeds, base_speeds = ([each["tokens_per_second"] for each in some] for some in (summaries, base_summaries))
+    is_steady, base_is_steady = (max(some) <= MOST_UNEVEN * min(some) for some in (speeds, base_speeds))
     base_tokens = base_summaries[0]["tokens_seen"]
-    base_time = base_tokens / statistics.mean(each["tokens_per_second"] for each in base_summaries)
+    base_time = base_tokens / statistics.mean(base_speeds)
     curves = [run.rows_with("eval_loss") for run in runs]
     reached = [tokens_to_reach(curve, target) for curve in curves]
     tokens, time = (1.0, 1.0) if runs is base else (None, None)
     if runs is not base and None not in reached:
         tokens = statistics.mean(reached) / base_tokens
-        time = statistics.mean(each / speed for each, speed in zip(reached, speeds, strict=True)) / base_time
+        if is_steady and base_is_steady:
+            time = statistics.mean(each / speed for each, speed in zip(reached, speeds, strict=True)) / base_time
     points = [(point[0][0], [loss for _, loss in point]) for point in zip(*curves, strict=False)]  # of all seeds
     return {
         "parameters": summaries[0]["params"],
@@ -425,7 +428,7 @@ def results_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
         "pooled_sd": pooled_sd(losses, base_losses),
         "tokens_to_base_loss": tokens,
         "time_to_base_loss": time,
-        "tokens_per_second": statistics.mean(speeds),
+        "tokens_per_second": statistics.mean(speeds) if is_steady else None,
         "peak_memory_gib": max(each["peak_memory_gib"] for each in summaries),
         "verdict": "base" if runs is base else verdict(losses, base_losses),
         "curve": [[tokens, statistics.mean(of), min(of), max(of)] for tokens, of in points],
@@ -472,8 +475,10 @@ def table_of(results: dict[str, dict[str, Any]], jobs: int) -> list[list[str]]:
             f"{loss_text(each)} (n = {len(each['losses'])})",
             f"{each['difference']:+.3f}",
         ]
-        numbers += ["not reached" if share is None else f"{share:.1%}" for share in shares]
-        numbers += [f"{each['tokens_per_second']:,.0f}", f"{each['peak_memory_gib']:.2f}"]
+        missing = "not reached" if shares[0] is None else "uneven speeds"
+        numbers += [missing if share is None else f"{share:.1%}" for share in shares]
+        speed = each["tokens_per_second"]
+        numbers += ["uneven" if speed is None else f"{speed:,.0f}", f"{each['peak_memory_gib']:.2f}"]
         rows.append([f"`{name}`", *numbers, each["verdict"]])
     return rows
 

@@ -73,7 +73,7 @@ def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd):
         assert list(each["losses"].values()) == losses and losses[0] != losses[1]
         assert each["mean_loss"] == pytest.approx(sum(losses) / 2)
         assert each["sd_loss"] == pytest.approx(abs(losses[0] - losses[1]) / math.sqrt(2))
-        assert each["tokens"] == 6 * 256 and each["tokens_per_second"] > 0
+        assert each["tokens"] == 6 * 256 and each["peak_memory_gib"] > 0
         assert [point[0] for point in each["curve"]] == [3 * 256, 6 * 256]
         assert each["curve"][-1][1:] == pytest.approx([each["mean_loss"], min(losses), max(losses)])
     assert found["vanilla"]["parameters"] - found["+rope"]["parameters"] == 32 * 32  # the learned positions
@@ -177,6 +177,26 @@ def test_verdicts_and_spread_as_computed_by_hand():
         "reject",
     ]
     assert verdict([1.0], [4.0]) == "inconclusive"  # one seed has no spread
+
+
+def test_uneven_speeds_are_not_reported():
+    """The fourth run was slowed down by other programs: neither its variant's speed nor its time is known."""
+
+    def run(loss, speed):
+        summary = {"eval_loss": loss, "tokens_per_second": speed, "tokens_seen": 100, "params": 1, "peak_memory_gib": 1}
+        curve = [(50, loss + 0.1), (100, loss)]
+        return SimpleNamespace(summary=summary, rows_with=lambda name: curve, config=SimpleNamespace(seed=loss))
+
+    base, steady = [run(3.0, 100), run(3.1, 110)], [run(2.9, 50), run(2.8, 55)]
+    uneven = [run(2.9, 50), run(2.8, 100)]
+    faster = ablation.results_of(steady, base)
+    assert faster["tokens_per_second"] == 52.5 and faster["time_to_base_loss"] > faster["tokens_to_base_loss"] == 0.5
+    unknown = ablation.results_of(uneven, base)
+    assert unknown["tokens_per_second"] is unknown["time_to_base_loss"] is None
+    assert unknown["tokens_to_base_loss"] == faster["tokens_to_base_loss"]
+    assert ablation.results_of(steady, uneven)["time_to_base_loss"] is None
+    (row,) = ablation.table_of({"+rope": unknown}, jobs=1)[1:]
+    assert row[4:7] == ["50.0%", "uneven speeds", "uneven"]
 
 
 def test_tokens_to_a_loss_are_interpolated():
