@@ -6,7 +6,6 @@ The report names the commit of the checkout: record a run before the code change
 """
 
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,9 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         results["lengths"] = measure_lengths(model, blocks, config.length_factors or [])
         results["rates"] = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
         numbers = [(key, value) for key, value in results.items() if isinstance(value, int | float)]
-        for each in results["lengths"]:
-            numbers.append((f"loss in blocks of {each['block_size']}", each.get("loss", math.nan)))
         rows = [["measure", "value"], *([k, f"{v:,}" if isinstance(v, int) else f"{v:,.3f}"] for k, v in numbers)]
+        for each in results["lengths"]:
+            of_length = f"{each['loss']:.3f}" if "loss" in each else each["note"]
+            rows.append([f"loss in blocks of {each['block_size']}", of_length])
         method = f"""
 Loss: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Other values: of the training, at
 {evidence.median_and_spread(results["rates"], ",.0f")} tokens/s, median (p20 to p80) of what was logged. One seed."""
