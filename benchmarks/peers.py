@@ -75,6 +75,9 @@ class NanoGPT(nn.Module):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.wte
 
+    def get_output_embeddings(self) -> nn.Embedding:
+        return self.wte
+
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **ignored) -> CausalLMOutput:
         """Return `logits` (batch, seq_len, vocab_size) and, with labels (which are shifted here), the mean `loss`."""
         hidden_states = self.wte(input_ids) + self.wpe(torch.arange(input_ids.shape[1], device=input_ids.device))
