@@ -182,9 +182,9 @@ class ResidualMix(nn.Module):
         self.weight = nn.Parameter(torch.tensor(self.initial_weight))
 
 
-class UNetSkip(ResidualMix):
-    """Compute x + w * y with a learned w, where x is the input of a layer in the second half of the model and y is the
-    output of the layer at the same distance from the middle in the first half (a U-Net skip connection)."""
+class WeightedSum(ResidualMix):
+    """Compute x + w * y with a learned w. In a U-Net skip connection, x is the input of a layer in the second half of
+    the model and y the output of the layer at the same distance from the middle in the first half."""
 
     initial_weight = (1.0,)
 

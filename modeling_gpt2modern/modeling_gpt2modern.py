@@ -53,9 +53,9 @@ from .layers_gpt2modern import (
     PreviousTokens,
     ResidualMix,
     Smear,
-    UNetSkip,
     ValueEmbedding,
     ValueResidual,
+    WeightedSum,
     add_histories,
     apply_rotary,
     bigram_rows,
@@ -195,10 +195,10 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_value_source = config.use_value_residual and layer_idx == 0
         reads_skip = layer_idx in skip_sources(config)
-        self.unet_skip = UNetSkip() if config.use_unet_skips and reads_skip else unchanged
+        self.unet_skip = WeightedSum() if config.use_unet_skips and reads_skip else unchanged
         self.long_skip = LongSkip(config.hidden_size) if config.use_long_skip and reads_skip else unchanged
         self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else unchanged
-        self.bigram_residual = UNetSkip((0.05,)) if config.bigram_vocab_size else unchanged
+        self.bigram_residual = WeightedSum((0.05,)) if config.bigram_vocab_size else unchanged
 
         self.input_layernorm = build_norm(config)
         self.self_attn = GPT2ModernAttention(config, layer_idx)
@@ -350,7 +350,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
         self.value_tables = {layer: index % num_tables for index, layer in enumerate(value_layers)}
         self.embed_bigrams = nn.Embedding(rows, config.hidden_size) if rows else None
         self.smear = Smear(config.hidden_size) if config.use_smear else None
-        self.backout = UNetSkip((-0.5,)) if config.use_backout else unchanged
+        self.backout = WeightedSum((-0.5,)) if config.use_backout else unchanged
         self.num_histories = 0  # what a cache keeps for the next token: the id and, where they are offset, keys
         if config.use_smear or config.use_key_offset or rows is not None:
             self.num_histories = 1 + config.use_key_offset * config.layer_types.count("full_attention")

@@ -13,8 +13,8 @@ from modeling_gpt2modern.layers_gpt2modern import (
     GPT2ModernRMSNorm,
     GPT2ModernRotaryEmbedding,
     PackedDocuments,
-    UNetSkip,
     ValueResidual,
+    WeightedSum,
     apply_rotary,
     build_mlp,
     positions_from_lengths,
@@ -138,7 +138,7 @@ def test_rotary_embedding_turns_bf16_in_fp32():
 def test_residual_mixes_are_their_formulas():
     x, y = normal(2, 3, 4), normal(2, 3, 4, seed=1)
     for mix, weight, expected in (
-        (UNetSkip(), [0.3], x + 0.3 * y),
+        (WeightedSum(), [0.3], x + 0.3 * y),
         (EmbeddingResidual(), [0.7, 0.2], 0.7 * x + 0.2 * y),
         (ValueResidual(), [0.2], 0.8 * x + 0.2 * y),
     ):

@@ -196,7 +196,16 @@ def test_an_average_that_is_turned_on_later_is_one_line(averaged, data_dir, tmp_
     resume = {"resume_from_checkpoint": checkpoint_of(plain, 3), "average_last": 0.5, "force_resume": True}
     with pytest.raises(SystemExit, match="2"):
         train(data_dir, tmp_path / "resumed", **resume)
-    assert "/mean" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "average_last was None of 3 steps, is 0.5" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_average_that_has_begun_cannot_be_moved(averaged, data_dir, tmp_path, capsys):
+    """After 3 of 8 updates the mean of the last half is not begun; that of the last 0.9 would hold 2 of them."""
+    resume = {"resume_from_checkpoint": checkpoint_of(averaged, 3), "average_last": 0.9, "force_resume": True}
+    with pytest.raises(SystemExit, match="2"):
+        train(data_dir, tmp_path / "resumed", **resume)
+    assert "the mean of other weights: average_last was 0.5 of 8 steps, is 0.9" in capsys.readouterr().err
+    assert not (tmp_path / "resumed" / "summary.json").exists()
 
 
 def test_training_does_not_see_the_average(averaged, data_dir, tmp_path):

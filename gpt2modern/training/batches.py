@@ -93,7 +93,7 @@ def plan_batches(config: TrainConfig, *, block_size: int, num_processes: int) ->
     plan = BatchPlan(total // block_size, size, num_processes, block_size)
     if ramp := config.batch_size_ramp:
         passes = [total / tokens_per_pass * part / ramp[-1] for part in ramp]
-        if any(abs(number - round(number)) > 1e-6 for number in passes):
+        if any(abs(number - max(1, round(number))) > 1e-6 for number in passes):
             raise GPT2ModernError(
                 f"--batch_size_ramp {ramp} of --total_batch_size {total} gives steps that are not multiples of "
                 f"{tokens_per_pass} tokens (one forward pass on every process); use other numbers, such as 1 2 4, or "

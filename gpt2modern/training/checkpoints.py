@@ -76,7 +76,8 @@ class Checkpoints:
         constant schedule, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot, nor
         can a run whose Muon has begun to lower its momentum at the end. For other changed settings raises
         GPT2ModernError that lists them, unless --force_resume is set; the optimizer state is then skipped if it would
-        need other tensors, because --optimizer or --muon_normalize_rows has changed.
+        need other tensors, because --optimizer or --muon_normalize_rows has changed. A mean of the weights can neither
+        be begun nor moved: that is refused even then.
         """
         checkpoint = self.processes.on_main(
             lambda: choose_checkpoint(self.config.resume_from_checkpoint, self.folder, report=self.accelerator.print)
@@ -89,6 +90,14 @@ class Checkpoints:
         has_cooled = cooldown > 0 and state.step - 1 > min(lengths) - cooldown
         if len(lengths) > 1 and (has_cooled or not schedule.gave_the_same(self.schedule, state.step)):
             differing.append(f"max_steps was {schedule.max_steps}, is {self.schedule.max_steps}")
+        began = [each.average_weight(state.step - 1) for each in (schedule, self.schedule)]
+        if self.config.force_resume and (
+            began[0] != began[1] or (schedule.average_last is None) != (self.schedule.average_last is None)
+        ):
+            raise GPT2ModernError(
+                f"{checkpoint} has the mean of other weights: average_last was {schedule.average_last} of "
+                f"{schedule.max_steps} steps, is {self.schedule.average_last} of {self.schedule.max_steps}; restore it"
+            )
         if differing and not self.config.force_resume:
             raise GPT2ModernError(
                 f"{checkpoint} was saved with other settings: {'; '.join(differing)}; restore these settings, keep the "
