@@ -138,9 +138,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
                 )
                 if not finite:
                     handle_nonfinite(config, accelerator, plan, state, batch.samples, loss, grad_norm)
-                if config.average_last and any(
-                    each.state for each in optimizers
-                ):  # a checkpoint has the states of both or of neither
+                if config.average_last and any(each.state for each in optimizers):  # saved with all states or none
                     mean.step(step=state.step)
                 state.nonfinite_steps = 0 if finite else state.nonfinite_steps + 1
                 state.step += 1

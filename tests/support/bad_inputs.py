@@ -98,6 +98,9 @@ FLAGS = [
     train("--batch_size_ramp 2 1", "--batch_size_ramp [2.0, 1.0] must rise"),
     train("--batch_size_ramp 0 1", "--batch_size_ramp 0.0 must be at least 0.001"),
     train("--batch_size_ramp 1 2 --batch_size_warmup_steps 2", "replaces --batch_size_warmup_steps; omit one"),
+    train(
+        "--batch_size_ramp 0.001 1000", "--batch_size_ramp [0.001, 1000.0] of --total_batch_size 256 gives steps that"
+    ),
     train("--batch_size_ramp 1 3", "--batch_size_ramp [1.0, 3.0] of --total_batch_size 256 gives steps that are not"),
     train("--max_document_length 8", "--max_document_length 8 needs --document_masking true"),
     train("--depth 0", "--depth 0 must be at least 1"),
