@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 Loss: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Other values: of the training, at
 {evidence.median_and_spread(results["rates"], ",.0f")} tokens/s, median (p20 to p80) of what was logged. One seed."""
         texts = (f"```text\n{each['prompt']}{each['text']}\n```" for each in results["samples"])
-        remarks = "\n\n".join(["Samples of the last step, not selected:", *texts])
+        remarks = "\n\n".join(["Samples of the last step, not selected:", *texts]) if results["samples"] else ""
         question, draw = f"what has the run {name} reached?", partial(plot_training_curves, logged)
         report.write(f"The run {name}", question, method, rows, remarks, results, draw)
 
