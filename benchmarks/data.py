@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -223,7 +224,9 @@ Limits: the input is read from the page cache. run_clm writes no EOS token; one 
     results = {"megabytes": megabytes, "documents": len(documents), "reading_mtokens_per_s": rates}
     results["seconds"] = {name: median(run.seconds for run in each) for name, each in runs.items()}
     results["runs"] = {name: [asdict(run) for run in each] for name, each in runs.items()}
-    report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks, results)
+    bars = {name: [run.seconds for run in each] for name, each in runs.items()}
+    draw = partial(evidence.draw_bars, bars, [f"{median(each):.1f} s" for each in bars.values()], "seconds")
+    report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks, results, draw)
 
 
 def main(argv: list[str] | None = None) -> None:

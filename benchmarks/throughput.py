@@ -24,7 +24,6 @@ import numpy as np
 import psutil
 import torch
 from accelerate.utils import patch_environment
-from matplotlib.figure import Figure
 from torch import nn
 from transformers.utils import logging
 
@@ -326,20 +325,6 @@ def compare_rungs(results: Results) -> tuple[list[dict[str, Any]], list[list[str
     return numbers, lines
 
 
-def draw_bars(numbers: list[dict[str, Any]], path: Path) -> None:
-    """Draw a bar for each rung and peer that was measured, from the first down, as a PNG file."""
-    measured = {each["rung"]: each for each in numbers if "total" in each}
-    low, middle, high = np.quantile([each["tokens_per_s"] for each in measured.values()], (0.2, 0.5, 0.8), axis=1)
-    figure = Figure(figsize=(10, 0.8 + 0.4 * len(measured)), layout="constrained")
-    axis = figure.subplots()
-    bars = axis.barh([*measured], middle, xerr=[middle - low, high - middle])
-    axis.bar_label(bars, [f"{each['total']:.2f} x" for each in measured.values()], padding=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set_xlabel("tokens/s: median, p20 to p80, and times the first rung")
-    figure.savefig(path, dpi=120)
-
-
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(LadderConfig, argv, __doc__)
@@ -366,7 +351,11 @@ and update in plain PyTorch, also for transformers' GPT-2, and from the rung tha
 The last rung makes {total:.2f} times the tokens/s of the first. Ratios are medians of those of each turn. MFU: of the
 device's peak, where it is known. A CPU has no TF32, and its kernel terminates a process that takes too much memory."""
         question, results = "what is each optimisation of training worth?", {"rungs": numbers, "total": total}
-        report.write("The ladder", question, method, [HEADER, *lines], remarks, results, partial(draw_bars, numbers))
+        measured = {each["rung"]: each for each in numbers if "total" in each}
+        rates = {name: each["tokens_per_s"] for name, each in measured.items()}
+        notes = [f"{each['total']:.2f} times the first" for each in measured.values()]
+        draw = partial(evidence.draw_bars, rates, notes, "tokens/s")
+        report.write("The ladder", question, method, [HEADER, *lines], remarks, results, draw)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import cycle
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from eval.evidence import Report
+from eval.evidence import DATA_CODE, REPOSITORY, Report, current_commit
 from gpt2modern.cli import find_recipe, one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.data.blocks import PackedBlocks
@@ -78,8 +79,9 @@ NUMBER = r"\d*\.?\d+(e[+-]?\d+)?"
 OF_A_RUN = ("config", "data_dir", "dry_run", "output_dir", "seed")  # eval.ablation sets them itself
 MOST_UNEVEN = 1.2  # fastest seed / slowest seed: beyond it other programs have slowed some, and no speed is reported
 SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
-# The code that decides the losses.
-MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern"]
+# The code that decides the losses, and what is made of them.
+MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern", *DATA_CODE]
+MEASURES += ["eval/ablation.py:Ablation,results_of,tokens_to_reach,pooled_sd,verdict"]
 MEASURES += [
     f"gpt2modern/training/{name}.py" for name in ("averaging", "batches", "models", "muon", "optimizers", "schedules")
 ]
@@ -139,6 +141,12 @@ class Run:
         """Return the contents of summary.json, None if the run has not finished."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def commits(self) -> list[str]:
+        """Return the commits of the code that has trained the run; [] without git."""
+        path = self.folder / "commits.txt"
+        return path.read_text().split() if path.exists() else []
 
     def rows_with(self, name: str) -> list[tuple[int, float]]:
         """Return (tokens seen, value) of each row of metrics.jsonl that has a value of this name."""
@@ -222,13 +230,15 @@ class Ablation:
         return sum(
             parameter.numel()
             for name, parameter in self.model(settings).named_parameters()
-            if not re.search("embed_tokens|embed_positions|lm_head", name)
+            if not re.search("embed_|value_embeddings|lm_head", name)
         )
 
     def match_parameters(self, settings: dict[str, str]) -> None:
         """Set the MLP width to the multiple of 8 at which the model has nearest to as many parameters as the first."""
         at_8, at_16 = (self.parameters(settings | {"intermediate_size": width}) for width in ("8", "16"))
         wanted = (self.parameters(self.variants[self.first]) - at_8) / (at_16 - at_8)
+        if wanted < -0.5:
+            raise GPT2ModernError(f"--matched params: no MLP is narrow enough for {settings}; use --matched tokens")
         settings["intermediate_size"] = str(8 * max(1, 1 + round(wanted)))
 
     def run(self, variant: str, seed: int, changes: dict[str, str] | None = None, **values: Any) -> Run:
@@ -262,6 +272,8 @@ def train_run(run: Run, threads: int, step: Any) -> None:
         os.dup2(output, descriptor)
     torch.set_num_threads(threads)
     with one_line_errors(), locked(run.folder / ".run"):  # a process of a killed set may still be saving the run
+        with (run.folder / "commits.txt").open("a") as file:
+            print(current_commit(MEASURES) or "", file=file)
         if run.summary is None and not train(run.config, callback)["stopped"]:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
@@ -315,7 +327,8 @@ class Workers:
 
     def _advance(self, run: Run, seen: int, now: int, *, in_no_time: bool = False) -> None:
         tokens = (now - seen) * run.tokens_per_step
-        self.bar.initial += tokens if in_no_time else 0
+        if in_no_time and not self.bar.disable:
+            self.bar.initial += tokens
         self.bar.update(tokens)
 
     def _finish(self, run: Run, exitcode: int) -> None:
@@ -428,6 +441,9 @@ def results_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
         "pooled_sd": pooled_sd(losses, base_losses),
         "tokens_to_base_loss": tokens,
         "time_to_base_loss": time,
+        "each_tokens_to_base_loss": [each and each / base_tokens for each in reached],
+        "each_tokens_per_second": speeds,
+        "each_lowest": [min(curve, key=lambda point: point[1]) for curve in curves],
         "tokens_per_second": statistics.mean(speeds) if is_steady else None,
         "peak_memory_gib": max(each["peak_memory_gib"] for each in summaries),
         "verdict": "base" if runs is base else verdict(losses, base_losses),
@@ -440,10 +456,10 @@ def draw_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
     base is black, those that do not differ from it are gray; the legend has the order of the final losses."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axis = figure.subplots()
-    colours = iter([f"C{number}" for number in range(10) if number != 7] * len(results))  # C7 is gray
+    colours = cycle(f"C{number}" for number in range(10) if number != 7)  # C7 is gray
     for index, (name, each) in enumerate(sorted(results.items(), key=lambda item: -item[1]["mean_loss"])):
         tokens, mean, low, high = zip(*each["curve"], strict=True)
-        style = {"adopt": "-", "reject": "-", "base": "-"}.get(each["verdict"], ("--", ":", "-.")[index % 3])
+        style = "-" if each["verdict"] == "base" else ("-", "--", ":", "-.")[index % 4]
         colour = {"base": "black", "inconclusive": "0.6"}.get(each["verdict"]) or next(colours)
         width = 2.5 if each["verdict"] == "base" else 1.5
         axis.plot(tokens, mean, style, color=colour, linewidth=width, label=f"{name}: {loss_text(each)}")
@@ -500,6 +516,10 @@ def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]],
     finished = {name: [run for run in each if run.summary] for name, each in runs.items()}
     if not finished[first]:
         raise GPT2ModernError(f"the base {first} has no finished run{workers.first_failure()}")
+    commits = dict.fromkeys(commit for each in finished.values() for run in each for commit in run.commits)
+    report.provenance["commit"] = ", ".join(commits) or report.provenance["commit"]
+    shorter = [name for name, each in finished.items() if each and each[0].config.max_steps != recipe.max_steps]
+    exceptions = f" but {' and '.join(shorter)}" if shorter and config.matched == "tokens" else ""
     results = {
         name: results_of(each, finished[first])
         | {
@@ -514,10 +534,10 @@ def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]],
     method = f"""
 Recipe `{Path(config.recipe).stem}`{flags}: {recipe.max_steps:,} steps of {recipe.total_batch_size:,} tokens, together
 {ablation.tokens:,}, {ablation.tokens / ablation.blocks.tokens:.2g} epochs of {ablation.blocks.data_dir.name};
-the same {config.matched} for all variants; {workers.jobs} runs at a time, {workers.threads} threads each.
+the same {config.matched} for all variants{exceptions}; {workers.jobs} runs at a time, {workers.threads} threads each.
 A variant is adopted or rejected if its mean final validation loss differs from that of `{first}` by more than 2 pooled
 standard deviations of the seeds. Tokens and time to the mean final loss of `{first}`, in % of its own: linear between
-evaluations, mean over the seeds."""
+evaluations, mean over the seeds; `not reached` if not by every seed."""
     remarks = [*map(tuning_text, tuned)]
     remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
     remarks += [f"Failed: {name}, {problem}." for name, problem in workers.failures.items()]
@@ -533,7 +553,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(AblationConfig, argv, __doc__)
         device = best_device()
-        origin = {"package": "eval", "measures": MEASURES, "variant": Path(config.output_dir).resolve().name}
+        recipe = [path for path in (f"recipes/{config.recipe}.yaml",) if (REPOSITORY / path).exists()]
+        origin = {"package": "eval", "measures": MEASURES + recipe, "variant": Path(config.output_dir).resolve().name}
         report = Report("ablation", config.output, device, argv, "accelerate", **origin)
         ablation = Ablation(config)
         jobs = config.jobs or (available_cores(physical=True) if device.type == "cpu" else 1)

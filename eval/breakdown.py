@@ -23,6 +23,7 @@ PARTS = {  # the first pattern that is found in a parameter's name decides
     "embedding": "embed_tokens|embed_bigrams|value_embeddings",
     "positions": "embed_positions",
     "norms": "norm",
+    "gates": "gate(?!_proj)",
     "attention projections": r"[qkvo]_proj",
     "MLP": "mlp",
     "head": "lm_head",
@@ -32,15 +33,15 @@ PARTS = {  # the first pattern that is found in a parameter's name decides
 
 @dataclass
 class BreakdownConfig:
-    model_preset: list[str] = setting(default_factory=lambda: ["gpt2"], help="gpt2, modern, speedrun, ...")
+    model_preset: list[str] | None = setting(None, "gpt2 (the default), modern, speedrun, ...")
     config_overrides: str | None = setting(None, "model settings that replace those of the preset: hidden_size=64,...")
     model: str | None = setting(None, "model folder, or Hub repository id (owner/name), instead of a preset")
     block_size: int | None = setting(None, "tokens per sequence; default: the model's maximum", least=1)
 
     def __post_init__(self):
         check_ranges(self)
-        if self.model and self.config_overrides:
-            raise ValueError("--config_overrides changes a preset, not a --model; remove one of them")
+        if self.model and (self.config_overrides or self.model_preset):
+            raise ValueError("--model is no preset: remove it, or --model_preset and --config_overrides")
 
 
 def build(config: BreakdownConfig, name: str) -> tuple[PreTrainedModel, int]:
@@ -84,7 +85,7 @@ def table(name: str, model: PreTrainedModel, seq_len: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(BreakdownConfig, argv, __doc__)
-        names = [config.model] if config.model else config.model_preset
+        names = [config.model] if config.model else config.model_preset or ["gpt2"]
         for name in names:
             print(table(name, *build(config, name)))
 

@@ -28,6 +28,7 @@ import jinja2
 import numpy as np
 import psutil
 import torch
+from matplotlib.figure import Figure
 
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
@@ -42,6 +43,7 @@ NAME = re.compile(r"\d{4}-\d\d-\d\d_\d{6}_(?P<topic>[\w-]+)")
 # The steps of the trainer: what the speed of training depends on, and the losses of a run.
 TRAINING_CODE = ["modeling_gpt2modern", "gpt2modern/evaluation/loss.py:batch_loss", "train_accelerate.py:train_step"]
 TRAINING_CODE += ["gpt2modern/training/optimizers.py", "gpt2modern/training/muon.py"]
+DATA_CODE = [f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "packing")]
 
 
 def median_and_spread(values: Sequence[float], format_spec: str, low: float = 0.2, high: float = 0.8) -> str:
@@ -80,15 +82,12 @@ class Report:
             raise GPT2ModernError(f"{error.name} is not installed; run python -m pip install -e '.[bench]'") from None
         # An absolute path is cut to its last part: a report does not show the folders of this machine.
         words = (re.sub(r"(?<![^\s=,])/([^\s=,]*/)?", "", word) for word in (sys.argv[1:] if argv is None else argv))
-        commit = (git(REPOSITORY, "rev-parse", "--short=10", "HEAD") or "").strip()
-        paths = [entry.partition(":")[0] for entry in measures]  # a report that is not committed makes nothing dirty
-        commit += "-dirty" * bool(git(REPOSITORY, "status", "--porcelain", "--", *paths))
         cores = available_cores(physical=True)
         cpu_info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         processor = re.search(r"^model name\s*: (.+)", cpu_info, re.MULTILINE)
         self.provenance = {
             "command": shlex.join(["python", "-m", f"{package}.{topic}", *words]),
-            "commit": commit or None,
+            "commit": current_commit(measures),
             "versions": f"{versions}, Python {platform.python_version()}, {platform.system()}",
             "hardware": (
                 f"{self.device_name}; {cores} cores of {processor[1] if processor else platform.machine()}, "
@@ -124,6 +123,8 @@ class Report:
 def page_of(report: dict[str, Any]) -> str:
     """Return a report's Markdown, from the content of its JSON file."""
     commit = "not a git checkout" if report["commit"] is None else f"at commit {report['commit']}"
+    if "revalidated" in report:
+        commit += "; revalidated at {commit}: {reason}".format(**report["revalidated"])
     provenance = f"""
 Command: `{report["command"]}`, {commit}.
 Versions: {report["versions"]}.
@@ -140,6 +141,26 @@ def git(root: Path, *words: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
     return None
+
+
+def current_commit(measures: Sequence[str]) -> str | None:
+    """Return the commit of this checkout, with -dirty if one of the paths in `measures` (see Report) has uncommitted
+    changes; None if it is no git checkout."""
+    commit = (git(REPOSITORY, "rev-parse", "--short=10", "HEAD") or "").strip()
+    paths = [entry.partition(":")[0] for entry in measures]  # a report that is not committed makes nothing dirty
+    return commit + "-dirty" * bool(git(REPOSITORY, "status", "--porcelain", "--", *paths)) or None
+
+
+def draw_bars(bars: dict[str, Sequence[float]], notes: Sequence[str], unit: str, path: Path) -> None:
+    """Draw the median of each name's numbers as a bar from the first down, with its spread and note, as a PNG file."""
+    low, middle, high = np.array([np.quantile(values, (0.2, 0.5, 0.8)) for values in bars.values()]).T
+    figure = Figure(figsize=(10, 0.8 + 0.4 * len(bars)), layout="constrained")
+    axis = figure.subplots()
+    axis.bar_label(axis.barh([*bars], middle, xerr=[middle - low, high - middle]), notes, padding=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel(f"{unit}: median, p20 to p80")
+    figure.savefig(path, dpi=120)
 
 
 def reports(root: Path) -> dict[Path, dict[str, Any]]:
@@ -159,7 +180,7 @@ def filled_pages(root: Path) -> dict[Path, str]:
     block has no template, or a template asks for what its report does not have."""
     found = reports(root)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"spread": median_and_spread, "median": median}
+    environment.filters |= {"spread": median_and_spread, "median": median, "tokens": "{:,}".format}
     newest = {NAME.fullmatch(path.stem)["topic"]: report for path, report in found.items()}
     try:
         pages = {path.with_suffix(".md"): page_of(report) for path, report in found.items()}

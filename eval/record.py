@@ -21,7 +21,7 @@ from gpt2modern.settings import setting
 from gpt2modern.training.records import plot_training_curves, read_rows
 
 MEASURES = [*evidence.TRAINING_CODE, *(f"gpt2modern/training/{name}.py" for name in ("batches", "schedules"))]
-MEASURES += [f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "packing")]
+MEASURES += ["eval/perplexity.py:measure,measure_lengths,windows", *evidence.DATA_CODE]
 
 
 @dataclass

@@ -33,7 +33,7 @@ class RunConfig:
     data: str | None = setting(None, "prepared data, for perplexity; for eval.hellaswag and eval.lambada: their file")
     hellaswag: str | None = setting(None, "JSON-lines file of HellaSwag; default: Rowan/hellaswag on the Hub")
     lambada: str | None = setting(None, "JSON-lines file of LAMBADA; default: EleutherAI/lambada_openai on the Hub")
-    limit: int | None = setting(None, "documents per task, the first ones; default: all of them", least=1)
+    limit: int | None = setting(None, "documents of HellaSwag and LAMBADA, the first ones; default: all", least=1)
     per_device_eval_batch_size: int = setting(8, "sequences per forward pass and process", least=1)
     output: str | None = setting(None, "JSON file to which the results are also written")
     update_card: bool = setting(False, f"write {EVALUATION_FILE} into the model folder; show it in its card and curves")
@@ -46,8 +46,8 @@ class RunConfig:
 def main(argv: list[str] | None = None, task: str | None = None, description: str = __doc__) -> None:
     with one_line_errors():
         config = parse_arguments(RunConfig, argv, description)
-        if task and (config.hellaswag or config.lambada):
-            raise GPT2ModernError(f"eval.{task} takes its file as --data; --hellaswag and --lambada are of eval.run")
+        if task and (config.hellaswag or config.lambada or config.tasks != RunConfig.tasks):
+            raise GPT2ModernError(f"eval.{task} has one task, its file is --data; the others are of eval.run")
         own = {"hellaswag": config.hellaswag, "lambada": config.lambada, "perplexity": config.data}
         files = {task: config.data} if task else {name: own.get(name) for name in config.tasks.split(",")}
         if config.update_card and not Path(config.model, WEIGHTS_FILE).is_file():

@@ -13,6 +13,7 @@ import pytest
 
 from eval import ablation, breakdown
 from eval.ablation import Ablation, AblationConfig, pooled_sd, tokens_to_reach, verdict
+from eval.evidence import current_commit
 from gpt2modern.errors import GPT2ModernError
 from tests.support.trainer import ENVIRONMENT, REPOSITORY
 
@@ -48,6 +49,10 @@ def planned(flags, variants, **settings):
     return Ablation(ablation.parse_arguments(AblationConfig, flags(variants, **settings)))
 
 
+def commits_of_report(tmp_path):
+    return json.loads(max(tmp_path.glob("reports/*_ablation_*.json")).read_text())["commit"].split(", ")
+
+
 def results_of_report(tmp_path):
     """Return the newest report's results, and check that text and picture are beside it."""
     path = max(tmp_path.glob("reports/*_ablation_*.json"))
@@ -61,7 +66,7 @@ def summaries(tmp_path):
     return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/summary.json")}
 
 
-def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd):
+def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd, monkeypatch):
     ablation.main(flags("vanilla,+rope", seeds=2))
     found, trained = results_of_report(tmp_path)["variants"], summaries(tmp_path)
     assert len(trained) == 4
@@ -79,8 +84,12 @@ def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd):
     assert found["vanilla"]["parameters"] - found["+rope"]["parameters"] == 32 * 32  # the learned positions
     assert found["vanilla"]["tokens_to_base_loss"] == 1.0 and found["vanilla"]["verdict"] == "base"
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    for path in tmp_path.glob("runs/rope-seed*/commits.txt"):
+        path.write_text("1234567890\n1234567890\nabcdef0123-dirty\n")  # as if an older version had trained them
     ablation.main(flags("vanilla,+rope", seeds=2))
     assert summaries(tmp_path) == trained  # nothing was trained again
+    assert commits_of_report(tmp_path) == [current_commit(ablation.MEASURES), "1234567890", "abcdef0123-dirty"]
     assert results_of_report(tmp_path)["variants"] == found
     ablation.main(flags("vanilla,+rope", "--report_only", seeds=3))
     partial = results_of_report(tmp_path)
@@ -138,6 +147,10 @@ def test_parameters_are_matched_by_the_mlp_width(flags):
     wanted, step = plan.parameters(plan.variants["vanilla"]), 2 * 3 * 32 * 8  # of 8 more columns, at most
     for name, settings in plan.variants.items():
         assert abs(plan.parameters(settings) - wanted) <= step / 2, name
+    tables = planned(flags, "vanilla,+bigram_vocab_size=4096+value_embedding_layers=alternating", matched="params")
+    assert [each.get("intermediate_size") for each in tables.variants.values()][1] == "128"  # tables are not matched
+    with pytest.raises(GPT2ModernError, match=r"no MLP is narrow enough for .*; use --matched tokens"):
+        planned(flags, "vanilla,+head_dim=256", matched="params")
 
 
 def test_tokens_decide_the_steps_and_the_evaluations(flags):

@@ -168,6 +168,11 @@ def test_a_first_loss_that_nothing_explains_is_a_warning():
     assert message.startswith("warning: the first loss is 4.000; that of 256 equally likely tokens is ln(V) = 5.545")
 
 
+def test_a_first_loss_that_is_too_low_is_a_warning_whatever_the_initialisation():
+    message = first_loss_message(0.3, GPT2ModernConfig(vocab_size=300, zero_init_projections=True))
+    assert message.startswith("warning: the first loss is 0.300") and "labels are not in its inputs" in message
+
+
 def test_only_a_new_model_is_compared_with_ln_v(data_dir, tmp_path, capsys):
     train(data_dir, tmp_path / "new", max_steps=2, save_steps=0)
     assert f"the first loss is {losses(tmp_path / 'new')[0]:.3f}; that of 300 equally" in capsys.readouterr().out

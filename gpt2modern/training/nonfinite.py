@@ -117,6 +117,8 @@ def first_loss_message(loss: float, config: GPT2ModernConfig) -> str:
     line = f"the first loss is {loss:.3f}; that of {vocab_size:,} equally likely tokens is ln(V) = {expected:.3f}"
     if abs(loss - expected) <= FIRST_LOSS_NATS:
         return line
+    if loss < expected:
+        return f"warning: {line}. A new model cannot know so much: check that the labels are not in its inputs"
     embedding_std = config.embedding_initializer_range or config.initializer_range
     if config.tie_word_embeddings and (config.zero_init_projections or embedding_std > 0.05):
         return f"{line}. It is higher because the head is the embedding, so that each token first predicts itself"

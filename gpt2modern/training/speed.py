@@ -47,7 +47,7 @@ def flops_per_token(
 ) -> int:
     """Return the FLOPs per token of forward and backward pass: 6 N + 12 L D T (PaLM, arXiv:2204.02311, appendix B).
 
-    N: num_matmul_parameters, those in matrix products, with the output head but without the embedding look-up. L:
+    N: num_matmul_parameters, all but those of tables looked up by token, with the output head. L:
     num_hidden_layers. D: attention_width = num_attention_heads x head_dim. T: seq_len, counted fully although attention
     is causal. A frozen parameter counts 4 instead of 6, because its own gradient is not computed.
     """

@@ -48,10 +48,12 @@ def problems(root: Path) -> Iterator[str]:
         since = report | report.get("revalidated", {"reason": "is new"})
         if missing := [key for key in (*NEEDED, "reason") if not since.get(key)]:
             yield f"{path.name} has no {', '.join(missing)}"
-        elif since["commit"].endswith("-dirty"):
-            yield f"{path.name} was measured with uncommitted changes of what it measures; measure again"
-        elif git(root, "cat-file", "-e", since["commit"]) is None:
-            yield f"{path.name} was measured at {since['commit']}, which is unknown here; fetch it, or measure again"
-        elif changed := changed_since(root, since["commit"], report["measures"]):
-            advice = 'or, if no figure can have changed, add "revalidated": {"commit": ..., "reason": ...} to the file'
-            yield f"{path.name} is older than {', '.join(changed)}; measure again, {advice}"
+            continue
+        for commit in since["commit"].split(", "):
+            if commit.endswith("-dirty"):
+                yield f"{path.name} was measured with uncommitted changes of what it measures; measure again"
+            elif git(root, "cat-file", "-e", commit) is None:
+                yield f"{path.name} was measured at {commit}, which is unknown here; fetch it, or measure again"
+            elif changed := changed_since(root, commit, report["measures"]):
+                advice = 'if no figure can have changed, add "revalidated": {"commit": ..., "reason": ...} to the file'
+                yield f"{path.name} is older than {', '.join(changed)}; measure again, or, {advice}"
