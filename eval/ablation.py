@@ -79,9 +79,8 @@ NUMBER = r"\d*\.?\d+(e[+-]?\d+)?"
 OF_A_RUN = ("config", "data_dir", "dry_run", "output_dir", "seed")  # eval.ablation sets them itself
 MOST_UNEVEN = 1.2  # fastest seed / slowest seed: beyond it other programs have slowed some, and no speed is reported
 SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
-# The code that decides the losses, and what is made of them.
+# The code that decides the losses.
 MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern", *DATA_CODE]
-MEASURES += ["eval/ablation.py:Ablation,results_of,tokens_to_reach,pooled_sd,verdict"]
 MEASURES += [
     f"gpt2modern/training/{name}.py" for name in ("averaging", "batches", "models", "muon", "optimizers", "schedules")
 ]
