@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from eval.evidence import DATA_CODE, REPOSITORY, Report, current_commit
+from eval.evidence import DATA_CODE, Report, current_commit, recipe_code
 from gpt2modern.cli import find_recipe, one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.data.blocks import PackedBlocks
@@ -271,9 +271,11 @@ def train_run(run: Run, threads: int, step: Any) -> None:
         os.dup2(output, descriptor)
     torch.set_num_threads(threads)
     with one_line_errors(), locked(run.folder / ".run"):  # a process of a killed set may still be saving the run
+        if run.summary is not None:
+            return
         with (run.folder / "commits.txt").open("a") as file:
             print(current_commit(MEASURES) or "", file=file)
-        if run.summary is None and not train(run.config, callback)["stopped"]:
+        if not train(run.config, callback)["stopped"]:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 
@@ -552,8 +554,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         config = parse_arguments(AblationConfig, argv, __doc__)
         device = best_device()
-        recipe = [path for path in (f"recipes/{config.recipe}.yaml",) if (REPOSITORY / path).exists()]
-        origin = {"package": "eval", "measures": MEASURES + recipe, "variant": Path(config.output_dir).resolve().name}
+        measures, variant = MEASURES + recipe_code(config.recipe), Path(config.output_dir).resolve().name
+        origin = {"package": "eval", "measures": measures, "variant": variant}
         report = Report("ablation", config.output, device, argv, "accelerate", **origin)
         ablation = Ablation(config)
         jobs = config.jobs or (available_cores(physical=True) if device.type == "cpu" else 1)

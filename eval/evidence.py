@@ -151,6 +151,11 @@ def current_commit(measures: Sequence[str]) -> str | None:
     return commit + "-dirty" * bool(git(REPOSITORY, "status", "--porcelain", "--", *paths)) or None
 
 
+def recipe_code(name: str) -> list[str]:
+    """Return the path of the shipped recipe of this name, for `measures`; [] if there is none."""
+    return [path for path in (f"recipes/{name}.yaml",) if (REPOSITORY / path).exists()]
+
+
 def draw_bars(bars: dict[str, Sequence[float]], notes: Sequence[str], unit: str, path: Path) -> None:
     """Draw the median of each name's numbers as a bar from the first down, with its spread and note, as a PNG file."""
     low, middle, high = np.array([np.quantile(values, (0.2, 0.5, 0.8)) for values in bars.values()]).T

@@ -40,9 +40,14 @@ def main(argv: list[str] | None = None) -> None:
             raise GPT2ModernError(f"--run {run} has no summary.json; finish the run with train_accelerate.py")
         refuse_other_tokenizer(config.run, blocks)
         name = run.resolve().name
-        recipe = [path for path in (f"recipes/{name}.yaml",) if (evidence.REPOSITORY / path).exists()]
         report = evidence.Report(
-            "record", config.output, device, argv, package="eval", measures=MEASURES + recipe, variant=name
+            "record",
+            config.output,
+            device,
+            argv,
+            package="eval",
+            measures=MEASURES + evidence.recipe_code(name),
+            variant=name,
         )
         logged, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
         model = load_model(config.run, flag="--run").to(device)
