@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd, monkeypatch)
     assert found["vanilla"]["parameters"] - found["+rope"]["parameters"] == 32 * 32  # the learned positions
     assert found["vanilla"]["tokens_to_base_loss"] == 1.0 and found["vanilla"]["verdict"] == "base"
     assert not list(tmp_path.glob("runs/*/checkpoints"))
-    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(ablation, "tqdm", partial(ablation.tqdm, disable=True))  # TQDM_DISABLE=1, read at import
     for path in tmp_path.glob("runs/rope-seed*/commits.txt"):
         path.write_text("1234567890\n1234567890\nabcdef0123-dirty\n")  # as if an older version had trained them
     ablation.main(flags("vanilla,+rope", seeds=2))
@@ -92,8 +93,8 @@ def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd, monkeypatch)
     assert commits_of_report(tmp_path) == [current_commit(ablation.MEASURES), "1234567890", "abcdef0123-dirty"]
     assert results_of_report(tmp_path)["variants"] == found
     ablation.main(flags("vanilla,+rope", "--report_only", seeds=3))
-    partial = results_of_report(tmp_path)
-    assert len(partial["not_finished"]) == 2 and partial["variants"]["+rope"]["losses"] == found["+rope"]["losses"]
+    partly = results_of_report(tmp_path)
+    assert len(partly["not_finished"]) == 2 and partly["variants"]["+rope"]["losses"] == found["+rope"]["losses"]
     assert "| `+rope` |" in capfd.readouterr().out
 
 
