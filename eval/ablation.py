@@ -242,7 +242,11 @@ class Ablation:
 
     def run(self, variant: str, seed: int, changes: dict[str, str] | None = None, **values: Any) -> Run:
         """Return the run of a variant with a seed. changes: further settings, as text; values: the same, typed."""
-        config = replace(self.train_config(self.variants[variant] | (changes or {})), seed=seed, **values)
+        settings = self.variants[variant] | (changes or {})
+        config = self.train_config(settings)
+        if "total_batch_size" in settings and "max_steps" not in settings:
+            config = with_steps(config, max(1, round(self.tokens / config.total_batch_size)))
+        config = replace(config, seed=seed, **values)
         return Run(config, variant, self.config.output_dir, self.blocks.manifest)
 
 
@@ -519,7 +523,7 @@ def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]],
         raise GPT2ModernError(f"the base {first} has no finished run{workers.first_failure()}")
     commits = dict.fromkeys(commit for each in finished.values() for run in each for commit in run.commits)
     report.provenance["commit"] = ", ".join(commits) or report.provenance["commit"]
-    shorter = [name for name, each in finished.items() if each and each[0].config.max_steps != recipe.max_steps]
+    shorter = [name for name, each in finished.items() if each and each[0].summary["tokens_seen"] != ablation.tokens]
     exceptions = f" but {' and '.join(shorter)}" if shorter and config.matched == "tokens" else ""
     results = {
         name: results_of(each, finished[first])
@@ -559,8 +563,9 @@ def main(argv: list[str] | None = None) -> None:
         report = Report("ablation", config.output, device, argv, "accelerate", **origin)
         ablation = Ablation(config)
         jobs = config.jobs or (available_cores(physical=True) if device.type == "cpu" else 1)
-        count = len(ablation.variants) * config.seeds + sum(text.count(",") + 1 for text in config.tune)
-        workers = Workers(jobs, count * ablation.tokens)
+        alone = [ablation.run(name, 1) for name in ablation.variants]  # a variant may have its own steps or batch
+        tokens = config.seeds * sum(run.config.max_steps * run.tokens_per_step for run in alone)
+        workers = Workers(jobs, tokens + ablation.tokens * sum(text.count(",") + 1 for text in config.tune))
         tuned = tune(ablation, workers)
         steps = match_time(ablation, workers) if config.matched == "time" else {}
         seeds = range(1, config.seeds + 1)

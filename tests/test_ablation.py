@@ -157,6 +157,10 @@ def test_parameters_are_matched_by_the_mlp_width(flags):
 def test_tokens_decide_the_steps_and_the_evaluations(flags):
     plan = planned(flags, "vanilla", tokens="0.003072M", train_flags="--warmup_ratio 0.5")
     assert (plan.recipe.max_steps, plan.recipe.eval_steps, plan.recipe.schedule.warmup_steps) == (12, 6, 6)
+    changes = "vanilla+total_batch_size=512,vanilla+total_batch_size=512+max_steps=7"
+    plan = planned(flags, changes, tokens="0.003072M", train_flags="--warmup_ratio 0.5")
+    run, shorter = (plan.run(name, 1).config for name in plan.variants)
+    assert (run.max_steps, run.eval_steps, run.schedule.warmup_steps, shorter.max_steps) == (6, 3, 3, 7)
 
 
 @pytest.mark.parametrize(
