@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -49,8 +48,9 @@ READINGS, BATCHES_PER_READING, BATCH_SIZE = 5, 1000, 16
 SECONDS_PER_POLL = 0.1
 MEASURES = [
     *("benchmarks/data.py:read_documents,write_text,measure,measure_reading", "gpt2modern/data/blocks.py:PackedBlocks"),
-    *("benchmarks/data_run_clm.py", "benchmarks/data_tiktoken.py", "gpt2modern/data/formats/reading.py"),
-    *(f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "packing", "rows", "shards", "workers")),
+    *("benchmarks/data_run_clm.py", "benchmarks/data_tiktoken.py", "gpt2modern/data/formats", "prepare_data.py"),
+    *(f"gpt2modern/data/{name}.py" for name in ("documents", "packing", "rows", "shards", "sources", "splits")),
+    *(f"gpt2modern/data/{name}.py" for name in ("tokenizing", "workers")),
 ]
 HEADER = ["program", "seconds", "MB/s", "MB/s without start", "CPU s", "peak GiB", *(f"over {name}" for name in PEERS)]
 
@@ -224,9 +224,10 @@ Limits: the input is read from the page cache. run_clm writes no EOS token; one 
     results = {"megabytes": megabytes, "documents": len(documents), "reading_mtokens_per_s": rates}
     results["seconds"] = {name: median(run.seconds for run in each) for name, each in runs.items()}
     results["runs"] = {name: [asdict(run) for run in each] for name, each in runs.items()}
-    bars = {name: [run.seconds for run in each] for name, each in runs.items()}
-    draw = partial(evidence.draw_bars, bars, [f"{median(each):.1f} s" for each in bars.values()], "seconds")
-    report.write("Data preparation", question, method, [HEADER, *table_rows(runs, megabytes)], remarks, results, draw)
+    bars = {"unit": "seconds", "names": [*runs], "values": [[run.seconds for run in each] for each in runs.values()]}
+    bars["notes"] = [f"{median(each):.1f} s" for each in bars["values"]]
+    table, drawing = [HEADER, *table_rows(runs, megabytes)], {"kind": "bars", "numbers": bars}
+    report.write("Data preparation", question, method, table, remarks, results, drawing)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
             model = build_model(settings, blocks, load_weights=False)
         plan = plan_batches(settings, block_size=blocks.block_size, num_processes=2)
         tokens, passes = plan.samples_per_step * plan.block_size, plan.grad_accum_steps(settings.max_steps)
-        measures = [*evidence.TRAINING_CODE, "gpt2modern/training/distributed.py", "gpt2modern/training/dry_run.py"]
+        measures = [*evidence.TRAINING_CODE, "benchmarks/scaling.py"]
+        measures += ["gpt2modern/training/distributed.py", "gpt2modern/training/dry_run.py"]
         report = evidence.Report("scaling", config.output, torch.device("cpu"), argv, "accelerate", measures=measures)
         bandwidths, times = [], {way: [] for way in WAYS}
         for _ in range(config.repetitions):

@@ -51,7 +51,10 @@ WARM_UP_STEPS = 2  # for compilation, the allocator's first blocks, the optimize
 NO_DROPOUT = "embedding_dropout=0.0,attention_dropout=0.0,hidden_dropout=0.0"
 # Of every report on the speed of training.
 MEASURES = [*evidence.TRAINING_CODE, "gpt2modern/training/memory.py:freed_memory_kept", "benchmarks/peers.py"]
-MEASURES += ["benchmarks/throughput.py:settings_of,build_model,training_step,measure_training,ladder"]
+MEASURES += [
+    "benchmarks/throughput.py:settings_of,build_model,loss_from_logits,training_step,measure_training,ladder,batches_of,"
+    "compare_rungs,WARM_UP_STEPS,LEARNING_RATE_WARM_UP"
+]
 HEADER = ["rung", "sequences", "tokens/s (p20 to p80)", "MFU", "peak GiB", "over the rung before", "over the first"]
 
 
@@ -352,10 +355,12 @@ The last rung makes {total:.2f} times the tokens/s of the first. Ratios are medi
 device's peak, where it is known. A CPU has no TF32, and its kernel terminates a process that takes too much memory."""
         question, results = "what is each optimisation of training worth?", {"rungs": numbers, "total": total}
         measured = {each["rung"]: each for each in numbers if "total" in each}
-        rates = {name: each["tokens_per_s"] for name, each in measured.items()}
-        notes = [f"{each['total']:.2f} times the first" for each in measured.values()]
-        draw = partial(evidence.draw_bars, rates, notes, "tokens/s")
-        report.write("The ladder", question, method, [HEADER, *lines], remarks, results, draw)
+        bars = {"unit": "tokens/s", "names": [*measured]} | {
+            "values": [each["tokens_per_s"] for each in measured.values()],
+            "notes": [f"{each['total']:.2f} times the first" for each in measured.values()],
+        }
+        drawing = {"kind": "bars", "numbers": bars}
+        report.write("The ladder", question, method, [HEADER, *lines], remarks, results, drawing)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
-from itertools import cycle
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -78,9 +75,10 @@ DEFAULTS = {name: field.default for name, field in TRAIN_SETTINGS.items()}
 NUMBER = r"\d*\.?\d+(e[+-]?\d+)?"
 OF_A_RUN = ("config", "data_dir", "dry_run", "output_dir", "seed")  # eval.ablation sets them itself
 MOST_UNEVEN = 1.2  # fastest seed / slowest seed: beyond it other programs have slowed some, and no speed is reported
-SPEED_RUN = {"max_steps": 30, "logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
-# The code that decides the losses.
+SPEED_RUN = {"logging_steps": 5, "eval_steps": 0, "eval_blocks": 1, "save_steps": 0}
+# The code that decides the losses, and what is said of them.
 MEASURES = ["train_accelerate.py", "gpt2modern/evaluation/loss.py", "modeling_gpt2modern", *DATA_CODE]
+MEASURES += ["eval/ablation.py:BASES,AXES,results_of,tokens_to_reach,pooled_sd,verdict,with_steps"]
 MEASURES += [
     f"gpt2modern/training/{name}.py" for name in ("averaging", "batches", "models", "muon", "optimizers", "schedules")
 ]
@@ -105,6 +103,9 @@ class AblationConfig:
         None, "runs at a time, which share the cores; default: one per core, 1 on a GPU", least=1
     )
     report_only: bool = setting(False, "train nothing; report the finished runs")
+    speed_steps: int = setting(
+        30, "updates of a short run that measures the speed, for each variant and seed in turn; 0: none", least=0
+    )
     output: str = setting("eval/reports", "folder that the report is written to")
 
     def __post_init__(self):
@@ -376,19 +377,42 @@ def tune(ablation: Ablation, workers: Workers) -> list[dict[str, Any]]:
     return tuned
 
 
-def match_time(ablation: Ablation, workers: Workers) -> dict[str, dict[str, int]]:
-    """Return for each variant the settings with which it trains as long as the first, by the speed in a short run."""
-    runs, recipe = [ablation.run(name, 1, **SPEED_RUN) for name in ablation.variants], ablation.recipe
-    workers.bar.total += sum(run.config.max_steps * run.tokens_per_step for run in runs)
-    workers.train([] if ablation.config.report_only else runs)
-    if missing := [run.name for run in runs if run.summary is None]:
-        raise GPT2ModernError(f"--matched time: {missing[0]} has not measured a speed{workers.first_failure()}")
-    speeds = [statistics.median(speed for _, speed in run.rows_with("tokens_per_second")[1:]) for run in runs]
-    changed = [with_steps(recipe, max(1, round(recipe.max_steps * each / speeds[0]))) for each in speeds]
-    more = sum(each.max_steps - recipe.max_steps for each in changed)
-    workers.bar.total += ablation.config.seeds * more * recipe.total_batch_size
-    values = [{"max_steps": each.max_steps, "eval_steps": each.eval_steps} for each in changed]
-    return dict(zip(ablation.variants, values, strict=True))
+def tokens_of(runs: Sequence[Run]) -> int:
+    """Return how many tokens the runs train on together."""
+    return sum(run.config.max_steps * run.tokens_per_step for run in runs)
+
+
+def in_turn(runs: dict[str, list[Run]]) -> list[Run]:
+    """Return the runs of each variant as one list: first those of all variants with seed 1."""
+    return [run for each in zip(*runs.values(), strict=True) for run in each]
+
+
+def measure_speeds(ablation: Ablation, workers: Workers) -> dict[str, list[float]]:
+    """Return the tokens/s of each variant: of each seed the median in a short run. All are trained in turn, so that
+    other programs do not slow one variant only."""
+    config, settings = ablation.config, SPEED_RUN | {"max_steps": ablation.config.speed_steps}
+    seeds = range(1, 1 + config.seeds * bool(config.speed_steps))
+    runs = {name: [ablation.run(name, seed, **settings) for seed in seeds] for name in ablation.variants}
+    workers.bar.total += tokens_of(in_turn(runs))
+    workers.train([] if config.report_only else in_turn(runs))
+    logged = {name: [run.rows_with("tokens_per_second") for run in each if run.summary] for name, each in runs.items()}
+    return {
+        name: [statistics.median(speed for _, speed in rows[1:] or rows) for rows in each if rows]
+        for name, each in logged.items()
+    }
+
+
+def match_time(ablation: Ablation, speeds: dict[str, list[float]]) -> dict[str, dict[str, int]]:
+    """Return for each variant the settings with which it trains as long as the first, by their speeds."""
+    if missing := [name for name, each in speeds.items() if not each]:
+        raise GPT2ModernError(f"--matched time: the speed of {missing[0]} is unknown; use --speed_steps 30")
+    first = statistics.median(speeds[ablation.first])
+    shares = {name: statistics.median(each) / first for name, each in speeds.items()}
+    changed = {
+        name: with_steps(ablation.recipe, max(1, round(ablation.recipe.max_steps * share)))
+        for name, share in shares.items()
+    }
+    return {name: {"max_steps": each.max_steps, "eval_steps": each.eval_steps} for name, each in changed.items()}
 
 
 def tokens_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float | None:
@@ -412,29 +436,34 @@ def pooled_sd(*groups: Sequence[float]) -> float | None:
 
 def verdict(losses: Sequence[float], base: Sequence[float]) -> str:
     """Return adopt or reject if the mean loss is lower or higher than the base's by more than 2 pooled standard
-    deviations, otherwise inconclusive."""
+    deviations, otherwise inconclusive; without a second seed, which a deviation needs, one seed."""
     sd, difference = pooled_sd(losses, base), statistics.mean(losses) - statistics.mean(base)
-    if sd is None or abs(difference) <= 2 * sd:
+    if sd is None:
+        return "one seed"
+    if abs(difference) <= 2 * sd:
         return "inconclusive"
     return "adopt" if difference < 0 else "reject"
 
 
-def results_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
-    """Return the results of a variant's finished runs, and how they compare with those of the base."""
+def results_of(
+    runs: Sequence[Run], base: Sequence[Run], speeds: Sequence[float], base_speeds: Sequence[float]
+) -> dict[str, Any]:
+    """Return the results of a variant's finished runs, and how they compare with those of the base. speeds: tokens/s,
+    measured several times."""
     summaries, base_summaries = ([run.summary for run in each] for each in (runs, base))
     losses, base_losses = ([each["eval_loss"] for each in some] for some in (summaries, base_summaries))
     mean, target = statistics.mean(losses), statistics.mean(base_losses)
-    speeds, base_speeds = ([each["tokens_per_second"] for each in some] for some in (summaries, base_summaries))
-    is_steady, base_is_steady = (max(some) <= MOST_UNEVEN * min(some) for some in (speeds, base_speeds))
+    speed, base_speed = (
+        statistics.mean(some) if some and max(some) <= MOST_UNEVEN * min(some) else None
+        for some in (speeds, base_speeds)
+    )
     base_tokens = base_summaries[0]["tokens_seen"]
-    base_time = base_tokens / statistics.mean(base_speeds)
     curves = [run.rows_with("eval_loss") for run in runs]
     reached = [tokens_to_reach(curve, target) for curve in curves]
     tokens, time = (1.0, 1.0) if runs is base else (None, None)
     if runs is not base and None not in reached:
         tokens = statistics.mean(reached) / base_tokens
-        if is_steady and base_is_steady:
-            time = statistics.mean(each / speed for each, speed in zip(reached, speeds, strict=True)) / base_time
+        time = tokens * base_speed / speed if speed and base_speed else None
     points = [(point[0][0], [loss for _, loss in point]) for point in zip(*curves, strict=False)]  # of all seeds
     return {
         "parameters": summaries[0]["params"],
@@ -447,35 +476,13 @@ def results_of(runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
         "tokens_to_base_loss": tokens,
         "time_to_base_loss": time,
         "each_tokens_to_base_loss": [each and each / base_tokens for each in reached],
-        "each_tokens_per_second": speeds,
+        "each_tokens_per_second": list(speeds),
         "each_lowest": [min(curve, key=lambda point: point[1]) for curve in curves],
-        "tokens_per_second": statistics.mean(speeds) if is_steady else None,
+        "tokens_per_second": speed,
         "peak_memory_gib": max(each["peak_memory_gib"] for each in summaries),
         "verdict": "base" if runs is base else verdict(losses, base_losses),
         "curve": [[tokens, statistics.mean(of), min(of), max(of)] for tokens, of in points],
     }
-
-
-def draw_curves(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the mean validation loss of each variant over tokens, in a band from the lowest to the highest seed. The
-    base is black, those that do not differ from it are gray; the legend has the order of the final losses."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axis = figure.subplots()
-    colours = cycle(f"C{number}" for number in range(10) if number != 7)  # C7 is gray
-    for index, (name, each) in enumerate(sorted(results.items(), key=lambda item: -item[1]["mean_loss"])):
-        tokens, mean, low, high = zip(*each["curve"], strict=True)
-        style = "-" if each["verdict"] == "base" else ("-", "--", ":", "-.")[index % 4]
-        colour = {"base": "black", "inconclusive": "0.6"}.get(each["verdict"]) or next(colours)
-        width = 2.5 if each["verdict"] == "base" else 1.5
-        axis.plot(tokens, mean, style, color=colour, linewidth=width, label=f"{name}: {loss_text(each)}")
-        axis.fill_between(tokens, low, high, color=colour, alpha=0.2, linewidth=0)
-    curves = [each["curve"] for each in results.values()]
-    losses = [loss for curve in curves for _, *of in curve[len(curve) // 4 :] for loss in of]  # after the steep start
-    axis.set_ylim(min(losses) - 0.05, max(losses) + 0.05)
-    axis.set(xlabel="training tokens", ylabel="validation loss (nats/token)")
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside right center", title="final loss, mean +- sd")
-    figure.savefig(path, dpi=120)
 
 
 def loss_text(result: dict[str, Any]) -> str:
@@ -484,11 +491,11 @@ def loss_text(result: dict[str, Any]) -> str:
 
 def table_of(results: dict[str, dict[str, Any]], jobs: int) -> list[list[str]]:
     """Return the rows of the report's table, the header first."""
-    rough = f" (indicative: {jobs} runs at a time)" if jobs > 1 else ""
+    rough = f" ({jobs} runs at a time)" if jobs > 1 else ""
     header = (
         "variant|parameters|loss, nats/token|difference|tokens to the base's loss|time to it|tokens/s|peak GiB|verdict"
     )
-    rows = [[f"{cell}{rough if cell in ('time to it', 'tokens/s') else ''}" for cell in header.split("|")]]
+    rows = [[f"{cell}{rough if cell == 'tokens/s' else ''}" for cell in header.split("|")]]
     for name, each in results.items():
         shares = (each["tokens_to_base_loss"], each["time_to_base_loss"])
         numbers = [
@@ -496,10 +503,11 @@ def table_of(results: dict[str, dict[str, Any]], jobs: int) -> list[list[str]]:
             f"{loss_text(each)} (n = {len(each['losses'])})",
             f"{each['difference']:+.3f}",
         ]
-        missing = "not reached" if shares[0] is None else "uneven speeds"
+        unknown = "uneven" if each["each_tokens_per_second"] else "-"
+        missing = "not reached" if shares[0] is None else unknown
         numbers += [missing if share is None else f"{share:.1%}" for share in shares]
         speed = each["tokens_per_second"]
-        numbers += ["uneven" if speed is None else f"{speed:,.0f}", f"{each['peak_memory_gib']:.2f}"]
+        numbers += [unknown if speed is None else f"{speed:,.0f}", f"{each['peak_memory_gib']:.2f}"]
         rows.append([f"`{name}`", *numbers, each["verdict"]])
     return rows
 
@@ -515,7 +523,14 @@ def tuning_text(tuned: dict[str, Any]) -> str:
     )
 
 
-def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]], tuned: list, workers: Workers) -> None:
+def write_report(
+    report: Report,
+    ablation: Ablation,
+    runs: dict[str, list[Run]],
+    speeds: dict[str, list[float]],
+    tuned: list[dict[str, Any]],
+    workers: Workers,
+) -> None:
     """Write the table, tuning and picture of the finished runs. Raises GPT2ModernError if the base has none."""
     config, recipe, first = ablation.config, ablation.recipe, ablation.first
     finished = {name: [run for run in each if run.summary] for name, each in runs.items()}
@@ -526,7 +541,7 @@ def write_report(report: Report, ablation: Ablation, runs: dict[str, list[Run]],
     shorter = [name for name, each in finished.items() if each and each[0].summary["tokens_seen"] != ablation.tokens]
     exceptions = f" but {' and '.join(shorter)}" if shorter and config.matched == "tokens" else ""
     results = {
-        name: results_of(each, finished[first])
+        name: results_of(each, finished[first], speeds[name], speeds[first])
         | {
             "settings": ablation.variants[name],
             "non_embedding_parameters": ablation.parameters(ablation.variants[name]),
@@ -542,7 +557,8 @@ Recipe `{Path(config.recipe).stem}`{flags}: {recipe.max_steps:,} steps of {recip
 the same {config.matched} for all variants{exceptions}; {workers.jobs} runs at a time, {workers.threads} threads each.
 A variant is adopted or rejected if its mean final validation loss differs from that of `{first}` by more than 2 pooled
 standard deviations of the seeds. Tokens and time to the mean final loss of `{first}`, in % of its own: linear between
-evaluations, mean over the seeds; `not reached` if not by every seed."""
+evaluations, mean over the seeds; `not reached` if not by every seed. tokens/s: of {config.speed_steps} steps, all
+variants in turn, mean of {config.seeds}; `uneven` if these differ by more than {MOST_UNEVEN - 1:.0%}."""
     remarks = [*map(tuning_text, tuned)]
     remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
     remarks += [f"Failed: {name}, {problem}." for name, problem in workers.failures.items()]
@@ -550,8 +566,12 @@ evaluations, mean over the seeds; `not reached` if not by every seed."""
     facts |= {"jobs": workers.jobs, "threads": workers.threads, "not_finished": missing, "failures": workers.failures}
     question = f"which changes lower the validation loss of `{first}`, and by how much?"
     rows = table_of(results, workers.jobs)
-    draw = partial(draw_curves, results)
-    report.write(f"Ablation of {first}", question, method, rows, "\n\n".join(remarks), facts, draw)
+    numbers = [
+        {"label": f"{name}: {loss_text(each)}"} | {key: each[key] for key in ("verdict", "curve")}
+        for name, each in results.items()
+    ]
+    drawing = {"kind": "variants", "numbers": numbers}
+    report.write(f"Ablation of {first}", question, method, rows, "\n\n".join(remarks), facts, drawing)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -563,17 +583,17 @@ def main(argv: list[str] | None = None) -> None:
         report = Report("ablation", config.output, device, argv, "accelerate", **origin)
         ablation = Ablation(config)
         jobs = config.jobs or (available_cores(physical=True) if device.type == "cpu" else 1)
-        alone = [ablation.run(name, 1) for name in ablation.variants]  # a variant may have its own steps or batch
-        tokens = config.seeds * sum(run.config.max_steps * run.tokens_per_step for run in alone)
-        workers = Workers(jobs, tokens + ablation.tokens * sum(text.count(",") + 1 for text in config.tune))
+        expected = tokens_of([ablation.run(name, 1) for name in ablation.variants]) * config.seeds
+        workers = Workers(jobs, expected + ablation.tokens * sum(text.count(",") + 1 for text in config.tune))
         tuned = tune(ablation, workers)
-        steps = match_time(ablation, workers) if config.matched == "time" else {}
+        speeds = measure_speeds(ablation, workers)
+        steps = match_time(ablation, speeds) if config.matched == "time" else {}
         seeds = range(1, config.seeds + 1)
         runs = {name: [ablation.run(name, seed, **steps.get(name, {})) for seed in seeds] for name in ablation.variants}
-        in_turn = [run for each in zip(*runs.values(), strict=True) for run in each]  # first all variants with seed 1
-        workers.train([] if config.report_only else in_turn)
+        workers.bar.total += tokens_of(in_turn(runs)) - expected  # others with --matched time
+        workers.train([] if config.report_only else in_turn(runs))
         workers.bar.close()
-        write_report(report, ablation, runs, tuned, workers)
+        write_report(report, ablation, runs, speeds, tuned, workers)
         if workers.failures:
             raise GPT2ModernError(f"{len(workers.failures)} runs have failed{workers.first_failure()}")
 

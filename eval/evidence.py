@@ -17,7 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,8 +28,8 @@ import jinja2
 import numpy as np
 import psutil
 import torch
-from matplotlib.figure import Figure
 
+from eval import pictures
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.errors import GPT2ModernError
@@ -41,8 +41,8 @@ REPORTS, TEMPLATE = Path("eval/reports"), Path("eval/blocks.md.jinja")
 BLOCK = re.compile(r"<!-- report: (?P<name>\S+) -->(?:(?!<!-- report:).)*?<!-- end -->", re.DOTALL)
 NAME = re.compile(r"\d{4}-\d\d-\d\d_\d{6}_(?P<topic>[\w-]+)")
 # The steps of the trainer: what the speed of training depends on, and the losses of a run.
-TRAINING_CODE = ["modeling_gpt2modern", "gpt2modern/evaluation/loss.py:batch_loss", "train_accelerate.py:train_step"]
-TRAINING_CODE += ["gpt2modern/training/optimizers.py", "gpt2modern/training/muon.py"]
+TRAINING_CODE = ["modeling_gpt2modern", "gpt2modern/evaluation/loss.py", "train_accelerate.py:train_step"]
+TRAINING_CODE += [f"gpt2modern/training/{name}.py" for name in ("models", "muon", "optimizers")]
 DATA_CODE = [f"gpt2modern/data/{name}.py" for name in ("splits", "tokenizing", "packing")]
 
 
@@ -104,16 +104,16 @@ class Report:
         rows: Sequence[Sequence[str]],
         remarks: str = "",
         results: Any = None,
-        draw: Callable[[Path], None] | None = None,
+        drawing: dict[str, Any] | None = None,
     ) -> None:
         """Print the report and write its files. `rows` are the lines of its table, the header first. results: the
-        numbers behind the table, as JSON can hold them. draw: writes the report's picture, a PNG file."""
+        numbers behind the table, as JSON can hold them. drawing: what `eval.pictures.draw` takes, for a picture."""
         content = {"title": f"{title}: {self.device_name}", "question": question, **self.provenance, "method": method}
         content |= {"table": [list(row) for row in rows], "remarks": remarks}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if draw is not None:
-            content["picture"] = self.path.with_suffix(".png").name
-            draw(self.path.with_suffix(".png"))
+        if drawing is not None:
+            content |= {"picture": self.path.with_suffix(".png").name, "drawing": drawing}
+            pictures.draw(drawing, self.path.with_suffix(".png"))
         text = page_of(content)
         self.path.write_text(text, encoding="utf-8")
         self.path.with_suffix(".json").write_text(json.dumps(content | {"results": results}, indent=1) + "\n")
@@ -156,18 +156,6 @@ def recipe_code(name: str) -> list[str]:
     return [path for path in (f"recipes/{name}.yaml",) if (REPOSITORY / path).exists()]
 
 
-def draw_bars(bars: dict[str, Sequence[float]], notes: Sequence[str], unit: str, path: Path) -> None:
-    """Draw the median of each name's numbers as a bar from the first down, with its spread and note, as a PNG file."""
-    low, middle, high = np.array([np.quantile(values, (0.2, 0.5, 0.8)) for values in bars.values()]).T
-    figure = Figure(figsize=(10, 0.8 + 0.4 * len(bars)), layout="constrained")
-    axis = figure.subplots()
-    axis.bar_label(axis.barh([*bars], middle, xerr=[middle - low, high - middle]), notes, padding=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set_xlabel(f"{unit}: median, p20 to p80")
-    figure.savefig(path, dpi=120)
-
-
 def reports(root: Path) -> dict[Path, dict[str, Any]]:
     """Return the content of the JSON file of each report, the oldest first."""
     paths = [path for path in sorted((root / REPORTS).glob("*.json")) if NAME.fullmatch(path.stem)]
@@ -201,8 +189,17 @@ def filled_pages(root: Path) -> dict[Path, str]:
     return pages
 
 
+def stale_pictures(root: Path) -> dict[Path, dict[str, Any]]:
+    """Return what to draw for each picture of a report that is missing, or shows other numbers than its JSON file."""
+    drawn = {path: each for path, each in reports(root).items() if "drawing" in each}
+    shown = {path.with_name(each["picture"]): each["drawing"] for path, each in drawn.items()}
+    return {path: drawing for path, drawing in shown.items() if not pictures.is_drawn_from(path, drawing)}
+
+
 def differences(root: Path) -> Iterator[str]:
-    """Yield a line for each block, and each page of a report, that is not what the JSON files say."""
+    """Yield a line for each block, page and picture of a report that is not what the JSON files say."""
+    for path in stale_pictures(root):
+        yield f"{path.relative_to(root)} does not show the numbers of its report; run make report"
     for path, filled in filled_pages(root).items():
         text = path.read_text("utf-8") if path.exists() else ""
         blocks = zip(BLOCK.finditer(text), BLOCK.finditer(filled), strict=True)
@@ -222,7 +219,13 @@ def main(argv: list[str] | None = None) -> None:
         found = list(differences(REPOSITORY))
         for path, text in {} if config.check else filled_pages(REPOSITORY).items():
             write_file(path, text)
-        print(*found if config.check else [f"{len(found)} blocks and pages changed"], sep="\n", end="\n" * bool(found))
+        for path, drawing in {} if config.check else stale_pictures(REPOSITORY).items():
+            pictures.draw(drawing, path)
+        print(
+            *found if config.check else [f"{len(found)} parts changed"],
+            sep="\n",
+            end="\n" * bool(found),
+        )
     if found and config.check:
         raise SystemExit(1)
 

@@ -2,13 +2,15 @@
 
     python -m eval.record --run out/demo --data data/stdlib [--length_factors 2 4]
 
-The report names the commit of the checkout: record a run before the code changes.
+The report names the commit of the checkout: record a run before the code changes. Of a run of eval.ablation it also
+names the commits that trained it.
 """
 
 import json
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+import yaml
 
 from eval import evidence
 from eval.perplexity import measure_lengths
@@ -16,10 +18,13 @@ from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import METRICS, evaluate_loss
+from gpt2modern.evaluation.tasks import PUBLISHED
 from gpt2modern.loading import best_device, load_model
 from gpt2modern.settings import setting
-from gpt2modern.training.records import plot_training_curves, read_rows
+from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.records import SETTINGS_FILE, read_rows
 
+DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 MEASURES = [*evidence.TRAINING_CODE, *(f"gpt2modern/training/{name}.py" for name in ("batches", "schedules"))]
 MEASURES += ["eval/perplexity.py:measure,measure_lengths,windows", *evidence.DATA_CODE]
 
@@ -49,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
             measures=MEASURES + evidence.recipe_code(name),
             variant=name,
         )
+        if (trained := run / "commits.txt").exists():
+            commits = [*trained.read_text().split(), report.provenance["commit"]]
+            report.provenance["commit"] = ", ".join(dict.fromkeys(filter(None, commits)))
         logged, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
         model = load_model(config.run, flag="--run").to(device)
         loss = evaluate_loss(model, blocks, batch_size=8)
@@ -56,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         results |= {key: metric.of(loss, blocks) for key, metric in METRICS.items()}
         results["samples"] = [each for each in samples if each["step"] == samples[-1]["step"]]
         results["lengths"] = measure_lengths(model, blocks, config.length_factors or [])
+        settings = yaml.safe_load((run / SETTINGS_FILE).read_text())
+        chosen = {key: value for key, value in settings.items() if value != DEFAULTS.get(key, value)}
+        results["settings"] = chosen = {key: value for key, value in chosen.items() if not key.endswith("_dir")}
         results["rates"] = [row["tokens_per_second"] for row in logged if "tokens_per_second" in row]
         numbers = [(key, value) for key, value in results.items() if isinstance(value, int | float)]
         rows = [["measure", "value"], *([k, f"{v:,}" if isinstance(v, int) else f"{v:,.3f}"] for k, v in numbers)]
@@ -64,11 +75,14 @@ def main(argv: list[str] | None = None) -> None:
             rows.append([f"loss in blocks of {each['block_size']}", of_length])
         method = f"""
 Loss: all {blocks.tokens:,} tokens of the validation split of {blocks.data_dir.name}. Other values: of the training, at
-{evidence.median_and_spread(results["rates"], ",.0f")} tokens/s, median (p20 to p80) of what was logged. One seed."""
+{evidence.median_and_spread(results["rates"], ",.0f")} tokens/s, median (p20 to p80) of what was logged. One seed.
+Settings of the training: `{" ".join(f"{key}={value}" for key, value in chosen.items())}`."""
         texts = (f"```text\n{each['prompt']}{each['text']}\n```" for each in results["samples"])
         remarks = "\n\n".join(["Samples of the last step, not selected:", *texts]) if results["samples"] else ""
-        question, draw = f"what has the run {name} reached?", partial(plot_training_curves, logged)
-        report.write(f"The run {name}", question, method, rows, remarks, results, draw)
+        shown = ("tokens_seen", "loss", "learning_rate", "eval_loss", *PUBLISHED)
+        numbers = [{key: row[key] for key in shown if key in row} for row in logged]
+        question, drawing = f"what has the run {name} reached?", {"kind": "training", "numbers": numbers}
+        report.write(f"The run {name}", question, method, rows, remarks, results, drawing)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from eval import ablation, breakdown
 from eval.ablation import Ablation, AblationConfig, pooled_sd, tokens_to_reach, verdict
 from eval.evidence import current_commit
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.training.records import read_rows
 from tests.support.trainer import ENVIRONMENT, REPOSITORY
 
 RECIPE = """\
@@ -37,7 +39,7 @@ def flags(data_dir, tmp_path):
     """Return a function that makes the command line of a small ablation."""
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     places = {"data_dir": data_dir, "output_dir": tmp_path / "runs", "recipe": tmp_path / "recipe.yaml"}
-    places |= {"output": tmp_path / "reports", "jobs": 1}
+    places |= {"output": tmp_path / "reports", "jobs": 1, "speed_steps": 0}
 
     def make(variants, *more, **settings):
         settings = places | {"variants": variants} | settings
@@ -65,6 +67,14 @@ def results_of_report(tmp_path):
 
 def summaries(tmp_path):
     return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/summary.json")}
+
+
+def speeds_of_short_runs(tmp_path, name):
+    """Return the median of the tokens/s that each run of ten steps has logged after its first row."""
+    runs = [path.parent for path in tmp_path.glob(f"runs/{name}-seed*/summary.json")]
+    rows = [read_rows(run / "metrics.jsonl") for run in runs]
+    rates = [[row["tokens_per_second"] for row in each if "tokens_per_second" in row] for each in rows]
+    return [median(each[1:]) for each, logged in zip(rates, rows, strict=True) if logged[-1]["step"] == 10]
 
 
 def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd, monkeypatch):
@@ -96,6 +106,16 @@ def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd, monkeypatch)
     partly = results_of_report(tmp_path)
     assert len(partly["not_finished"]) == 2 and partly["variants"]["+rope"]["losses"] == found["+rope"]["losses"]
     assert "| `+rope` |" in capfd.readouterr().out
+
+
+def test_time_is_matched_by_speeds_measured_in_turn(flags, tmp_path):
+    ablation.main(flags("vanilla,+rope", matched="time", seeds=1, speed_steps=10))
+    found, (base,) = results_of_report(tmp_path)["variants"], speeds_of_short_runs(tmp_path, "vanilla")
+    assert found["vanilla"]["each_tokens_per_second"] == [base] and found["vanilla"]["tokens"] == 6 * 256
+    (speed,) = speeds_of_short_runs(tmp_path, "rope")
+    assert found["+rope"]["tokens"] == 256 * max(1, round(6 * speed / base))
+    with pytest.raises(SystemExit):
+        ablation.main(flags("vanilla,+rope", matched="time", seeds=1, output_dir=tmp_path / "new"))
 
 
 def test_a_killed_set_continues(flags, tmp_path):
@@ -194,27 +214,28 @@ def test_verdicts_and_spread_as_computed_by_hand():
         "inconclusive",
         "reject",
     ]
-    assert verdict([1.0], [4.0]) == "inconclusive"  # one seed has no spread
+    assert verdict([1.0], [4.0]) == "one seed"
 
 
 def test_uneven_speeds_are_not_reported():
-    """The fourth run was slowed down by other programs: neither its variant's speed nor its time is known."""
+    """Other programs have slowed one of the measurements: neither the variant's speed nor its time is known."""
 
-    def run(loss, speed):
-        summary = {"eval_loss": loss, "tokens_per_second": speed, "tokens_seen": 100, "params": 1, "peak_memory_gib": 1}
+    def run(loss):
+        summary = {"eval_loss": loss, "tokens_seen": 100, "params": 1, "peak_memory_gib": 1}
         curve = [(50, loss + 0.1), (100, loss)]
         return SimpleNamespace(summary=summary, rows_with=lambda name: curve, config=SimpleNamespace(seed=loss))
 
-    base, steady = [run(3.0, 100), run(3.1, 110)], [run(2.9, 50), run(2.8, 55)]
-    uneven = [run(2.9, 50), run(2.8, 100)]
-    faster = ablation.results_of(steady, base)
-    assert faster["tokens_per_second"] == 52.5 and faster["time_to_base_loss"] > faster["tokens_to_base_loss"] == 0.5
-    unknown = ablation.results_of(uneven, base)
-    assert unknown["tokens_per_second"] is unknown["time_to_base_loss"] is None
-    assert unknown["tokens_to_base_loss"] == faster["tokens_to_base_loss"]
-    assert ablation.results_of(steady, uneven)["time_to_base_loss"] is None
-    (row,) = ablation.table_of({"+rope": unknown}, jobs=1)[1:]
-    assert row[4:7] == ["50.0%", "uneven speeds", "uneven"]
+    base, better = [run(3.0), run(3.1)], [run(2.9), run(2.8)]
+    steady = ablation.results_of(better, base, [50, 55], [100, 110])
+    assert steady["tokens_per_second"] == 52.5 and (steady["tokens_to_base_loss"], steady["time_to_base_loss"]) == (
+        0.5,
+        1,
+    )
+    for speeds, of_base, unknown in ([50, 100], [100, 110], "uneven"), ([50, 55], [50, 100], "uneven"), ([], [], "-"):
+        result = ablation.results_of(better, base, speeds, of_base)
+        assert result["time_to_base_loss"] is None and result["tokens_to_base_loss"] == 0.5
+        (row,) = ablation.table_of({"+rope": result}, jobs=1)[1:]
+        assert row[4:7] == ["50.0%", unknown, "52" if unknown == "uneven" and speeds[1] == 55 else unknown]
 
 
 def test_tokens_to_a_loss_are_interpolated():

@@ -40,6 +40,9 @@ def other():
 '''
 
 
+BARS = {"kind": "bars", "numbers": {"unit": "s", "names": ["a", "b"], "values": [[1, 2], [3, 4]], "notes": ["x", "y"]}}
+
+
 def git(root, *words):
     identity = ["-c", "user.name=Name", "-c", "user.email=name@example.org", "-c", "commit.gpgsign=false"]
     return subprocess.run(["git", "-C", root, *identity, *words], check=True, capture_output=True, text=True).stdout
@@ -67,13 +70,15 @@ def root(tmp_path, monkeypatch):
     return root
 
 
-def report(root, seconds=1.25, measures=("package/code.py:measured",), at="2026-01-01_000000", changes=None):
+def report(
+    root, seconds=1.25, measures=("package/code.py:measured",), at="2026-01-01_000000", changes=None, drawing=None
+):
     """Write a report as a benchmark does, at another time, and return the path of its JSON file."""
     flags = ["--steps", "3", "--out=/home/name/runs", "--flags", "--data_dir /home/name/text --steps=3"]
     made = Report("speed", str(root / REPORTS), torch.device("cpu"), flags, measures=measures)
     made.path = made.path.with_name(f"{at}_speed_cpu.md")
     rows = [["program", "seconds"], ["ours", f"{seconds:.2f}"]]
-    made.write("Speed", "how fast?", "n = 1.", rows, "Limits: none.", {"seconds": seconds})
+    made.write("Speed", "how fast?", "n = 1.", rows, "Limits: none.", {"seconds": seconds}, drawing)
     path = made.path.with_suffix(".json")
     path.write_text(json.dumps(json.loads(path.read_text()) | (changes or {})))
     return path
@@ -142,6 +147,24 @@ def test_a_block_without_its_end_is_an_error_and_nothing_is_lost(root, capsys):
     assert (root / "README.md").read_text() == PAGE.replace("<!-- end -->", "", 1)
 
 
+def test_make_report_draws_pictures_anew(root, capsys):
+    path = report(root, drawing=BARS)
+    evidence.main([])
+    assert list(differences(root)) == []
+    picture, other = path.with_suffix(".png"), BARS | {"numbers": BARS["numbers"] | {"values": [[1, 2], [3, 5]]}}
+    before = picture.read_bytes()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"drawing": other}))
+    (line,) = differences(root)
+    assert line == f"{picture.relative_to(root)} does not show the numbers of its report; run make report"
+    evidence.main([])
+    assert list(differences(root)) == [] and picture.read_bytes() != before
+    picture.unlink()
+    with pytest.raises(SystemExit):
+        evidence.main(["--check"])
+    evidence.main([])
+    assert picture.exists() and "1 parts changed" in capsys.readouterr().out
+
+
 def test_a_report_that_is_no_json_is_named(root, capsys):
     report(root).write_text("{")
     with pytest.raises(SystemExit) as caught:
@@ -150,7 +173,7 @@ def test_a_report_that_is_no_json_is_named(root, capsys):
 
 
 def test_a_report_is_complete(root):
-    path = report(root, changes={"picture": "2026-01-01_000000_speed_cpu.png"})
+    path = report(root, drawing=BARS)
     content = json.loads(path.read_text())
     words = "--steps 3 --out=runs --flags '--data_dir text --steps=3'"  # without folders of this machine
     assert content["command"] == f"python -m benchmarks.speed {words}" and content["versions"].startswith("torch ")
@@ -160,9 +183,9 @@ def test_a_report_is_complete(root):
     assert list(problems(root)) == []
 
 
-@pytest.mark.parametrize("key", ["command", "commit", "versions", "measures", "results"])
+@pytest.mark.parametrize("key", ["command", "commit", "versions", "measures", "results", "drawing"])
 def test_a_report_without_its_origin_is_found(root, key):
-    report(root, changes={key: None})
+    report(root, drawing=BARS, changes={key: None})
     assert list(problems(root)) == [f"2026-01-01_000000_speed_cpu.json has no {key}"]
 
 

@@ -11,15 +11,24 @@ NEEDED = ("title", "question", "command", "commit", "versions", "hardware", "mea
 
 def code_of(path: str, text: str, names: str) -> str:
     """Return what can change a result: of a Python file the syntax tree without docstrings and comments, or only that
-    of the functions and classes `names`, which commas divide; of other files the text."""
+    of the functions, classes and constants `names`, which commas divide; of other files the text."""
     if not path.endswith(".py"):
         return text
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             del node.body[0]
-    chosen = [node for node in tree.body if not names or getattr(node, "name", None) in names.split(",")]
+    chosen = [node for node in tree.body if not names or names_of(node) & {*names.split(",")}]
     return "\n".join(map(ast.dump, chosen))
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    """Return what a statement at the top of a module defines: a function, a class, or constants."""
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    constants = {
+        each.id for target in targets if target is not None for each in ast.walk(target) if isinstance(each, ast.Name)
+    }
+    return constants | {getattr(node, "name", None)}
 
 
 def changed_since(root: Path, commit: str, measures: Sequence[str]) -> list[str]:
@@ -46,7 +55,8 @@ def problems(root: Path) -> Iterator[str]:
             yield f"{path.name} belongs to no report YYYY-MM-DD_HHMMSS_topic.json"
     for path, report in found.items():
         since = report | report.get("revalidated", {"reason": "is new"})
-        if missing := [key for key in (*NEEDED, "reason") if not since.get(key)]:
+        needed = (*NEEDED, "reason", *["drawing"] * ("picture" in report))
+        if missing := [key for key in needed if not since.get(key)]:
             yield f"{path.name} has no {', '.join(missing)}"
             continue
         for commit in since["commit"].split(", "):
