@@ -54,6 +54,7 @@ from gpt2modern.training.distributed import (
     whole_tensor,
 )
 from gpt2modern.training.dry_run import dry_run
+from gpt2modern.training.export import find_stock_class
 from gpt2modern.training.memory import fit_micro_batch, freed_memory_kept
 from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention
 from gpt2modern.training.nonfinite import handle_nonfinite
@@ -219,6 +220,7 @@ def build(config: TrainConfig, accelerator: Accelerator) -> Built:
     refuse_too_few_blocks(train_blocks, plan)
     torch.manual_seed(config.seed)
     model = unwrapped_model = build_model(config, train_blocks)
+    find_stock_class(config, model.config)  # raises GPT2ModernError
     check_prompts(config.sample_prompts, config.sample_max_new_tokens, train_blocks.tokenizer_path, unwrapped_model)
     tokenizer_path = train_blocks.tokenizer_path
     tasks = prepare_tasks(config.eval_tasks or [], unwrapped_model, tokenizer_path, config.eval_tasks_limit)

@@ -70,14 +70,11 @@ def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2Mo
     return weights, config
 
 
-def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTrainedModel:
-    """Return a new model of a stock class, in evaluation mode, with the logits of `model`, a GPT2ModernForCausalLM.
-
-    The class is `architecture`, or if that is None the class in ARCHITECTURES that has the same logits and needs the
-    fewest added biases of zero. The weights keep their dtype, or become fp32 if the conversion would round them. The
-    generation configuration is copied; `model` does not change. Raises ValueError, with the unsupported settings or
-    weights, if `architecture`, or any class if that is None, cannot have the same logits.
-    """
+def choose_architecture(
+    model: PreTrainedModel, architecture: str | None = None
+) -> tuple[str, GPT2ModernConfig, Weights]:
+    """Return the stock class that `to_native` builds for these arguments, and the rewritten settings and weights that
+    it starts from; raises the same ValueError. On the meta device, `model` counts as trained: no bias is zero."""
     if type(model).__name__ != GPT2ModernForCausalLM.__name__:
         raise ValueError(f"a {type(model).__name__} cannot be exported; only a {GPT2ModernForCausalLM.__name__} can")
     if architecture not in (None, *ARCHITECTURES):
@@ -94,6 +91,18 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
         subject = name if architecture else f"no stock architecture has the same logits; the closest, {name},"
         values = [f"{key}={getattr(config, key)!r}" if hasattr(config, key) else key for key in problems]
         raise ValueError(f"{subject} does not allow {', '.join(values)}")
+    return name, config, weights
+
+
+def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTrainedModel:
+    """Return a new model of a stock class, in evaluation mode, with the logits of `model`, a GPT2ModernForCausalLM.
+
+    The class is `architecture`, or if that is None the class in ARCHITECTURES that has the same logits and needs the
+    fewest added biases of zero. The weights keep their dtype, or become fp32 if the conversion would round them. The
+    generation configuration is copied; `model` does not change. Raises ValueError, with the unsupported settings or
+    weights, if `architecture`, or any class if that is None, cannot have the same logits.
+    """
+    name, config, weights = choose_architecture(model, architecture)
     weights = add_neutral_weights(weights, config)
     settings: dict[str, Any] = {}
     for trait in ARCHITECTURES[name]:
@@ -207,7 +216,7 @@ The model `{{ source }}` ({{ source_class }}) in the layout of {{ architecture }
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{{ name }}"{{ "" if is_export else ", trust_remote_code=True" }})
+model = AutoModelForCausalLM.from_pretrained("{{ name }}"{{ options }})
 ```
 
 In fp32, the logits of the two models differ by at most {{ difference }} on {{ tokens }} random tokens; the largest
@@ -218,9 +227,13 @@ logit is {{ largest }}.
 TOKENIZER_SAMPLE = "Hello  World's 12345\n\n\tdef f(x): return x+1  # \u00e9t\u00e9 \u65e5\u672c we'RE"
 
 
-def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None = None) -> dict[str, Any]:
+def convert_folder(
+    model_dir: Path, output_dir: Path, architecture: str | None = None, *, parent: str | None = None
+) -> dict[str, Any]:
     """Convert the model in `model_dir` and write it to `output_dir` with tokenizer, generation configuration and model
     card. A GPT2-Modern model is exported, a stock model is imported. `output_dir` appears complete or not at all.
+
+    parent: name of the model in the card if `output_dir` is a subfolder of its folder or Hub repository.
 
     Returns the facts in the card: name, source, source_class, architecture, tokens, difference and largest (of logits).
     Raises GPT2ModernError if the model cannot be read, converted or written, and RuntimeError if the written model
@@ -243,7 +256,7 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
             f"llama.cpp ignores the sliding window of a {type(converted).__name__} ({window} tokens): after more than "
             f"{window} tokens its logits differ; transformers and vLLM apply it"
         )
-    facts = {"name": output_dir.name, "source": model_dir.resolve().name}
+    facts = {"name": parent or output_dir.name, "source": parent or model_dir.resolve().name}
     facts |= {"source_class": type(original).__name__, "architecture": type(converted).__name__}
     tags = ["gpt2-modern", "text-generation"] if is_export else ["gpt2-modern", "text-generation", "custom_code"]
     card_data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
@@ -253,7 +266,8 @@ def convert_folder(model_dir: Path, output_dir: Path, architecture: str | None =
             del converted
             _keep_tokenizer(model_dir, temporary, facts["architecture"])
             facts |= _compare(original, load_model(str(temporary)))
-            card = ModelCard.from_template(card_data, template_str=CARD, is_export=is_export, **facts)
+            options = f', subfolder="{output_dir.name}"' if parent else "" if is_export else ", trust_remote_code=True"
+            card = ModelCard.from_template(card_data, template_str=CARD, options=options, **facts)
             card.save(temporary / "README.md")
             apply_umask(temporary)
     except OSError as error:

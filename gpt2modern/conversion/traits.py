@@ -246,7 +246,8 @@ class WithoutOutputBias(Trait):
     """Remove the bias of o_proj for stock classes that have biases only of q, k and v. Refuses a bias that is not 0."""
 
     def in_the_way(self, config, weights):
-        return [name for name in of_layers(weights, ["self_attn.o_proj"], ["bias"]) if weights[name].any()][:1]
+        biases = of_layers(weights, ["self_attn.o_proj"], ["bias"])
+        return [name for name in biases if weights[name].is_meta or weights[name].any()][:1]
 
     def stock_weights(self, weights, config):
         return {name: weight for name, weight in weights.items() if not name.endswith("o_proj.bias")}

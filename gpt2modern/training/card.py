@@ -26,6 +26,21 @@ TEMPLATE = """\
 
 ## Use
 
+{% if stock_class -%}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+name = "{{ name }}"  # on the Hub; or the path of this folder
+model = AutoModelForCausalLM.from_pretrained(name, subfolder="stock")
+tokenizer = AutoTokenizer.from_pretrained(name, subfolder="stock")
+generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
+```
+
+`stock/` has the weights as a `{{ stock_class }}`, a class of transformers with the same logits, and needs no other
+code. This folder itself has the model with its own code:
+
+{% endif -%}
 ```python
 from transformers import pipeline
 
@@ -138,13 +153,15 @@ def model_card(
     *,
     name: str,
     base_model: str | None,
+    stock_class: str | None = None,
     samples: list[dict[str, Any]],
     manifest: dict[str, Any],
     num_eval_blocks: int,
 ) -> str:
     """Return the model card (Markdown) of a model trained from scratch (base_model: None) or from a Hub id or folder.
 
-    summary: from `summarize`; name: of the Hub repository or folder; samples: rows of samples.jsonl, of which those of
+    summary: from `summarize`; name: of the Hub repository or folder; stock_class: of the model in its subfolder
+    `stock`, None if it has none; samples: rows of samples.jsonl, of which those of
     the last step are shown; manifest: of the prepared data; num_eval_blocks: size of the validation split in blocks.
     """
     source = _source_name(manifest)
@@ -166,6 +183,7 @@ def model_card(
         ),
         template_str=TEMPLATE,
         name=name,
+        stock_class=stock_class,
         title=name.split("/")[-1],
         description=_description(config, base, manifest, summary),
         adapted=base if config.lora_rank else None,

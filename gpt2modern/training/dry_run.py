@@ -17,6 +17,7 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.loading import load_config
 from gpt2modern.training.batches import BatchPlan, plan_batches
 from gpt2modern.training.config import TrainConfig
+from gpt2modern.training.export import find_stock_class
 from gpt2modern.training.memory import estimate_memory, fits_by_estimate, largest_that_fits
 from gpt2modern.training.models import DataShape, build_model
 from gpt2modern.training.speed import PEAK_TFLOPS, find_device, model_flops_per_token
@@ -145,6 +146,7 @@ def dry_run(config: TrainConfig, accelerator: Accelerator) -> str:
     facts = {
         "model": config.model_name_or_path or f"preset {config.model_preset}{stand_in}",
         "size": f"{shape.num_hidden_layers} layers of width {shape.hidden_size}, {shape.num_attention_heads} heads",
+        "stock class": find_stock_class(config, shape) or "none",
         "parameters": f"{parameters:,}",
         "trained parameters": f"{trained:,} ({trained / parameters:.2%})",
         "processes": f"{count} x {kind}, {precision}",

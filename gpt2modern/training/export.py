@@ -3,11 +3,18 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from gpt2modern.conversion.convert import choose_architecture, convert_folder
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import apply_umask
+from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.models import has_adapters, merged, save_adapters
+from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
+
+STOCK_FOLDER = "stock"
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks) -> None:
@@ -35,13 +42,53 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
 
 def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks) -> list[str]:
     """Write the files of the model folder into `output_dir`, next to the run's records, and return their paths in it.
-    Each file appears complete or not at all."""
+    Each file appears complete or not at all. A stock model of earlier weights is deleted first."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(".tmp", ".export-", output_dir, ignore_cleanup_errors=True) as name:
         temporary = Path(name)
         save_model_folder(model, temporary, blocks)
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+        if (output_dir / STOCK_FOLDER / "config.json").is_file():
+            (output_dir / STOCK_FOLDER).rename(temporary / ".earlier")  # which is deleted with this folder
         for path in files:
             (output_dir / path).parent.mkdir(exist_ok=True)
             (temporary / path).replace(output_dir / path)
     return [path.as_posix() for path in files]
+
+
+def find_stock_class(config: TrainConfig, model_config: GPT2ModernConfig) -> str | None:
+    """Return the class of transformers that --export_stock writes a trained model as, None if it writes none. Raises
+    GPT2ModernError, which names the settings in the way, if there is no such class and --export_stock is `true`."""
+    if config.export_stock == "false":
+        return None
+    try:
+        with torch.device("meta"):
+            return choose_architecture(GPT2ModernForCausalLM(model_config))[0]
+    except ValueError as error:
+        if config.export_stock == "true":
+            raise GPT2ModernError(
+                f"--export_stock true: {error}; change these settings, or omit --export_stock"
+            ) from None
+        return None
+
+
+def export_stock(config: TrainConfig, model_config: GPT2ModernConfig, name: str) -> tuple[str | None, list[str]]:
+    """Write the stock model with the logits of the finished model in --output_dir to its subfolder `stock`, and return
+    its class and the paths of its files in --output_dir; (None, []) if it has none or --export_stock is `false`.
+
+    name: of the finished model, in the card. The subfolder appears complete or not at all. If it cannot be written,
+    prints a warning, or with --export_stock true raises GPT2ModernError; the finished model does not change.
+    """
+    output_dir = Path(config.output_dir)
+    if find_stock_class(config, model_config) is None:
+        return None, []
+    try:
+        stock_class = convert_folder(output_dir, output_dir / STOCK_FOLDER, parent=name)["architecture"]
+    except (GPT2ModernError, RuntimeError) as error:  # also one of torch, for lack of memory
+        problem = f"the finished model has no stock model beside it ({error})"
+        if config.export_stock == "true":
+            raise GPT2ModernError(f"--export_stock true: {problem}; run the same command again to write it") from None
+        warn(f"--export_stock auto: {problem}")
+        return None, []
+    files = [path for path in (output_dir / STOCK_FOLDER).rglob("*") if path.is_file()]
+    return stock_class, sorted(path.relative_to(output_dir).as_posix() for path in files)

@@ -24,7 +24,7 @@ from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.card import EVALUATION_FILE, model_card, public_settings, summarize
 from gpt2modern.training.checkpoints import TRAINING_STATE_FILES
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.export import export_model
+from gpt2modern.training.export import STOCK_FOLDER, export_model, export_stock
 from gpt2modern.training.models import ADAPTER_FOLDER, has_adapters
 from gpt2modern.training.records import CURVES_FILE, SETTINGS_FILE, Records, settings_text, show_evaluation
 from gpt2modern.training.state import TrainState
@@ -58,12 +58,19 @@ class Publisher:
         rows = self.records.metrics.rows
         return summarize(self.config, state, rows, model=self.model, plan=self.plan, eval_blocks=self.eval_blocks)
 
-    def card(self, summary: dict[str, Any]) -> str:
-        """Return the Markdown text of the model card. summary: the contents of summary.json."""
+    @property
+    def name(self) -> str:
+        """Return the name of the model in its card: that of its Hub repository or folder."""
+        return self.uploader.repo_id if self.uploader else self.output_dir.resolve().name
+
+    def card(self, summary: dict[str, Any], stock_class: str | None = None) -> str:
+        """Return the Markdown text of the model card. summary: the contents of summary.json; stock_class: of the model
+        in the subfolder `stock`, if there is one."""
         return model_card(
             self.config,
             summary,
-            name=self.uploader.repo_id if self.uploader else self.output_dir.resolve().name,
+            name=self.name,
+            stock_class=stock_class,
             base_model=self.model.config.name_or_path or None,
             samples=self.records.samples.rows,
             manifest=self.eval_blocks.manifest,
@@ -104,6 +111,10 @@ class Publisher:
             self.records.draw_curves()
             write_file(self.output_dir / "README.md", self.card(summary))
             write_json(self.output_dir / "summary.json", summary)
+            stock_class, stock_files = export_stock(self.config, model.config, self.name)
+            if stock_class:
+                self.model_files += stock_files
+                write_file(self.output_dir / "README.md", self.card(summary, stock_class))
             show_evaluation(self.output_dir)
         except (OSError, SafetensorError) as error:
             raise GPT2ModernError(
@@ -113,6 +124,8 @@ class Publisher:
         where = f"model in {self.output_dir}"
         if has_adapters(model):
             where = f"merged {where}, separate LoRA adapters in {self.output_dir / ADAPTER_FOLDER}"
+        if stock_class:
+            where += f", the same as a {stock_class} in {self.output_dir / STOCK_FOLDER}"
         print(f"training finished: validation loss {summary['eval_loss']:.4f} nats/token, {where}")
 
     def upload_final(self, summary: dict[str, Any]) -> None:
@@ -201,6 +214,7 @@ class HubUploader:
                     path_in_repo=path_in_repo,
                     revision=self.revision,
                     commit_message=message,
+                    delete_patterns=[f"{STOCK_FOLDER}/*", f"{ADAPTER_FOLDER}/*"],  # of earlier weights
                 )
                 self.url = str(commit.repo_url)
             self.problem = None

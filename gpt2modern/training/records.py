@@ -73,7 +73,7 @@ def open_output_dir(config: TrainConfig, state: TrainState, *, num_processes: in
     """
     output_dir, checkpoints = Path(config.output_dir), checkpoints_dir(config)
     if not (output_dir / SETTINGS_FILE).exists() and not list_checkpoints(checkpoints):
-        for name in ("README.md", "config.json", "model.safetensors", "metrics.jsonl"):
+        for name in ("README.md", "config.json", "model.safetensors", "metrics.jsonl", "stock"):
             if (output_dir / name).exists():
                 raise GPT2ModernError(
                     f"--output_dir {output_dir} contains a {name} that was not written by a training run and would be "

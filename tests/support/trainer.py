@@ -30,6 +30,7 @@ FLAGS = {
     "eval_blocks": 8,
     "save_steps": 3,
     "save_total_limit": 9,
+    "export_stock": "false",  # a second model folder, which only its own tests need
 }
 MUON_SETTINGS = {  # all that are off by default
     "muon_coefficients": "polar_express",
