@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard, constants
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import modeling_gpt2modern
 from gpt2modern.cli import parse_arguments
@@ -106,6 +107,21 @@ def test_the_finished_model_arrives_with_its_card_and_records_and_nothing_else(f
     assert not list((tmp_path / "run").glob(".hub_upload*"))
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in written)
+
+
+def test_the_stock_model_is_a_subfolder_of_the_repository(fake, data_dir, tmp_path):
+    flags = {"hub_model_id": "someone/model", "hub_strategy": "every_save", "export_stock": "auto", "max_steps": 4}
+    train(data_dir, tmp_path / "run", push_to_hub=True, **flags)
+    *checkpoints, final = fake.uploads
+    assert checkpoints and not any(name.startswith("stock/") for each in checkpoints for name in each.names)
+    assert all("stock/*" in each.delete_patterns and "subfolder" not in each.card for each in checkpoints)
+    assert 'name = "someone/model"' in final.card and 'from_pretrained(name, subfolder="stock")' in final.card
+    stock = AutoModelForCausalLM.from_pretrained(final.folder, subfolder="stock", trust_remote_code=False)
+    batch = PackedBlocks(data_dir, "train").__getitems__([0])
+    with torch.no_grad():
+        expected = GPT2ModernForCausalLM.from_pretrained(final.folder)(batch).logits[..., :300]  # without padding
+        torch.testing.assert_close(stock(batch).logits, expected, atol=1e-5, rtol=0)
+    assert 'from_pretrained("someone/model", subfolder="stock")' in (final.folder / "stock" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("strategy", "folder"), [("every_save", None), ("checkpoint", "last-checkpoint")])

@@ -281,6 +281,13 @@ def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> Non
     if not any((model_dir / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")):
         return
     tokenizer = load_tokenizer(model_dir)
+    template, has_rule = tokenizer.chat_template, getattr(tokenizer, "response_template", None) is not None
+    if template and "<|im_start|>assistant" not in template and not has_rule and tokenizer.eos_token:
+        # `transformers serve` looks for the marks of Qwen's template in the chats of its classes; without them, it
+        # takes the prompt for the answer. This says that the answer is all text after the prompt.
+        answer = {"content": "text", "content_args": {"strip": False}, "close": tokenizer.eos_token}
+        rule = {"start_anchor_pattern": r"\Z", "defaults": {"role": "assistant"}, "fields": {"content": answer}}
+        tokenizer.response_template = rule
     tokenizer.save_pretrained(output_dir)
     kept = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
     if kept(TOKENIZER_SAMPLE).input_ids != tokenizer(TOKENIZER_SAMPLE).input_ids:

@@ -11,10 +11,12 @@ from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import apply_umask
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.models import has_adapters, merged, save_adapters
+from gpt2modern.training.models import ADAPTER_FOLDER, has_adapters, merged, save_adapters
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 STOCK_FOLDER = "stock"
+# Left by an earlier run in the folder, and not always replaced by the next one; those with a folder stand for it.
+EARLIER_FILES = (f"{STOCK_FOLDER}/config.json", f"{ADAPTER_FOLDER}/adapter_config.json", "chat_template.jinja")
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks) -> None:
@@ -42,14 +44,17 @@ def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks
 
 def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks) -> list[str]:
     """Write the files of the model folder into `output_dir`, next to the run's records, and return their paths in it.
-    Each file appears complete or not at all. A stock model of earlier weights is deleted first."""
+    Each file appears complete or not at all. Adapters, stock model and chat template of an earlier run are deleted."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(".tmp", ".export-", output_dir, ignore_cleanup_errors=True) as name:
         temporary = Path(name)
         save_model_folder(model, temporary, blocks)
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-        if (output_dir / STOCK_FOLDER / "config.json").is_file():
-            (output_dir / STOCK_FOLDER).rename(temporary / ".earlier")  # which is deleted with this folder
+        (temporary / ".earlier").mkdir()
+        for earlier in EARLIER_FILES:
+            if (output_dir / earlier).is_file():
+                top = earlier.partition("/")[0]
+                (output_dir / top).rename(temporary / ".earlier" / top)
         for path in files:
             (output_dir / path).parent.mkdir(exist_ok=True)
             (temporary / path).replace(output_dir / path)

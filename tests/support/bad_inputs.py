@@ -135,6 +135,12 @@ FLAGS = [
     train("--project ''", "--project '' is empty; give it a value or omit the flag"),
     train("--run_name caf\udce9", "contains bytes that are not valid UTF-8 text; type it in UTF-8"),
     train("--hub_model_id a/b/c", "--hub_model_id 'a/b/c' is not a repository name; give owner/name"),
+    train("--export_stock yes-please", "--export_stock yes-please is unknown; choose from auto, true, false"),
+    train(
+        f"--export_stock true --config_overrides {TINY},use_unet_skips=true",
+        "the closest, LlamaForCausalLM, does not allow use_unet_skips=True",
+        "leave out the setting, or `--export_stock`: then the model keeps its own code",
+    ),
     train("--lora_rank 2", "--lora_rank 2 needs --model_name_or_path"),
     train("--lora_target_modules q_proj", "--lora_alpha and --lora_target_modules need --lora_rank above 0"),
     train("--lora_rank -1", "--lora_rank -1 must be at least 0"),
