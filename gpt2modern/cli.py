@@ -76,19 +76,7 @@ class _Parser(HfArgumentParser):
 
     def add_argument(self, *flags, **metadata):
         """Add one flag to its group. Of the field's metadata, only what argparse knows is passed to argparse."""
-        known = [
-            "help",
-            "type",
-            "default",
-            "required",
-            "nargs",
-            "choices",
-            "action",
-            "const",
-            "dest",
-            "metavar",
-            "version",
-        ]
+        known = ("help", "type", "default", "required", "nargs", "choices", "action", "const", "dest", "metavar")
         keywords = {name: value for name, value in metadata.items() if name in known}
         place = super()
         if metadata.get("group"):
@@ -218,6 +206,7 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
             wanted = "a value or a list of values" if is_list else "one value"
             raise GPT2ModernError(f"--config {path}: the key {key!r} is {value!r}; give {wanted}, or remove it")
         # `flag=value` keeps a negative number or a leading dash from being read as a flag.
+        value = str(value).lower() if isinstance(value, bool) else value  # a choice beside others
         flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
         try:
             parser.parse_strict(flag)

@@ -551,24 +551,6 @@ def test_the_exported_tokenizer_says_nothing_about_this_call(exported):
     )
 
 
-@pytest.mark.parametrize(
-    ("architecture", "overrides", "warned"),
-    [
-        ("MistralForCausalLM", WINDOW, True),
-        ("Qwen2ForCausalLM", MIXED, True),
-        ("Phi3ForCausalLM", WINDOW, False),
-        ("MistralForCausalLM", {}, False),
-    ],
-)
-def test_a_window_that_llama_cpp_would_drop_is_warned_of(architecture, overrides, warned, tmp_path, capsys):
-    fit_for(architecture, ours(**overrides)).save_pretrained(tmp_path / "mine")
-    capsys.readouterr()
-    main(["--model", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "native"), "--architecture", architecture])
-    errors = capsys.readouterr().err
-    warning = f"warning: llama.cpp ignores the sliding window of a {architecture} (4 tokens): after more than 4 tokens"
-    assert (warning in errors) == warned and errors.count("warning:") == warned
-
-
 @pytest.mark.parametrize("rope", [{}, {"rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 0.5}}], ids=str)
 def test_gpt_neox_is_also_described_as_older_readers_expect_it(rope, tmp_path):
     """llama.cpp and transformers 4 read rotary_pct and rotary_emb_base, and take 0.25 and 10000 without them."""
@@ -691,3 +673,18 @@ def test_an_output_folder_with_files_in_it_is_left_alone(exported, capsys):
         main(["--model", str(folder), "--output_dir", str(folder)])
     assert f"--output_dir {folder} is not empty" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_model_without_values_is_converted_as_a_trained_one():
+    """Before training, --export_stock asks which class there will be: biases are 0 then, and not afterwards."""
+    for overrides, expected in (({}, "LlamaForCausalLM"), (MIXED, None)):
+        with torch.device("meta"):
+            model = GPT2ModernForCausalLM(tiny_config(**overrides, attention_bias=True))
+        if expected is None:
+            with pytest.raises(
+                ValueError, match=r"Qwen2ForCausalLM, does not allow model\.layers\.0\.self_attn\.o_proj\.bias"
+            ):
+                to_native(model)
+        else:
+            native = to_native(model)
+            assert type(native).__name__ == expected and native.device.type == "meta"

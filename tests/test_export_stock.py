@@ -47,9 +47,7 @@ def run(data_dir, tmp_path_factory):
          "--tokenizer_name", str(data_dir / "tokenizer"), "--output_dir", str(folder / "data")]
     )  # fmt: skip
     overrides = f"{TINY},use_qk_norm=true"
-    return train(
-        folder / "data", folder / "run", config_overrides=overrides, **SHORT | {"max_steps": 25, "learning_rate": 0.03}
-    )
+    return train(folder / "data", folder / "run", config_overrides=overrides, **SHORT | {"max_steps": 60})
 
 
 def test_the_stock_model_computes_the_same_without_code(run):
@@ -82,7 +80,7 @@ def test_the_card_leads_with_the_way_that_needs_no_code_and_it_runs(run, monkeyp
 @pytest.mark.parametrize("flags", [{}, {"dry_run": True}], ids=["run", "dry run"])
 def test_without_a_stock_class_true_refuses_before_training(flags, data_dir, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        train(data_dir, tmp_path / "run", **SHORT | {"export_stock": True}, config_overrides=UNEXPORTABLE, **flags)
+        train(data_dir, tmp_path / "run", **SHORT | {"export_stock": "true"}, config_overrides=UNEXPORTABLE, **flags)
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
     assert error.startswith("error: --export_stock true: no stock architecture has the same logits; the closest, Llama")

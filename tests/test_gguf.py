@@ -31,6 +31,7 @@ FORMS = {
     "qwen3_wide_heads": ("gqa", {"use_qk_norm": True, "head_dim": 32}, "Qwen3ForCausalLM", True),
     "qwen2": ("modern", WINDOW, "Qwen2ForCausalLM", True),
     "mistral": ("modern", {"num_attention_heads": 3, "head_dim": 16}, "MistralForCausalLM", False),
+    "apertus": ("gqa", {"mlp_type": "relu2", "use_qk_norm": True}, "ApertusForCausalLM", False),
     "arcee": ("modern", {"mlp_type": "relu2"}, "ArceeForCausalLM", False),
 }
 PROMPT = torch.randint(300, (1, 16), generator=torch.Generator().manual_seed(3))
@@ -168,7 +169,7 @@ def test_the_file_says_what_a_reader_must_know(written, data_dir, tmp_path):
 def test_a_window_that_llama_cpp_ignores_is_warned_of_and_limits_the_context(written, data_dir, tmp_path, capsys):
     save(tmp_path, data_dir, "modern", **WINDOW)
     command.main(["--model", str(tmp_path), "--output", str(tmp_path / "model.gguf")])
-    assert "warning: llama.cpp ignores the sliding window of a Qwen2ForCausalLM (24 tokens)" in capsys.readouterr().err
+    assert "warning: llama.cpp ignores the sliding window of Qwen2ForCausalLM (24 tokens)" in capsys.readouterr().err
     assert fields(tmp_path / "model.gguf")[0]["qwen2.context_length"] == 24
 
 
@@ -214,13 +215,24 @@ def split_digits(folder):
 
 LINEAR = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
 REFUSED = {
-    "class": ("modern", {"norm_type": "layernorm"}, None, "a StableLmForCausalLM cannot be written as GGUF; supported"),
-    "gelu": ("gpt2", {"mlp_type": "gelu"}, None, "with activation_function='gelu_new', not 'gelu'"),
-    "biases": ("modern", {"use_qk_norm": True, "attention_bias": True}, None, "attention_bias=False, not True"),
-    "rope": ("modern", LINEAR, None, "computes a LlamaForCausalLM with rope_type='default', not 'linear'"),
+    "class": ("modern", {"norm_type": "layernorm"}, None, "StableLmForCausalLM cannot be written as GGUF; supported"),
+    "gelu": ("gpt2", {"mlp_type": "gelu"}, None, "with activation_function='gelu_new' only, not with 'gelu'"),
+    "biases": (
+        "modern",
+        {"use_qk_norm": True, "attention_bias": True},
+        None,
+        "attention_bias=False only, not with True",
+    ),
+    "rope": ("modern", LINEAR, None, "computes LlamaForCausalLM with rope_type='default' only, not with 'linear'"),
     "own": ("modern", {"use_unet_skips": True}, None, "LlamaForCausalLM, does not allow use_unet_skips=True"),
     "digits": ("modern", {}, split_digits, "the tokenizer is not a byte-level BPE that splits text as GPT-2's does"),
     "no tokenizer": ("modern", {}, lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer that can be"),
+    "folder as output": (
+        "modern",
+        {},
+        lambda folder: (folder.parent / "model.gguf").mkdir(),
+        "model.gguf cannot be written",
+    ),
     "no model": ("modern", {}, lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
 }
 
@@ -235,8 +247,8 @@ def test_what_llama_cpp_would_compute_otherwise_gets_one_line_and_no_file(case, 
     with pytest.raises(SystemExit) as ended:
         command.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "model.gguf")])
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == 2 and "--model" in error and message in error
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert ended.value.code == 2 and str(tmp_path / "model") in error and message in error
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "model.gguf").is_file()
 
 
 def test_without_the_package_the_command_says_how_to_install_it(tmp_path, monkeypatch, capsys):

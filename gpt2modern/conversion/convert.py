@@ -24,7 +24,7 @@ from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.conversion.architectures import ARCHITECTURES, in_the_way
 from gpt2modern.conversion.architectures import __doc__ as table_of_architectures
 from gpt2modern.conversion.traits import Weights, of_layers
-from gpt2modern.errors import GPT2ModernError, warn
+from gpt2modern.errors import GPT2ModernError
 from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder
 from gpt2modern.loading import load_model, load_tokenizer, num_token_ids
 from gpt2modern.settings import setting
@@ -70,11 +70,15 @@ def rewrite(weights: Weights, config: GPT2ModernConfig) -> tuple[Weights, GPT2Mo
     return weights, config
 
 
-def choose_architecture(
-    model: PreTrainedModel, architecture: str | None = None
-) -> tuple[str, GPT2ModernConfig, Weights]:
-    """Return the stock class that `to_native` builds for these arguments, and the rewritten settings and weights that
-    it starts from; raises the same ValueError. On the meta device, `model` counts as trained: no bias is zero."""
+def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTrainedModel:
+    """Return a new model of a stock class, in evaluation mode, with the logits of `model`, a GPT2ModernForCausalLM.
+
+    The class is `architecture`, or if that is None the class in ARCHITECTURES that has the same logits and needs the
+    fewest added biases of zero. The weights keep their dtype, or become fp32 if the conversion would round them. The
+    generation configuration is copied; `model` does not change; on the meta device it counts as trained, with biases
+    that are not zero. Raises ValueError, with the unsupported settings or weights, if `architecture`, or any class if
+    that is None, cannot have the same logits.
+    """
     if type(model).__name__ != GPT2ModernForCausalLM.__name__:
         raise ValueError(f"a {type(model).__name__} cannot be exported; only a {GPT2ModernForCausalLM.__name__} can")
     if architecture not in (None, *ARCHITECTURES):
@@ -91,18 +95,6 @@ def choose_architecture(
         subject = name if architecture else f"no stock architecture has the same logits; the closest, {name},"
         values = [f"{key}={getattr(config, key)!r}" if hasattr(config, key) else key for key in problems]
         raise ValueError(f"{subject} does not allow {', '.join(values)}")
-    return name, config, weights
-
-
-def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTrainedModel:
-    """Return a new model of a stock class, in evaluation mode, with the logits of `model`, a GPT2ModernForCausalLM.
-
-    The class is `architecture`, or if that is None the class in ARCHITECTURES that has the same logits and needs the
-    fewest added biases of zero. The weights keep their dtype, or become fp32 if the conversion would round them. The
-    generation configuration is copied; `model` does not change. Raises ValueError, with the unsupported settings or
-    weights, if `architecture`, or any class if that is None, cannot have the same logits.
-    """
-    name, config, weights = choose_architecture(model, architecture)
     weights = add_neutral_weights(weights, config)
     settings: dict[str, Any] = {}
     for trait in ARCHITECTURES[name]:
@@ -176,6 +168,9 @@ def _build(
 ) -> PreTrainedModel:
     """Return a model of this class with exactly these weights, and the device and generation configuration of `source`;
     also its dtype if that rounds no weight. Raises ValueError if the class lacks or needs a weight."""
+    if source.device.type == "meta":
+        with source.device:
+            return model_class(config).eval()
     fits = all(torch.equal(weight.to(source.dtype).to(weight.dtype), weight) for weight in weights.values())
     dtype = source.dtype if fits else weights[next(iter(weights))].dtype
     model, report = model_class.from_pretrained(
@@ -228,12 +223,11 @@ TOKENIZER_SAMPLE = "Hello  World's 12345\n\n\tdef f(x): return x+1  # \u00e9t\u0
 
 
 def convert_folder(
-    model_dir: Path, output_dir: Path, architecture: str | None = None, *, parent: str | None = None
+    model_dir: Path, output_dir: Path, architecture: str | None = None, parent: str | None = None
 ) -> dict[str, Any]:
     """Convert the model in `model_dir` and write it to `output_dir` with tokenizer, generation configuration and model
     card. A GPT2-Modern model is exported, a stock model is imported. `output_dir` appears complete or not at all.
-
-    parent: name of the model in the card if `output_dir` is a subfolder of its folder or Hub repository.
+    parent: name in the card of the folder or Hub repository of which `output_dir` is a subfolder.
 
     Returns the facts in the card: name, source, source_class, architecture, tokens, difference and largest (of logits).
     Raises GPT2ModernError if the model cannot be read, converted or written, and RuntimeError if the written model
@@ -250,12 +244,6 @@ def convert_folder(
         converted = to_native(original, architecture) if is_export else from_native(original)
     except ValueError as error:
         raise GPT2ModernError(f"--model {model_dir}: {error}") from None
-    window = getattr(converted.config, "sliding_window", None)
-    if is_export and window and type(converted).__name__ != "Phi3ForCausalLM":
-        warn(
-            f"llama.cpp ignores the sliding window of a {type(converted).__name__} ({window} tokens): after more than "
-            f"{window} tokens its logits differ; transformers and vLLM apply it"
-        )
     facts = {"name": parent or output_dir.name, "source": parent or model_dir.resolve().name}
     facts |= {"source_class": type(original).__name__, "architecture": type(converted).__name__}
     tags = ["gpt2-modern", "text-generation"] if is_export else ["gpt2-modern", "text-generation", "custom_code"]
@@ -281,8 +269,8 @@ def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> Non
     if not any((model_dir / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")):
         return
     tokenizer = load_tokenizer(model_dir)
-    template, has_rule = tokenizer.chat_template, getattr(tokenizer, "response_template", None) is not None
-    if template and "<|im_start|>assistant" not in template and not has_rule and tokenizer.eos_token:
+    template = not getattr(tokenizer, "response_template", None) and tokenizer.eos_token and tokenizer.chat_template
+    if template and "<|im_start|>assistant" not in template:
         # `transformers serve` looks for the marks of Qwen's template in the chats of its classes; without them, it
         # takes the prompt for the answer. This says that the answer is all text after the prompt.
         answer = {"content": "text", "content_args": {"strip": False}, "close": tokenizer.eos_token}
@@ -290,7 +278,7 @@ def _keep_tokenizer(model_dir: Path, output_dir: Path, architecture: str) -> Non
         tokenizer.response_template = rule
     tokenizer.save_pretrained(output_dir)
     kept = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
-    if kept(TOKENIZER_SAMPLE).input_ids != tokenizer(TOKENIZER_SAMPLE).input_ids:
+    if kept(TOKENIZER_SAMPLE, verbose=False).input_ids != tokenizer(TOKENIZER_SAMPLE, verbose=False).input_ids:
         raise GPT2ModernError(
             f"--model {model_dir}: for a {architecture}, transformers loads the tokenizer of this model as a "
             f"{type(kept).__name__}, which splits text differently; choose another class with --architecture"

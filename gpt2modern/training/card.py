@@ -37,8 +37,7 @@ generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
 print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
 ```
 
-`stock/` has the weights as a `{{ stock_class }}`, a class of transformers with the same logits, and needs no other
-code. This folder itself has the model with its own code:
+`stock/` has the model as a `{{ stock_class }}` of transformers, with the same logits. Beside it, with its own code:
 
 {% endif -%}
 ```python
@@ -153,15 +152,13 @@ def model_card(
     *,
     name: str,
     base_model: str | None,
-    stock_class: str | None = None,
     samples: list[dict[str, Any]],
     manifest: dict[str, Any],
     num_eval_blocks: int,
 ) -> str:
     """Return the model card (Markdown) of a model trained from scratch (base_model: None) or from a Hub id or folder.
 
-    summary: from `summarize`; name: of the Hub repository or folder; stock_class: of the model in its subfolder
-    `stock`, None if it has none; samples: rows of samples.jsonl, of which those of
+    summary: from `summarize`; name: of the Hub repository or folder; samples: rows of samples.jsonl, of which those of
     the last step are shown; manifest: of the prepared data; num_eval_blocks: size of the validation split in blocks.
     """
     source = _source_name(manifest)
@@ -183,7 +180,7 @@ def model_card(
         ),
         template_str=TEMPLATE,
         name=name,
-        stock_class=stock_class,
+        stock_class=summary.get("stock_class"),
         title=name.split("/")[-1],
         description=_description(config, base, manifest, summary),
         adapted=base if config.lora_rank else None,

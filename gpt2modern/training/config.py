@@ -202,10 +202,10 @@ class TrainConfig:
     run_name: str | None = record(None, "run name in the trackers; default: made from output_dir", card=False)
 
     output_dir: str | None = checkpoint(None, "folder for the model and its records (required)", card=False)
-    export_stock: str = checkpoint(
+    export_stock: Literal["auto", "true", "false"] = checkpoint(
         "auto",
-        "also write the finished model as a stock class of transformers with the same logits, to output_dir/stock; "
-        "auto: if there is such a class; true: refuse to train a model without one; false: never",
+        "also write the model as a stock class of transformers, to output_dir/stock; auto: if one has the same logits; "
+        "true: refuse to train a model without one",
         card=False,
     )
     save_steps: int = checkpoint(100, "steps between two checkpoints; 0: save none", least=0)
@@ -245,13 +245,10 @@ class TrainConfig:
         for field in dataclasses.fields(self):  # Python code may give a folder as a Path
             if isinstance(value := getattr(self, field.name), Path):
                 setattr(self, field.name, str(value))
-        words = dict.fromkeys(["true", "yes", "t", "y", "1"], "true")
-        words |= dict.fromkeys(["false", "no", "f", "n", "0"], "false")
-        dry_run = words.get(str(self.dry_run).lower(), self.dry_run)
-        self.dry_run = "" if dry_run == "false" else dry_run
-        self.export_stock = words.get(str(self.export_stock).lower(), self.export_stock)
-        if self.export_stock not in ("auto", "true", "false"):
-            raise ValueError(f"--export_stock {self.export_stock} is unknown; choose from auto, true, false")
+        words = dict.fromkeys(["true", "yes", "t", "y", "1"], "true") | dict.fromkeys(
+            ["false", "no", "f", "n", "0"], ""
+        )
+        self.dry_run = words.get(str(self.dry_run).lower(), self.dry_run)
         if (self.data_dir is None or self.output_dir is None) and not self.dry_run:
             raise ValueError("--data_dir and --output_dir are required, as flags or in the --config file")
         self.per_device_train_batch_size = number_or_auto(

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from gpt2modern.conversion.convert import choose_architecture, convert_folder
+from gpt2modern.conversion.convert import convert_folder, to_native
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import apply_umask
@@ -15,8 +15,6 @@ from gpt2modern.training.models import ADAPTER_FOLDER, has_adapters, merged, sav
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
 
 STOCK_FOLDER = "stock"
-# Left by an earlier run in the folder, and not always replaced by the next one; those with a folder stand for it.
-EARLIER_FILES = (f"{STOCK_FOLDER}/config.json", f"{ADAPTER_FOLDER}/adapter_config.json", "chat_template.jinja")
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path, blocks: PackedBlocks) -> None:
@@ -50,11 +48,9 @@ def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks)
         temporary = Path(name)
         save_model_folder(model, temporary, blocks)
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-        (temporary / ".earlier").mkdir()
-        for earlier in EARLIER_FILES:
-            if (output_dir / earlier).is_file():
-                top = earlier.partition("/")[0]
-                (output_dir / top).rename(temporary / ".earlier" / top)
+        for path in (output_dir / STOCK_FOLDER, output_dir / ADAPTER_FOLDER, output_dir / "chat_template.jinja"):
+            if path.is_file() or list(path.glob("*config.json")):
+                path.rename(temporary / f".earlier_{path.name}")
         for path in files:
             (output_dir / path).parent.mkdir(exist_ok=True)
             (temporary / path).replace(output_dir / path)
@@ -62,38 +58,32 @@ def export_model(model: PreTrainedModel, output_dir: Path, blocks: PackedBlocks)
 
 
 def find_stock_class(config: TrainConfig, model_config: GPT2ModernConfig) -> str | None:
-    """Return the class of transformers that --export_stock writes a trained model as, None if it writes none. Raises
+    """Return the class of transformers that --export_stock writes the trained model as, None if it writes none. Raises
     GPT2ModernError, which names the settings in the way, if there is no such class and --export_stock is `true`."""
     if config.export_stock == "false":
         return None
     try:
         with torch.device("meta"):
-            return choose_architecture(GPT2ModernForCausalLM(model_config))[0]
+            return type(to_native(GPT2ModernForCausalLM(model_config))).__name__
     except ValueError as error:
-        if config.export_stock == "true":
-            raise GPT2ModernError(
-                f"--export_stock true: {error}; change these settings, or omit --export_stock"
-            ) from None
-        return None
+        if config.export_stock == "auto":
+            return None
+        raise GPT2ModernError(f"--export_stock true: {error}; change that, or omit --export_stock") from None
 
 
-def export_stock(config: TrainConfig, model_config: GPT2ModernConfig, name: str) -> tuple[str | None, list[str]]:
-    """Write the stock model with the logits of the finished model in --output_dir to its subfolder `stock`, and return
-    its class and the paths of its files in --output_dir; (None, []) if it has none or --export_stock is `false`.
-
-    name: of the finished model, in the card. The subfolder appears complete or not at all. If it cannot be written,
-    prints a warning, or with --export_stock true raises GPT2ModernError; the finished model does not change.
-    """
-    output_dir = Path(config.output_dir)
+def export_stock(config: TrainConfig, model_config: GPT2ModernConfig) -> tuple[str | None, list[str]]:
+    """Convert the finished model in --output_dir to its subfolder `stock`, complete or not at all. Returns the class
+    that `find_stock_class` names, and the paths of the files in --output_dir. If that fails, prints a warning and
+    returns (None, []), or with --export_stock true raises GPT2ModernError."""
+    folder = Path(config.output_dir)
     if find_stock_class(config, model_config) is None:
         return None, []
     try:
-        stock_class = convert_folder(output_dir, output_dir / STOCK_FOLDER, parent=name)["architecture"]
+        facts = convert_folder(folder, folder / STOCK_FOLDER, parent=config.hub_model_id or folder.resolve().name)
     except (GPT2ModernError, RuntimeError) as error:  # also one of torch, for lack of memory
-        problem = f"the finished model has no stock model beside it ({error})"
+        problem = f"--export_stock {config.export_stock}: there is no stock model beside the finished one ({error})"
         if config.export_stock == "true":
-            raise GPT2ModernError(f"--export_stock true: {problem}; run the same command again to write it") from None
-        warn(f"--export_stock auto: {problem}")
+            raise GPT2ModernError(f"{problem}; run the same command again to write it") from None
+        warn(problem)
         return None, []
-    files = [path for path in (output_dir / STOCK_FOLDER).rglob("*") if path.is_file()]
-    return stock_class, sorted(path.relative_to(output_dir).as_posix() for path in files)
+    return facts["architecture"], [f"{STOCK_FOLDER}/{path.name}" for path in (folder / STOCK_FOLDER).iterdir()]

@@ -58,19 +58,12 @@ class Publisher:
         rows = self.records.metrics.rows
         return summarize(self.config, state, rows, model=self.model, plan=self.plan, eval_blocks=self.eval_blocks)
 
-    @property
-    def name(self) -> str:
-        """Return the name of the model in its card: that of its Hub repository or folder."""
-        return self.uploader.repo_id if self.uploader else self.output_dir.resolve().name
-
-    def card(self, summary: dict[str, Any], stock_class: str | None = None) -> str:
-        """Return the Markdown text of the model card. summary: the contents of summary.json; stock_class: of the model
-        in the subfolder `stock`, if there is one."""
+    def card(self, summary: dict[str, Any]) -> str:
+        """Return the Markdown text of the model card. summary: the contents of summary.json."""
         return model_card(
             self.config,
             summary,
-            name=self.name,
-            stock_class=stock_class,
+            name=self.uploader.repo_id if self.uploader else self.output_dir.resolve().name,
             base_model=self.model.config.name_or_path or None,
             samples=self.records.samples.rows,
             manifest=self.eval_blocks.manifest,
@@ -108,13 +101,11 @@ class Publisher:
         """
         try:
             self.model_files = export_model(model, self.output_dir, blocks)
+            summary["stock_class"], stock_files = export_stock(self.config, model.config)
+            self.model_files += stock_files
             self.records.draw_curves()
             write_file(self.output_dir / "README.md", self.card(summary))
             write_json(self.output_dir / "summary.json", summary)
-            stock_class, stock_files = export_stock(self.config, model.config, self.name)
-            if stock_class:
-                self.model_files += stock_files
-                write_file(self.output_dir / "README.md", self.card(summary, stock_class))
             show_evaluation(self.output_dir)
         except (OSError, SafetensorError) as error:
             raise GPT2ModernError(
@@ -124,8 +115,8 @@ class Publisher:
         where = f"model in {self.output_dir}"
         if has_adapters(model):
             where = f"merged {where}, separate LoRA adapters in {self.output_dir / ADAPTER_FOLDER}"
-        if stock_class:
-            where += f", the same as a {stock_class} in {self.output_dir / STOCK_FOLDER}"
+        if summary["stock_class"]:
+            where += f", the same as a {summary['stock_class']} in {self.output_dir / STOCK_FOLDER}"
         print(f"training finished: validation loss {summary['eval_loss']:.4f} nats/token, {where}")
 
     def upload_final(self, summary: dict[str, Any]) -> None:

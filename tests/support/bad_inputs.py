@@ -135,7 +135,7 @@ FLAGS = [
     train("--project ''", "--project '' is empty; give it a value or omit the flag"),
     train("--run_name caf\udce9", "contains bytes that are not valid UTF-8 text; type it in UTF-8"),
     train("--hub_model_id a/b/c", "--hub_model_id 'a/b/c' is not a repository name; give owner/name"),
-    train("--export_stock yes-please", "--export_stock yes-please is unknown; choose from auto, true, false"),
+    train("--export_stock maybe", "argument --export_stock: invalid choice: 'maybe' (choose from"),
     train(
         f"--export_stock true --config_overrides {TINY},use_unet_skips=true",
         "the closest, LlamaForCausalLM, does not allow use_unet_skips=True",
