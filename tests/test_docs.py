@@ -18,6 +18,7 @@ from eval.record import RecordConfig
 from eval.run import RunConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
+from gpt2modern.conversion.gguf import GGUFConfig
 from gpt2modern.data.exporting import ExportConfig
 from gpt2modern.training.models import parse_config_overrides
 from modeling_gpt2modern import GPT2ModernConfig
@@ -45,6 +46,7 @@ ARGUMENTS = {
     "benchmarks.targets": TargetsConfig,
     "benchmarks.throughput": LadderConfig,
     "gpt2modern.conversion": ConversionConfig,
+    "gpt2modern.conversion.gguf": GGUFConfig,
 }
 
 
