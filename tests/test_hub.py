@@ -209,15 +209,20 @@ def test_an_invalid_token_is_answered_with_how_to_set_one(refusing, data_dir, tm
     assert sum(request.startswith("POST /api/repos/create") for request in refusing.requests) == 2  # not repeated
 
 
-def test_an_invalid_token_for_data_is_answered_likewise(refusing, data_dir, tmp_path, monkeypatch):
+def test_an_invalid_token_for_data_is_answered_likewise(
+    refusing, data_dir, tokenizer_dir, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(data_dir, tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(GPT2ModernError) as refusal:
+    with pytest.raises(GPT2ModernError) as refused:
         push_dataset(tmp_path / "data", read_manifest(data_dir), "someone/blocks", private=False)
-    assert_says_how_to_log_in(str(refusal.value), refusing)
-    with pytest.raises(GPT2ModernError, match="someone/blocks: no such folder, and it cannot be downloaded") as refusal:
+    assert_says_how_to_log_in(str(refused.value), refusing)
+    with pytest.raises(GPT2ModernError, match="someone/blocks: no such folder, and it cannot be downloaded") as refused:
         PackedBlocks("someone/blocks", "train")
-    assert_says_how_to_log_in(str(refusal.value), refusing)
+    assert_says_how_to_log_in(str(refused.value), refusing)
+    for names in (("stdlib", "someone/tokenizer"), ("someone/corpus", tokenizer_dir)):
+        flags = ("--dataset_name", names[0], "--tokenizer_name", names[1], "--output_dir", "prepared")
+        assert_says_how_to_log_in(refusal(capsys, *flags), refusing)
 
 
 def test_an_invalid_token_for_a_model_is_answered_likewise(refusing, data_dir, tmp_path):

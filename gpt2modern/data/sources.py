@@ -107,9 +107,8 @@ def with_token_files(config: PrepareConfig) -> PrepareConfig:
     if not train:
         return config
     if config.max_tokens is not None:
-        item = np.dtype(config.token_dtype or "uint16").itemsize
-        tokens_until = np.cumsum([(files[path].size - HEADER_BYTES) // item for path in train])
-        train = train[: 1 + int(np.searchsorted(tokens_until, config.max_tokens))]
+        counts = [(files[path].size - HEADER_BYTES) // (4 if config.token_dtype == "uint32" else 2) for path in train]
+        train = train[: 1 + int(np.searchsorted(np.cumsum(counts), config.max_tokens))]
     held_out = [path for path in names if "val" in Path(path).name and not config.validation_file]
     with hub_errors(f"--dataset_name {name} cannot be downloaded", "run the same command again to continue"):
         folder = retried(snapshot_download, name, repo_type="dataset", revision=commit, allow_patterns=train + held_out)

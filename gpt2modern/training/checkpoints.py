@@ -305,9 +305,8 @@ def find_problem(checkpoint: Path) -> str | None:
 def choose_checkpoint(resume_from_checkpoint: str, folder: Path, report: Callable[[str], None]) -> Path | None:
     """Return the checkpoint that `--resume_from_checkpoint auto|hub|none|PATH` selects, or None to start from step 0.
 
-    `auto`, like `hub` after its download, selects the newest valid one in `folder`, or None if it has none, and calls
-    `report` for each invalid one that it skips. Raises GPT2ModernError if PATH is invalid, or if `folder` has
-    checkpoints but no valid one.
+    `auto` and `hub` select the newest valid one in `folder`, or None if it has none, and `report` those that they skip.
+    Raises GPT2ModernError if PATH is invalid, or if `folder` has checkpoints but no valid one.
     """
     if resume_from_checkpoint == "none":
         return None
