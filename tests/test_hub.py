@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 
 import modeling_gpt2modern
@@ -30,6 +31,7 @@ from gpt2modern.loading import load_config, load_model, load_tokenizer
 from gpt2modern.training import publish
 from gpt2modern.training.card import model_card
 from modeling_gpt2modern import GPT2ModernForCausalLM
+from tests.support import hub as hub_of_tests
 from tests.support.folders import EOS, contents, make_texts, refusal, run, write_jsonl
 from tests.support.hub import TOKEN, Repository
 from tests.support.trainer import REPOSITORY, assert_same_weights, command, flags_for, metrics, train
@@ -138,7 +140,12 @@ def test_uploads_that_fail_are_one_warning_and_the_command_to_type(hub, data_dir
     assert "was not uploaded to the Hub (HfHubHTTPError: " in output.out
     assert f"upload it with: hf upload someone/run {left} ." in output.out
     assert TOKEN not in output.out + output.err
-    assert (left / "model.safetensors").exists() and (tmp_path / "run" / "model.safetensors").exists()
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    hub.faults.clear()
+    by_hand = shlex.split(output.out.rpartition("upload it with: ")[2])
+    program = Path(sys.executable).with_name(by_hand[0])
+    subprocess.run([program, *by_hand[1:]], env=hub.environment(tmp_path), capture_output=True, check=True)
+    assert uploads_of(hub)[-1].files["model.safetensors"] == weights
 
 
 @pytest.mark.fault("F19 an upload fails")
@@ -256,6 +263,17 @@ def test_data_goes_up_and_down_through_errors_of_the_hub_and_replaces_earlier_da
     assert torch.equal(found.stream(0, found.tokens), expected.stream(0, expected.tokens))
     found.verify_checksums()
     assert all(fault.times == 0 for fault in hub.faults) and len(broken) == 2
+
+
+def test_the_client_with_xet_updates_existing_data_too(hub, data_dir, tmp_path, monkeypatch):
+    """By its own upload, in which several commits may overlap; here every file is small, so none goes by Xet itself."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(hub_of_tests, "LARGE", ())
+    hub.repositories["datasets/someone/blocks"] = Repository()
+    hub.repositories["datasets/someone/blocks"].commit({"train/data-00007-of-00008.arrow": b"old"})
+    shutil.copytree(data_dir, tmp_path / "data")
+    push_dataset(tmp_path / "data", read_manifest(data_dir), "someone/blocks", private=False)
+    assert uploads_of(hub, "datasets/someone/blocks")[-1].files.keys() == contents(tmp_path / "data").keys()
 
 
 @pytest.mark.slow

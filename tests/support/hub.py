@@ -344,7 +344,8 @@ class Handler(BaseHTTPRequestHandler):
                 gone = value["path"].rstrip("/")
                 files = {path: each for path, each in files.items() if f"{path}/".find(f"{gone}/") != 0}
         made = repository.commit(files, message, revision)
-        self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{made.oid}", "commitOid": made.oid})
+        page = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        self.answer({"commitUrl": f"{page}/commit/{made.oid}", "commitOid": made.oid})
 
     # downloads
 
