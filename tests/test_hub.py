@@ -341,7 +341,7 @@ def stopped(hub, data_dir, tmp_path, capsys):
     return tmp_path / "stopped"
 
 
-@pytest.mark.fault("F2 the machine and its disk are lost")
+@pytest.mark.fault("F26 the machine and its disk are lost")
 def test_a_run_resumes_on_another_machine_from_its_last_checkpoint_on_the_hub(hub, stopped, data_dir, tmp_path, capsys):
     whole = train(data_dir, tmp_path / "whole", save_steps=2, sample_prompts="def")
     hub.fail("GET /api/models/someone/run", 500, 2)
@@ -453,7 +453,7 @@ def downloads(hub):
     return [request.rpartition("/")[2] for request in hub.requests if re.match("(HEAD|GET) .*/resolve/.*bin", request)]
 
 
-@pytest.mark.fault("F20 a download fails")
+@pytest.mark.fault("F27 a download fails")
 def test_tokens_of_the_speedrun_are_downloaded_by_name_as_far_as_they_are_needed(speedrun, tokenizer_dir, tmp_path):
     """1,010 tokens need the first two files. The Hub fails twice, and breaks the connection in the middle of a file."""
     speedrun.fail("GET /api/datasets/someone/fineweb10B", 500, 2)
