@@ -47,7 +47,7 @@ from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
 from gpt2modern.data.publishing import dataset_card, print_summary, push_to_hub, report_page
 from gpt2modern.data.rows import schema_of
 from gpt2modern.data.shards import Job, keep_filled_shards, write_validation
-from gpt2modern.data.sources import AnyDataset, open_source, open_validation, stats_of_files
+from gpt2modern.data.sources import AnyDataset, open_source, open_validation, stats_of_files, with_token_files
 from gpt2modern.data.splits import choose_rule
 from gpt2modern.data.tokenizing import Encoder, get_tokenizer, named_tokenizer, vocabulary_size
 from gpt2modern.data.workers import write_shards
@@ -118,6 +118,7 @@ def write_folder(
     stats: of the files before `settings` were computed from their content. started: see `prepare`.
     """
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
+    config = with_token_files(config)
     tokenizer = named_tokenizer(config)  # None: it is trained below, on the documents
     options = ReadOptions.of(config, tokenizer)
     source = open_source(config, dataset, options, tokenizer, workspace)

@@ -157,7 +157,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
                 if is_due(state.step, config.save_steps) or (last and config.save_steps > 0) or stop.agreed:
                     with clock.paused():
                         state.wall_time_s = clock.total_s
-                        if checkpoints.save(state, callback):
+                        if checkpoints.save(state, callback) and not stop.agreed:
                             publisher.upload_checkpoint(state, checkpoints.path(state.step))
                 records.bar.update()
                 if stop.agreed:
@@ -166,6 +166,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         summary = publisher.summary(state)
         if stop.agreed:
             accelerator.print(stop.message(state.step, checkpoints.folder, saved=checkpoints.path(state.step).is_dir()))
+            held.callback(publisher.upload_checkpoint, state, checkpoints.path(state.step), waits=True)
         else:
             with mean.in_place_of_weights(state.step):
                 whole = whole_model(unwrapped_model, keep=accelerator.is_main_process)

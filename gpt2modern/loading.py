@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
+from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import is_hub_name
+from gpt2modern.hub import hub_problem
 from modeling_gpt2modern import GPT2ModernConfig  # the import registers the architecture with the Auto classes
 
 

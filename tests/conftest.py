@@ -9,7 +9,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 import prepare_data
+from gpt2modern import hub as client
 from tests.support.folders import make_texts, run, write_jsonl
+from tests.support.hub import Hub
 
 BLOCK_SIZE = 32
 
@@ -46,6 +48,15 @@ def text_dir() -> Path:
     if not folder:
         pytest.skip("GPT2_MODERN_TEXT_DIR names no folder with real texts")
     return Path(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory):
+    """An empty Hub, which the clients of this process ask, without pauses before they try again."""
+    with Hub() as hub:
+        hub.ask_in_this_process(monkeypatch, tmp_path_factory.mktemp("hub"))
+        monkeypatch.setattr(client, "RETRY_S", (0.0, 0.0, 0.0))
+        yield hub
 
 
 @pytest.fixture(autouse=True)

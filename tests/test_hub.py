@@ -1,24 +1,30 @@
-"""A run is uploaded in the background: what arrives, and that nothing which fails there stops training."""
+"""Models, data and checkpoints travel through a Hub, and nothing that fails there stops training or is lost."""
 
+import hashlib
 import json
+import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
-import tempfile
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import inf
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import ModelCard, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import modeling_gpt2modern
 from gpt2modern.cli import parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.data.formats.tokens import write_tokens
 from gpt2modern.data.manifest import read_manifest
 from gpt2modern.data.publishing import push_to_hub as push_dataset
 from gpt2modern.errors import GPT2ModernError
@@ -26,301 +32,494 @@ from gpt2modern.loading import load_config, load_model, load_tokenizer
 from gpt2modern.training import publish
 from gpt2modern.training.card import model_card
 from modeling_gpt2modern import GPT2ModernForCausalLM
-from tests.support.trainer import ENVIRONMENT, command, flags_for, train
+from tests.support import hub as hub_of_tests
+from tests.support.folders import EOS, contents, make_texts, refusal, run, write_jsonl
+from tests.support.hub import TOKEN, Repository
+from tests.support.trainer import REPOSITORY, assert_same_weights, command, flags_for, metrics, train
 from train_accelerate import TrainConfig
 from train_accelerate import train as train_with
 
-TOKEN = "hf_secretsecretsecret"
-ENDPOINT = constants.ENDPOINT
-
-
-class FakeHub:
-    """Stands for the Hub: keeps the files it is given; `fails` raises for each upload, `gate` holds it up."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.repositories, self.uploads = [], []
-        self.fails = False
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def create_repo(self, repo_id, **options):
-        self.repositories.append((repo_id, options))
-        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"someone/{repo_id}")
-
-    def create_branch(self, repo_id, **options):
-        self.branch = options["branch"]
-
-    def upload_folder(self, *, repo_id, folder_path, **options):
-        assert self.gate.wait(60)
-        if self.fails:
-            raise RuntimeError(f"error while uploading for {TOKEN}\nand more") from ConnectionError(
-                "refused by a proxy"
-            )
-        copy = Path(tempfile.mkdtemp(dir=self.folder)) / "copy"
-        shutil.copytree(folder_path, copy)
-        names = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
-        card = (copy / "README.md").read_text()
-        self.uploads.append(SimpleNamespace(repo_id=repo_id, names=names, folder=copy, card=card, **options))
-        return SimpleNamespace(repo_url=f"https://huggingface.co/{repo_id}")
-
-
-@pytest.fixture
-def fake(monkeypatch, tmp_path_factory):
-    hub = FakeHub(tmp_path_factory.mktemp("hub"))
-    for name in ("create_repo", "create_branch", "upload_folder"):
-        monkeypatch.setattr(HfApi, name, getattr(hub, name))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    return hub
-
 
 def train_with_callback(callback, data_dir, output_dir, **changes):
-    train_with(parse_arguments(TrainConfig, flags_for(data_dir, output_dir, **changes)), callback)
+    return train_with(parse_arguments(TrainConfig, flags_for(data_dir, output_dir, **changes)), callback)
 
 
-def wait_for_uploads():
+def wait_for_uploads(event="before_update", step=0, **details):
+    """Wait, as the callback of a run, before each update: a save that finds an upload going on starts none."""
     for thread in threading.enumerate():
-        if "(_work)" in thread.name:  # Python names a thread after the function it runs
+        if event == "before_update" and "(_work)" in thread.name:  # Python names a thread after its function
             thread.join(60)
 
 
+def uploads_of(hub, name="models/someone/run"):
+    return hub.repositories[name].uploads
+
+
+def write_upload(upload, folder):
+    """Write the files of an upload to `folder`."""
+    for name, content in upload.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def warnings_in(text):
-    return [line for line in text.splitlines() if line.startswith("warning:")]
+    return [line for line in text.replace("\r", "\n").splitlines() if line.startswith("warning:")]
 
 
-def test_the_finished_model_arrives_with_its_card_and_records_and_nothing_else(fake, data_dir, tmp_path, capsys):
+# A run is uploaded
+
+
+def test_the_finished_model_arrives_with_its_card_and_records_and_nothing_else(hub, data_dir, tmp_path, capsys):
     train(
         data_dir, tmp_path / "run", push_to_hub=True, hub_private_repo=True, hub_revision="trial", license="mit",
         report_to="tensorboard", sample_prompts="def",
     )  # fmt: skip
-    (upload,) = fake.uploads
-    assert fake.repositories[0] == ("run", {"private": True, "exist_ok": True})
-    assert (upload.repo_id, upload.path_in_repo) == ("someone/run", None)
-    assert upload.revision == fake.branch == "trial"
-    assert upload.names == {
+    (upload,) = uploads_of(hub)
+    repository = hub.repositories["models/someone/run"]
+    assert repository.visibility == "private" and repository.branches["trial"] == upload.oid
+    assert repository.at("main") is repository.commits[0]
+    assert upload.changed == {
         "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "README.md", "summary.json", "metrics.jsonl", "samples.jsonl", "training_curves.png", "resolved_config.yaml",
     } | {path.name for path in Path(modeling_gpt2modern.__file__).parent.glob("*_gpt2modern.py")}  # fmt: skip
-    assert 'model="someone/run"' in upload.card and "license: mit" in upload.card
+    card = upload.files["README.md"].decode()
+    assert 'model="someone/run"' in card and "license: mit" in card
     output = capsys.readouterr()
-    assert "uploaded to https://huggingface.co/someone/run" in output.out and not warnings_in(output.err)
+    assert f"uploaded to {hub.url}/someone/run" in output.out and not warnings_in(output.err)
     assert not list((tmp_path / "run").glob(".hub_upload*"))
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in content for content in written)
 
 
-def test_the_stock_model_is_a_subfolder_of_the_repository(fake, data_dir, tmp_path):
+def test_the_stock_model_is_a_subfolder_of_the_repository(hub, data_dir, tmp_path):
     flags = {"hub_model_id": "someone/model", "hub_strategy": "every_save", "export_stock": "auto", "max_steps": 4}
-    train(data_dir, tmp_path / "run", push_to_hub=True, **flags)
-    *checkpoints, final = fake.uploads
-    assert checkpoints and not any(name.startswith("stock/") for each in checkpoints for name in each.names)
-    assert all("stock/*" in each.delete_patterns and "subfolder" not in each.card for each in checkpoints)
-    assert 'name = "someone/model"' in final.card and 'from_pretrained(name, subfolder="stock")' in final.card
-    stock = AutoModelForCausalLM.from_pretrained(final.folder, subfolder="stock", trust_remote_code=False)
+    hub.repositories["models/someone/model"] = Repository()
+    hub.repositories["models/someone/model"].commit({"stock/model.safetensors": b"of earlier weights"})
+    train(data_dir, tmp_path / "run", push_to_hub=True, callback=wait_for_uploads, **flags)
+    *checkpoints, final = uploads_of(hub, "models/someone/model")
+    assert checkpoints and not any(name.startswith("stock/") for each in checkpoints for name in each.files)
+    assert not any(b"subfolder" in each.files["README.md"] for each in checkpoints)
+    card = final.files["README.md"].decode()
+    assert 'name = "someone/model"' in card and 'from_pretrained(name, subfolder="stock")' in card
+    stock = AutoModelForCausalLM.from_pretrained("someone/model", subfolder="stock", trust_remote_code=False)
     batch = PackedBlocks(data_dir, "train").__getitems__([0])
     with torch.no_grad():
-        expected = GPT2ModernForCausalLM.from_pretrained(final.folder)(batch).logits[..., :300]  # without padding
+        expected = GPT2ModernForCausalLM.from_pretrained(tmp_path / "run")(batch).logits[..., :300]  # without padding
         torch.testing.assert_close(stock(batch).logits, expected, atol=1e-5, rtol=0)
-    assert 'from_pretrained("someone/model", subfolder="stock")' in (final.folder / "stock" / "README.md").read_text()
+    assert 'from_pretrained("someone/model", subfolder="stock")' in final.files["stock/README.md"].decode()
 
 
-@pytest.mark.parametrize(("strategy", "folder"), [("every_save", None), ("checkpoint", "last-checkpoint")])
-def test_checkpoints_arrive_without_their_optimizer(fake, data_dir, tmp_path, strategy, folder):
-    train(data_dir, tmp_path, push_to_hub=True, hub_model_id="someone/model", hub_strategy=strategy, max_steps=6)
-    assert all(not upload.names & {"optimizer.safetensors", "trainer_state.json"} for upload in fake.uploads)
-    *checkpoints, final = fake.uploads
-    assert checkpoints and {upload.path_in_repo for upload in checkpoints} == {folder}
-    assert checkpoints[0].commit_message == "Checkpoint of step 3" and "step 3 of 6" in checkpoints[0].card
-    assert "| validation loss (nats/token) | not measured |" in checkpoints[0].card  # the first evaluation is at 4
-    assert "model_name" not in checkpoints[0].card and "model-index" in final.card
-    assert final.path_in_repo is None and "checkpoint: step" not in final.card
+@pytest.mark.parametrize(("strategy", "folder"), [("every_save", ""), ("checkpoint", "last-checkpoint/")])
+def test_checkpoints_arrive_and_only_the_strategy_checkpoint_has_their_optimizer(
+    hub, data_dir, tmp_path, strategy, folder
+):
+    hub.repositories["models/someone/model"] = Repository()  # it exists, with a file of somebody else
+    hub.repositories["models/someone/model"].commit({"notes.txt": b"mine"})
+    flags = {"hub_model_id": "someone/model", "hub_strategy": strategy, "max_steps": 6}
+    train(data_dir, tmp_path, push_to_hub=True, callback=wait_for_uploads, **flags)
+    first, final = uploads_of(hub, "models/someone/model")
+    card = first.files[f"{folder}README.md"].decode()
+    assert all(name.startswith(folder) for name in first.changed) and f"{folder}model.safetensors" in first.changed
+    state = {f"{folder}{name}" for name in ("optimizer.safetensors", "trainer_state.json", "checksums.json")}
+    assert state & set(first.files) == (state if strategy == "checkpoint" else set())
+    assert first.message == "Checkpoint of step 3" and "step 3 of 6" in card
+    assert "| validation loss (nats/token) | not measured |" in card and "model_name" not in card  # measured at 4
+    card = final.files["README.md"].decode()
+    assert "model-index" in card and "checkpoint: step" not in card and final.files["notes.txt"] == b"mine"
+    assert not any(name.startswith("last-checkpoint") for name in final.changed)
 
 
 @pytest.mark.parametrize("unsaved", [2, 4])
-def test_a_checkpoint_that_could_not_be_saved_is_not_uploaded(fake, data_dir, tmp_path, unsaved):
+def test_a_checkpoint_that_could_not_be_saved_is_not_uploaded(hub, data_dir, tmp_path, unsaved):
     """Neither the first one, when there is none, nor a later one, when an older one lies there."""
 
     def full_disk(event, step, **details):
-        if event == "before_update":
-            wait_for_uploads()  # a save that finds one going on starts none
+        wait_for_uploads(event)
         if event == "saving" and step == unsaved:
             raise OSError("No space left on device")
 
     flags = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2, "max_steps": 6}
-    train_with_callback(full_disk, data_dir, tmp_path, **flags)
-    steps = [upload.commit_message for upload in fake.uploads[:-1]]
+    train_with_callback(full_disk, data_dir, tmp_path / "run", **flags)
+    steps = [upload.message for upload in uploads_of(hub)[:-1]]
     assert steps == [f"Checkpoint of step {6 - unsaved}"]
 
 
 @pytest.mark.fault("F19 an upload fails")
-def test_uploads_that_fail_are_one_warning_and_the_command_to_type(fake, data_dir, tmp_path, capsys):
-    fake.fails = True
-    train(data_dir, tmp_path / "run", push_to_hub=True, hub_strategy="every_save", save_steps=2)
+def test_uploads_that_fail_are_one_warning_and_the_command_to_type(hub, data_dir, tmp_path, capsys):
+    hub.fail("POST .*/commit/", 500, inf)
+    flags = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2, "callback": wait_for_uploads}
+    train(data_dir, tmp_path / "run", **flags)
     output = capsys.readouterr()
     (warning,) = warnings_in(output.err)
-    cause = "RuntimeError: error while uploading for hf_... and more, caused by ConnectionError: refused by a proxy"
-    assert f"someone/run: {cause} (endpoint {ENDPOINT}); training continues" in warning
+    assert "someone/run: HfHubHTTPError: " in warning and "500" in warning
+    assert "the Hub of hf_... is overloaded" in warning
+    assert f"(endpoint {hub.url}); training continues, and the next upload retries" in warning
     left = tmp_path / "run" / ".hub_upload_final"
-    assert f"was not uploaded to the Hub ({cause}" in output.out
+    assert "was not uploaded to the Hub (HfHubHTTPError: " in output.out
     assert f"upload it with: hf upload someone/run {left} ." in output.out
     assert TOKEN not in output.out + output.err
-    assert (left / "model.safetensors").exists() and (tmp_path / "run" / "model.safetensors").exists()
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    hub.faults.clear()
+    by_hand = shlex.split(output.out.rpartition("upload it with: ")[2])
+    program = Path(sys.executable).with_name(by_hand[0])
+    subprocess.run([program, *by_hand[1:]], env=hub.environment(tmp_path), capture_output=True, check=True)
+    assert uploads_of(hub)[-1].files["model.safetensors"] == weights
 
 
-def test_a_slow_upload_holds_nothing_up_and_the_next_ones_are_left_out(fake, data_dir, tmp_path, capsys):
+@pytest.mark.fault("F19 an upload fails")
+def test_uploads_survive_two_errors_of_the_hub_and_a_connection_that_breaks(hub, data_dir, tmp_path, capsys):
+    """The client itself repeats none of these requests."""
+    for request in ("POST /api/repos/create", "POST .*/commit/"):
+        hub.fail(request, 500, 2)
+    hub.fail("POST /api/validate-yaml", 0)
+    train(data_dir, tmp_path / "run", push_to_hub=True, max_steps=2)
+    output = capsys.readouterr()
+    assert [upload.message for upload in uploads_of(hub)] == ["Model after 2 steps"]
+    assert f"model uploaded to {hub.url}/someone/run" in output.out and not warnings_in(output.err)
+    assert all(fault.times == 0 for fault in hub.faults)
+
+
+def test_a_slow_upload_holds_nothing_up_and_the_next_ones_are_left_out(hub, data_dir, tmp_path, capsys):
     """The first upload is stuck until the last step: the second checkpoint does not wait, the end does."""
-    fake.gate.clear()
+    hub.gate.clear()
 
     def release_at_the_end(event, step, **details):
         if event == "logged" and step == 8:
-            fake.gate.set()
+            hub.gate.set()
 
     flags = {"push_to_hub": True, "hub_strategy": "every_save", "save_steps": 2, "save_total_limit": 1}
-    train_with_callback(release_at_the_end, data_dir, tmp_path, **flags)
-    messages = [upload.commit_message for upload in fake.uploads]
+    train_with_callback(release_at_the_end, data_dir, tmp_path / "run", **flags)
+    messages = [upload.message for upload in uploads_of(hub)]
     assert messages[-1] == "Model after 8 steps" and len(messages) <= 2
     assert not warnings_in(capsys.readouterr().err)
 
 
-def test_the_end_does_not_wait_for_ever(fake, data_dir, tmp_path, capsys, monkeypatch):
-    fake.gate.clear()
+def test_the_end_does_not_wait_for_ever(hub, data_dir, tmp_path, capsys, monkeypatch):
+    hub.gate.clear()
     monkeypatch.setattr(publish, "WAIT_S", 0.2)
     train(data_dir, tmp_path, push_to_hub=True, max_steps=2)
     assert "to the Hub (the upload was not finished after 0 s); upload it with: hf upload" in capsys.readouterr().out
     assert (tmp_path / ".hub_upload_final" / "model.safetensors").exists()
-    fake.gate.set()
 
 
 @pytest.mark.fault("F19 an upload fails")
-def test_a_run_without_a_network_ends_well(data_dir, tmp_path):
-    """The real client, told that it is offline."""
-    result = subprocess.run(
-        command(data_dir, tmp_path / "run", push_to_hub=True, hub_strategy="every_save", max_steps=6),
-        env=ENVIRONMENT | {"HF_TOKEN": TOKEN},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    (warning,) = warnings_in(result.stderr.replace("\r", "\n"))
-    assert "offline mode is enabled" in warning
-    assert "was not uploaded to the Hub" in result.stdout and TOKEN not in result.stdout + result.stderr
+def test_a_run_without_a_network_ends_well(data_dir, tmp_path, capsys):
+    """The client is told that it is offline, as in all tests without a Hub."""
+    train(data_dir, tmp_path / "run", push_to_hub=True, hub_strategy="every_save", max_steps=6)
+    output = capsys.readouterr()
+    (warning,) = warnings_in(output.err)
+    assert "offline mode is enabled" in warning and "was not uploaded to the Hub" in output.out
+
+
+# Refused tokens
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    """An endpoint that answers every request with 401, asked by the real client."""
-
-    class Unauthorized(BaseHTTPRequestHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"] or 0))
-            answer = b'{"error": "Invalid username or password."}'
-            self.send_response(401)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        do_GET = do_HEAD = do_POST
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Unauthorized)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(ENDPOINT, url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield url
-    server.shutdown()
+def refusing(hub, monkeypatch):
+    """A Hub that does not know the token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_unknownunknown")
+    return hub
 
 
-def assert_says_how_to_log_in(line, endpoint):
-    assert "401" in line and "Invalid username or password" in line and f"(endpoint {endpoint})" in line
-    assert "run `hf auth login` or set HF_TOKEN" in line and TOKEN not in line
+def assert_says_how_to_log_in(line, hub):
+    assert "401" in line and "Invalid username or password" in line and f"(endpoint {hub.url})" in line
+    assert "run `hf auth login` or set HF_TOKEN" in line and "unknownunknown" not in line and "\n" not in line
 
 
-def test_an_invalid_token_is_answered_with_how_to_set_one(endpoint, data_dir, tmp_path, capsys):
+def test_an_invalid_token_is_answered_with_how_to_set_one(refusing, data_dir, tmp_path, capsys):
     train(data_dir, tmp_path / "run", push_to_hub=True, hub_model_id="someone/run", max_steps=2)
     output = capsys.readouterr()
-    for line in (*warnings_in(output.err.replace("\r", "\n")), output.out.splitlines()[-1]):
-        assert_says_how_to_log_in(line, endpoint)
+    for line in (*warnings_in(output.err), output.out.splitlines()[-1]):
+        assert_says_how_to_log_in(line, refusing)
+    assert sum(request.startswith("POST /api/repos/create") for request in refusing.requests) == 2  # not repeated
 
 
-def test_an_invalid_token_for_a_dataset_is_answered_likewise(endpoint, data_dir, tmp_path):
+def test_an_invalid_token_for_data_is_answered_likewise(
+    refusing, data_dir, tokenizer_dir, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(data_dir, tmp_path / "data")
-    with pytest.raises(GPT2ModernError) as refusal:
-        push_dataset(tmp_path / "data", read_manifest(data_dir), "someone/blocks", private=False)
-    assert_says_how_to_log_in(str(refusal.value), endpoint)
-
-
-def test_private_data_is_answered_likewise(endpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(GPT2ModernError, match="someone/blocks: no such folder, and it cannot be downloaded") as refusal:
+    with pytest.raises(GPT2ModernError) as refused:
+        push_dataset(tmp_path / "data", read_manifest(data_dir), "someone/blocks", private=False)
+    assert_says_how_to_log_in(str(refused.value), refusing)
+    with pytest.raises(GPT2ModernError, match="someone/blocks: no such folder, and it cannot be downloaded") as refused:
         PackedBlocks("someone/blocks", "train")
-    assert_says_how_to_log_in(str(refusal.value), endpoint)
+    assert_says_how_to_log_in(str(refused.value), refusing)
+    for names in (("stdlib", "someone/tokenizer"), ("someone/corpus", tokenizer_dir)):
+        flags = ("--dataset_name", names[0], "--tokenizer_name", names[1], "--output_dir", "prepared")
+        assert_says_how_to_log_in(refusal(capsys, *flags), refusing)
 
 
-@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer])
-def test_a_private_model_is_answered_likewise(endpoint, load):
-    with pytest.raises(GPT2ModernError, match="someone/model") as refusal:
-        load("someone/model")
-    assert "401" in str(refusal.value) and "run `hf auth login` or set HF_TOKEN" in str(refusal.value)
-    assert "\n" not in str(refusal.value) and TOKEN not in str(refusal.value)
+def test_an_invalid_token_for_a_model_is_answered_likewise(refusing, data_dir, tmp_path):
+    for load in (load_config, load_model, load_tokenizer):
+        with pytest.raises(GPT2ModernError, match="someone/model") as refusal:
+            load("someone/model")
+        assert_says_how_to_log_in(str(refusal.value), refusing)
+    with pytest.raises(GPT2ModernError, match="--resume_from_checkpoint hub: someone/run cannot be down") as refusal:
+        resume = {"resume_from_checkpoint": "hub", "hub_model_id": "someone/run"}
+        train_with_callback(wait_for_uploads, data_dir, tmp_path / "run", **resume)
+    assert_says_how_to_log_in(str(refusal.value), refusing)
+
+
+# Data
+
+
+@pytest.mark.fault("F19 an upload fails")
+def test_data_goes_up_and_down_through_errors_of_the_hub_and_replaces_earlier_data(hub, data_dir, tmp_path):
+    """The repository has more shards of an earlier upload; load_dataset would read them, too."""
+    hub.repositories["datasets/someone/blocks"] = Repository()
+    old = {"train/data-00007-of-00008.arrow": b"old", "notes.txt": b"mine"}
+    hub.repositories["datasets/someone/blocks"].commit(old)
+    shutil.copytree(data_dir, tmp_path / "data")
+    for request in ("POST /api/repos/create", "POST .*/commit/", "GET /api/datasets/someone/blocks/revision"):
+        hub.fail(request, 500, 2)
+    broken = [hub.fail("PUT /objects/", 0), hub.fail("GET /objects/", 0)]
+    push_dataset(tmp_path / "data", read_manifest(data_dir), "someone/blocks", private=False)
+    (upload,) = uploads_of(hub, "datasets/someone/blocks")
+    assert upload.files.keys() == contents(tmp_path / "data").keys() | {"notes.txt"}
+    found, expected = (PackedBlocks(each, "train") for each in ("someone/blocks", data_dir))
+    assert torch.equal(found.stream(0, found.tokens), expected.stream(0, expected.tokens))
+    found.verify_checksums()
+    assert all(fault.times == 0 for fault in hub.faults) and len(broken) == 2
+
+
+def test_the_client_with_xet_updates_existing_data_too(hub, data_dir, tmp_path, monkeypatch):
+    """By its own upload, in which several commits may overlap; here every file is small, so none goes by Xet itself."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(hub_of_tests, "LARGE", ())
+    hub.repositories["datasets/someone/blocks"] = Repository()
+    hub.repositories["datasets/someone/blocks"].commit({"train/data-00007-of-00008.arrow": b"old"})
+    shutil.copytree(data_dir, tmp_path / "data")
+    push_dataset(tmp_path / "data", read_manifest(data_dir), "someone/blocks", private=False)
+    assert uploads_of(hub, "datasets/someone/blocks")[-1].files.keys() == contents(tmp_path / "data").keys()
+
+
+@pytest.mark.slow
+def test_strangers_prepare_train_and_load_by_name_in_processes_of_their_own(hub, tmp_path):
+    """A dataset of the Hub becomes blocks on the Hub, these a model on the Hub, and that is loaded, all by name."""
+    card = "---\nlicense: odc-by\nlanguage:\n- en\n---\n# Corpus\n"
+    corpus = write_jsonl(tmp_path / "train.jsonl", make_texts(300)).read_bytes()
+    hub.repositories["datasets/someone/corpus"] = Repository()
+    hub.repositories["datasets/someone/corpus"].commit({"README.md": card.encode(), "train.jsonl": corpus})
+
+    def run_process(*arguments):
+        settings = {"env": hub.environment(tmp_path / "home"), "cwd": tmp_path, "text": True, "timeout": 300}
+        result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, **settings)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    prepared = ("--dataset_name", "someone/corpus", "--train_tokenizer", "300", "--block_size", "32")
+    pushed = ("--push_to_hub", "--hub_dataset_id", "someone/blocks", "--output_dir", "data")
+    run_process(REPOSITORY / "prepare_data.py", *prepared, *pushed)
+    (upload,) = uploads_of(hub, "datasets/someone/blocks")
+    facts = yaml.safe_load(upload.files["README.md"].decode().split("---\n")[1])
+    assert (facts["license"], facts["language"], facts["source_datasets"]) == ("odc-by", ["en"], ["someone/corpus"])
+
+    flags = {"hub_model_id": "someone/model", "hub_strategy": "every_save", "push_to_hub": True, "save_steps": 2}
+    _, *arguments = command("someone/blocks", "out/model", **flags)
+    assert f"model uploaded to {hub.url}/someone/model" in run_process(*arguments)
+    *checkpoints, final = uploads_of(hub, "models/someone/model")
+    assert checkpoints and final.message == "Model after 8 steps"
+    loaded = json.loads(run_process("-c", LOADING).splitlines()[-1])
+    assert loaded["module"].startswith("transformers_modules.someone.model") and loaded["text"].startswith("the cat")
+    facts = ModelCard(final.files["README.md"].decode()).data
+    assert (facts.datasets, facts.language, facts.license) == (["someone/corpus", "someone/blocks"], ["en"], None)
+    assert loaded["rows"] == read_manifest(tmp_path / "data")["splits"]["train"]["rows"]
+
+
+LOADING = """
+import json
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, pipeline
+model = AutoModelForCausalLM.from_pretrained("someone/model", trust_remote_code=True)
+generate = pipeline("text-generation", model="someone/model", trust_remote_code=True)
+text = generate("the cat", max_new_tokens=4)[0]["generated_text"]
+rows = load_dataset("someone/blocks", split="train").num_rows
+print(json.dumps({"module": type(model).__module__, "text": text, "rows": rows}))
+"""
+
+
+# Resume from the Hub
+
+RESUMED = {"push_to_hub": True, "hub_strategy": "checkpoint", "resume_from_checkpoint": "hub"}
+RESUMED |= {"hub_model_id": "run", "save_steps": 2, "sample_prompts": "def"}
 
 
 @pytest.fixture
-def adapted(fake, data_dir, tmp_path):
-    """Upload a LoRA run, its checkpoint and its finished model, from a place whose names nobody else should read."""
+def stopped(hub, data_dir, tmp_path, capsys):
+    """A run of 8 steps that had nothing to resume from and was stopped after 5; its last checkpoint is on the Hub."""
+
+    def stop(event, step, **details):
+        if event == "before_update" and step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    summary = train_with_callback(stop, data_dir, tmp_path / "stopped", **RESUMED)
+    assert summary["steps"] == 5 and uploads_of(hub)[-1].message == "Checkpoint of step 5"
+    assert "someone/run has no last-checkpoint to resume from on the Hub" in capsys.readouterr().out
+    return tmp_path / "stopped"
+
+
+@pytest.mark.fault("F26 the machine and its disk are lost")
+def test_a_run_resumes_on_another_machine_from_its_last_checkpoint_on_the_hub(hub, stopped, data_dir, tmp_path, capsys):
+    whole = train(data_dir, tmp_path / "whole", save_steps=2, sample_prompts="def")
+    hub.fail("GET /api/models/someone/run", 500, 2)
+    hub.fail("GET /objects/", 0)
+    resumed = train(data_dir, tmp_path / "resumed", **RESUMED)
+    assert "step_0000005 at step 5" in capsys.readouterr().out
+    assert_same_weights(whole, resumed)
+    states = [each / "checkpoints" / "step_0000008" / "optimizer.safetensors" for each in (whole, resumed)]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    same = [[(row["step"], row["loss"], row.get("eval_loss")) for row in metrics(each)] for each in (whole, resumed)]
+    assert same[0] == same[1] and len(same[0]) == 8
+    assert (whole / "samples.jsonl").read_bytes() == (resumed / "samples.jsonl").read_bytes()
+    assert not list((resumed / "checkpoints").glob(".*"))
+
+
+def test_a_newer_checkpoint_in_the_folder_is_preferred_and_a_damaged_one_on_the_hub_is_an_error(
+    hub, stopped, data_dir, tmp_path, capsys
+):
+    newest = stopped / "checkpoints" / "step_0000005"
+    asked, there = len(hub.requests), newest.stat().st_ino
+    train(data_dir, stopped, **RESUMED | {"push_to_hub": False})
+    assert "step_0000005 at step 5" in capsys.readouterr().out and newest.stat().st_ino == there
+    assert not [request for request in hub.requests[asked:] if "last-checkpoint/optimizer" in request]
+    repository = hub.repositories["models/someone/run"]
+    damaged = repository.at().files | {"last-checkpoint/optimizer.safetensors": b"x"}
+    repository.commit(damaged)
+    with pytest.raises(GPT2ModernError, match=r"hub: someone/run: .*optimizer.safetensors was altered"):
+        train_with_callback(wait_for_uploads, data_dir, tmp_path / "resumed", **RESUMED)
+    assert not (tmp_path / "resumed" / "checkpoints" / "step_0000005").exists()
+
+
+# Adapters
+
+
+def test_adapters_are_uploaded_with_the_merged_model_and_names_without_paths(hub, data_dir, tmp_path):
+    """The checkpoint and the finished model of a LoRA run, from a place whose names nobody else should read."""
     home = tmp_path / "home" / "secretuser"
     train(data_dir, home / "base", max_steps=2, save_steps=0)
     flags = {"model_name_or_path": home / "base", "config_overrides": "", "lora_rank": 2, "learning_rate": 0.05}
-    flags |= {"push_to_hub": True, "hub_strategy": "every_save", "max_steps": 4, "save_steps": 2}
-    flags |= {"report_to": "tensorboard"}
-
-    def wait(event, step, **details):
-        if event == "before_update":
-            wait_for_uploads()
-
+    flags |= {"push_to_hub": True, "hub_strategy": "checkpoint", "max_steps": 4, "save_steps": 2}
     shutil.copytree(data_dir, home / "data")
-    train(home / "data", home / "run", callback=wait, **flags)
-    return home
-
-
-def test_what_is_uploaded_holds_names_and_no_paths(fake, adapted):
-    assert [upload.commit_message for upload in fake.uploads] == ["Checkpoint of step 2", "Model after 4 steps"]
-    for upload in fake.uploads:
-        for name in upload.names:
-            content = (upload.folder / name).read_bytes()
-            assert b"secretuser" not in content and str(Path.cwd()).encode() not in content, name
-        settings = (upload.folder / "resolved_config.yaml").read_text()
+    train(home / "data", home / "run", callback=wait_for_uploads, report_to="tensorboard", **flags)
+    assert [each.message for each in uploads_of(hub)] == ["Checkpoint of step 2", "Model after 4 steps"]
+    upload = uploads_of(hub)[-1]
+    for name, content in upload.files.items():
+        assert b"secretuser" not in content and str(Path.cwd()).encode() not in content, name
+    for folder in ("last-checkpoint/", ""):
+        settings = upload.files[f"{folder}resolved_config.yaml"].decode()
         recipe = yaml.safe_load(settings)
         assert (recipe["data_dir"], recipe["model_name_or_path"], recipe["output_dir"]) == ("data", "base", "run")
         assert "# torch: " in settings and "command" not in settings
-    tracked = [path for path in (adapted / "run" / "tensorboard").rglob("*") if path.is_file()]
-    assert tracked and not any(b"secretuser" in path.read_bytes() for path in tracked)
-    local = yaml.safe_load((adapted / "run" / "resolved_config.yaml").read_text())
-    assert local["data_dir"] == str(adapted / "data")
-
-
-def test_adapters_are_uploaded_with_the_merged_model(fake, adapted, data_dir):
-    for upload in fake.uploads:
-        assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < upload.names
-        configuration = json.loads((upload.folder / "adapter" / "adapter_config.json").read_text())
+        assert f"{folder}adapter/adapter_model.safetensors" in upload.files
+        configuration = json.loads(upload.files[f"{folder}adapter/adapter_config.json"])
         assert configuration["base_model_name_or_path"] == "base"
-        assert 'subfolder="adapter"' in upload.card and 'from_pretrained("base")' in upload.card
-    final = fake.uploads[-1].folder
-    base = GPT2ModernForCausalLM.from_pretrained(adapted / "base")
+        card = upload.files[f"{folder}README.md"].decode()
+        assert 'subfolder="adapter"' in card and 'from_pretrained("base")' in card
+    tracked = [path for path in (home / "run" / "tensorboard").rglob("*") if path.is_file()]
+    assert tracked and not any(b"secretuser" in path.read_bytes() for path in tracked)
+    local = yaml.safe_load((home / "run" / "resolved_config.yaml").read_text())
+    assert local["data_dir"] == str(home / "data")
+    final = write_upload(upload, tmp_path / "final")
+    base = GPT2ModernForCausalLM.from_pretrained(home / "base")
     batch = PackedBlocks(data_dir, "train").__getitems__([0])
     with torch.no_grad():
         before = base(batch).logits
         stacked = PeftModel.from_pretrained(base, final, subfolder="adapter").eval()(batch).logits
-        torch.testing.assert_close(
-            stacked, GPT2ModernForCausalLM.from_pretrained(final)(batch).logits, atol=1e-5, rtol=0
-        )
+        merged = GPT2ModernForCausalLM.from_pretrained(final)(batch).logits
+    torch.testing.assert_close(stacked, merged, atol=1e-5, rtol=0)
     assert (stacked - before).abs().max() > 1e-3
+
+
+def test_adapters_name_their_base_on_the_hub_and_both_load_by_name(hub, data_dir, tmp_path):
+    base = train(data_dir, tmp_path / "base", max_steps=2, save_steps=0)
+    files = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    hub.repositories["models/someone/base"] = Repository()
+    hub.repositories["models/someone/base"].commit(files)
+    flags = {"model_name_or_path": "someone/base", "config_overrides": "", "lora_rank": 2, "learning_rate": 0.05}
+    run_dir = train(data_dir, tmp_path / "run", push_to_hub=True, max_steps=2, save_steps=0, **flags)
+    (upload,) = uploads_of(hub)
+    assert ModelCard(upload.files["README.md"].decode()).data.base_model == "someone/base"
+    assert json.loads(upload.files["adapter/adapter_config.json"])["base_model_name_or_path"] == "someone/base"
+    batch = PackedBlocks(data_dir, "train").__getitems__([0])
+    base_model = GPT2ModernForCausalLM.from_pretrained("someone/base")
+    with torch.no_grad():
+        stacked = PeftModel.from_pretrained(base_model, "someone/run", subfolder="adapter").eval()(batch).logits
+        merged = GPT2ModernForCausalLM.from_pretrained(run_dir)(batch).logits
+    torch.testing.assert_close(stacked, merged, atol=1e-5, rtol=0)
+
+
+# The speedrun's files of tokens
+
+
+@pytest.fixture
+def speedrun(hub, tmp_path):
+    """A dataset like kjj0/fineweb10B-gpt2: three training files of 1,000 tokens each, one for validation of 500."""
+    rng, files = np.random.default_rng(0), {}
+    sizes = {"fineweb_val_000000.bin": 500} | {f"fineweb_train_00000{number}.bin": 1000 for number in (1, 2, 3)}
+    for name, size in sizes.items():
+        tokens = rng.integers(1, 300, size)
+        tokens[::40] = EOS  # before each document
+        write_tokens(tmp_path / name, [tokens], has_header=True)
+        files[name] = (tmp_path / name).read_bytes()
+    repository = hub.repositories["datasets/someone/fineweb10B"] = Repository(large=set(files))
+    repository.commit(files | {"README.md": b"---\nlicense: mit\n---\n"})
+    return hub
+
+
+def downloads(hub):
+    return [request.rpartition("/")[2] for request in hub.requests if re.match("(HEAD|GET) .*/resolve/.*bin", request)]
+
+
+@pytest.mark.fault("F27 a download fails")
+def test_tokens_of_the_speedrun_are_downloaded_by_name_as_far_as_they_are_needed(speedrun, tokenizer_dir, tmp_path):
+    """1,010 tokens need the first two files. The Hub fails twice, and breaks the connection in the middle of a file."""
+    speedrun.fail("GET /api/datasets/someone/fineweb10B", 500, 2)
+    speedrun.fail("GET /objects/", 0)
+    flags = ("--tokenizer_name", tokenizer_dir, "--block_size", 16, "--max_tokens", 1010)
+    named = run(tmp_path / "named", "--dataset_name", "someone/fineweb10B", *flags)
+    assert set(downloads(speedrun)) == {
+        "fineweb_train_000001.bin",
+        "fineweb_train_000002.bin",
+        "fineweb_val_000000.bin",
+    }
+    assert all(fault.times == 0 for fault in speedrun.faults)
+    local = ("--train_file", tmp_path / "fineweb_train_*.bin", "--validation_file", tmp_path / "fineweb_val_000000.bin")
+    run(tmp_path / "local", *local, *flags)
+    for split in ("train", "validation"):
+        assert contents(tmp_path / "named" / split) == contents(tmp_path / "local" / split)
+    counts = {split: named["splits"][split]["tokens"] for split in ("train", "validation")}
+    assert counts == {"train": 1040, "validation": 500}  # to the end of the document in which token 1,010 lies
+    assert named["source"]["name"] == "someone/fineweb10B" and named["source"]["card"] == {"license": "mit"}
+
+
+def test_a_file_of_tokens_that_differs_from_the_hub_is_an_error(speedrun, tokenizer_dir, tmp_path, capsys):
+    """The client checks the size only. The next call downloads this file alone."""
+    flags = ("--dataset_name", "someone/fineweb10B", "--tokenizer_name", tokenizer_dir, "--block_size", 16)
+    content = next(iter(speedrun.repositories.values())).at().files["fineweb_train_000002.bin"]
+    speedrun.altered = {hashlib.sha256(content).hexdigest(): content[:-2] + b"\1\1"}
+    line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert "someone/fineweb10B: " in line and "has another sha256 than on the Hub; delete it" in line
+    assert not (tmp_path / "data").exists()
+    speedrun.altered = {}
+    Path(line.split(": ")[1].split(" has")[0]).unlink()
+    before = len(speedrun.requests)
+    manifest = run(tmp_path / "data", *flags)
+    assert manifest["splits"]["train"]["tokens"] == 3000
+    fetched = [request for request in speedrun.requests[before:] if request.startswith("GET /objects/")]
+    assert len(fetched) == 1
+
+
+def test_max_tokens_of_text_without_streaming_is_refused(hub, tokenizer_dir, tmp_path, capsys):
+    hub.repositories["datasets/someone/corpus"] = Repository()
+    hub.repositories["datasets/someone/corpus"].commit({"train.jsonl": b'{"text": "a"}\n'})
+    flags = ("--dataset_name", "someone/corpus", "--tokenizer_name", tokenizer_dir, "--max_tokens", 10)
+    line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
+    assert line == "--max_tokens 10 works only with --streaming or files of tokens; use --max_documents instead"
+
+
+# Cards
 
 
 def test_a_name_that_no_repository_can_have_is_an_error_before_anything_starts():
@@ -345,12 +544,13 @@ def summarized(data_dir):
 
 def test_the_card_says_what_it_was_trained_on_and_from(summarized):
     manifest, summary, rest = summarized
-    manifest["source"]["name"] = "owner/corpus"
+    manifest["source"] |= {"name": "owner/corpus", "card": {"language": ["en"], "license": "odc-by"}}
     config = TrainConfig(data_dir="data", output_dir="out", max_steps=3, learning_rate=0.1, license="mit")
     text = model_card(config, summary, manifest=manifest, **rest)
     card = ModelCard(text)
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     assert (card.data.datasets, card.data.base_model, card.data.license) == (["owner/corpus"], "someone/base", "mit")
+    assert card.data.language == ["en"] and "| licence of the source | odc-by |" in card.text
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured == {"loss": 3.1416, "bits_per_byte": 1.5}
     assert "````text\na ``` b\n````" in card.text and "of an earlier step" not in card.text
@@ -370,7 +570,9 @@ def test_the_card_lists_the_datasets_of_the_hub(summarized, source, data, named)
     manifest, summary, rest = summarized
     manifest["source"]["name"] = source
     text = model_card(TrainConfig(data_dir=data, output_dir="out"), summary, manifest=manifest, **rest)
-    assert ModelCard(text).data.datasets == named and "/home" not in text
+    facts = ModelCard(text).data
+    assert facts.datasets == named and "/home" not in text
+    assert facts.language is None and facts.license is None and "| licence of the source | not stated |" in text
 
 
 def test_the_card_leaves_out_settings_without_effect_and_those_of_the_place():

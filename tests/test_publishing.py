@@ -1,17 +1,18 @@
 """What a finished folder is to others: checked byte by byte, a dataset of the Hub, a page to look at."""
 
+import hashlib
 import json
 import shutil
+from math import inf
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pytest
 import yaml
 
 from gpt2modern.data.publishing import dataset_card
 from prepare_data import main
-from tests.support.folders import make_texts, refusal, rows_of, run, write_jsonl
+from tests.support.folders import contents, make_texts, refusal, rows_of, run, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -61,45 +62,22 @@ def test_verify_refuses_what_is_no_prepared_folder(tmp_path, monkeypatch, capsys
 # The Hub
 
 
-class Hub:
-    """Takes what is uploaded and writes it down."""
-
-    calls: list[tuple[str, dict]]
-
-    def create_repo(self, repo_id, **arguments):
-        self.calls.append(("create_repo", {"repo_id": repo_id} | arguments))
-
-    def upload_folder(self, **arguments):
-        self.calls.append(("upload_folder", arguments))
-
-
-class UnreachableHub(Hub):
-    def upload_folder(self, **arguments):
-        raise ConnectionError("the network is down\nand stays so")
-
-
-@pytest.fixture
-def hub(monkeypatch) -> list[tuple[str, dict]]:
-    Hub.calls = []
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    return Hub.calls
-
-
 def test_push_to_hub_uploads_the_folder_as_a_dataset(prepared, hub):
     folder, flags = prepared
     run(folder, *flags, "--push_to_hub", "--hub_dataset_id", "someone/blocks", "--hub_private_repo")
-    (_, created), (_, uploaded) = hub
-    assert created == {"repo_id": "someone/blocks", "repo_type": "dataset", "private": True, "exist_ok": True}
-    assert (uploaded["repo_id"], uploaded["repo_type"]) == ("someone/blocks", "dataset")
-    assert uploaded["folder_path"] == folder and (folder / "README.md").is_file()
+    repository = hub.repositories["datasets/someone/blocks"]
+    (upload,) = repository.uploads
+    assert repository.visibility == "private"
+    uploaded = {name: hashlib.sha256(upload.files[name]).hexdigest() for name in upload.changed}
+    assert uploaded == contents(folder)
 
 
-def test_a_failing_upload_is_one_line_and_leaves_the_folder_whole(tmp_path, corpus, tokenizer_dir, capsys, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", UnreachableHub)
-    UnreachableHub.calls = []
+def test_a_failing_upload_is_one_line_and_leaves_the_folder_whole(tmp_path, corpus, tokenizer_dir, capsys, hub):
+    hub.fail("POST .*/commit/", 500, inf)
     flags = ("--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--output_dir", tmp_path / "data")
     line = refusal(capsys, *flags, "--push_to_hub", "--hub_dataset_id", "someone/blocks")
-    assert "someone/blocks: the upload failed: ConnectionError: the network is down and stays so (endpoint " in line
+    assert "someone/blocks: the upload failed: HfHubHTTPError: " in line and f"(endpoint {hub.url})" in line
+    assert "run the same command again to retry only the upload" in line
     main(["verify", str(tmp_path / "data")])
 
 
@@ -125,6 +103,7 @@ def test_only_a_dataset_of_the_hub_is_named_as_the_source_of_another(prepared):
         card = dataset_card(manifest | {"source": manifest["source"] | {"name": name}}, "someone/blocks")
         return yaml.safe_load(card.split("---\n")[1]).get("source_datasets")
 
+    assert not {"license", "language"} & yaml.safe_load(dataset_card(manifest).split("---\n")[1]).keys()
     assert sources("HuggingFaceFW/fineweb-edu") == ["HuggingFaceFW/fineweb-edu"]
     assert sources("stdlib") is None and sources(["a.jsonl"]) is None
 

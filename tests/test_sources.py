@@ -440,7 +440,7 @@ def test_a_stream_that_breaks_off_is_one_line(tmp_path, hub, tokenizer_dir, caps
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     flags = (*HUB_FLAGS, "--tokenizer_name", tokenizer_dir, "--streaming", "--max_documents", 9)
     line = refusal(capsys, *flags, "--output_dir", tmp_path / "data")
-    assert line.startswith("--dataset_name someone/corpus: reading the stream failed after 1 documents (Connection")
+    assert line.startswith("--dataset_name someone/corpus: reading the stream failed: ConnectionError: reset by peer")
 
 
 # Datasets from Python
@@ -612,7 +612,7 @@ def wrong_files(tmp_path_factory) -> Path:
         ("short.txt --validation_file ragged.csv --text_column body", "ragged.csv has no column 'body'"),
         ("short.txt --shard_index 0", "--shard_index 0 must be at least 0 and below --num_shards; give it, too"),
         ("short.txt --shard_index 2 --num_shards 2", "--shard_index 2 must be at least 0 and below --num_shards 2"),
-        ("short.txt --max_tokens 5", "--max_tokens 5 works only with --streaming; use --max_documents instead"),
+        ("short.txt --max_tokens 5", "--max_tokens 5 works only with --streaming or files of tokens; use --max_d"),
         ("short.txt --streaming --max_documents 5", "--streaming works only with a dataset of the Hub"),
         ("short.txt --sample_by line --separator x", "--separator and --sample_by line exclude each other"),
         ("short.txt --push_to_hub", "--push_to_hub needs the name of the dataset: --hub_dataset_id user/name"),

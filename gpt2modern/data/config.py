@@ -23,7 +23,8 @@ class PrepareConfig:
 
     output_dir: str = setting(help="Folder to create, or an unfinished one to resume.", group=OUTPUT)
     dataset_name: str | None = setting(
-        None, "'stdlib' (the source code of Python's standard library) or the name of a dataset on the Hub.",
+        None, "'stdlib' (the source code of Python's standard library) or the name of a dataset on the Hub: texts, or "
+        "files of tokens such as kjj0/fineweb10B-gpt2.",
         group=SOURCE, identity=ALWAYS)
     dataset_config_name: str | None = setting(None, "Configuration of the Hub dataset.", group=SOURCE, identity=HUB)
     dataset_split: str = setting("train", "Split of the Hub dataset to train on.", group=SOURCE, identity=HUB)
@@ -33,7 +34,7 @@ class PrepareConfig:
         False, "Read only the first documents of the Hub dataset; the rest is not downloaded.",
         group=SOURCE, identity=HUB)
     max_tokens: int | None = setting(
-        None, "With --streaming: stop after the document that brings the total to this many tokens.",
+        None, "With --streaming or files of tokens: stop after the document that brings the total to this many tokens.",
         group=SOURCE, identity=ALWAYS, least=1, most=MOST)
     max_documents: int | None = setting(
         None, "Use at most this many documents, the first.", group=SOURCE, identity=ALWAYS, least=1, most=MOST)
@@ -106,8 +107,6 @@ class PrepareConfig:
             raise ValueError(f"--validation_split_percentage {percentage} must be greater than 0 and less than 100")
         if self.separator is not None and self.sample_by != "document":
             raise ValueError(f"--separator and --sample_by {self.sample_by} exclude each other; omit one of them")
-        if self.max_tokens is not None and not self.streaming and (self.dataset_name or self.train_file):
-            raise ValueError(f"--max_tokens {self.max_tokens} works only with --streaming; use --max_documents instead")
         if self.streaming and self.dataset_name in (None, "stdlib"):
             raise ValueError("--streaming works only with a dataset of the Hub; name one with --dataset_name")
         if self.streaming and self.max_tokens is None and self.max_documents is None:

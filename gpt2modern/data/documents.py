@@ -60,6 +60,17 @@ def array_of(table: pa.Table, column: str) -> pa.Array:
     return chunks[0] if len(chunks) == 1 else pa.concat_arrays(chunks)
 
 
+def first_tokens(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    """Return the pieces of files of tokens in which the first `count` tokens lie. The document in which number `count`
+    lies is read to its end."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        if count > 0:
+            kept.append(replace(piece, stop=min(piece.stop, piece.start + count)))
+        count -= piece.stop - piece.start
+    return kept
+
+
 def first_documents(pieces: Sequence[Piece], options: ReadOptions, count: int) -> list[Piece]:
     """Return the pieces that hold the first `count` documents. The last piece is limited to the documents needed."""
     kept: list[Piece] = []

@@ -3,17 +3,21 @@
 Writer and readers share this module, so it imports neither `datasets` nor torch.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+from huggingface_hub.repocard import metadata_load
 
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
+from gpt2modern.errors import GPT2ModernError, first_line
 from gpt2modern.files import described, is_hub_name, public_name, sha256_of
+from gpt2modern.hub import hub_errors, retried
 
 FORMAT_VERSION = 3
 CHOICES = {"dtype": ("uint16", "uint32"), "packing": ("concat", "best_fit")}
@@ -32,19 +36,13 @@ def local_folder(data_dir: str | Path) -> Path:
     """
     if not is_hub_name(data_dir):
         return Path(data_dir)
-    fetch = functools.partial(huggingface_hub.snapshot_download, str(data_dir), repo_type="dataset")
-    try:
+    fetch = functools.partial(retried, huggingface_hub.snapshot_download, str(data_dir), repo_type="dataset")
+    advice = "prepare the data with prepare_data.py, or check the name and the network"
+    with hub_errors(f"{data_dir}: no such folder, and it cannot be downloaded from the Hub", advice):
         folder = Path(fetch(revision=None, allow_patterns=["manifest.json"]))
         names = [path.relative_to(folder).as_posix() for path, _ in recorded_files(folder, read_manifest(folder))]
         # The folder of a snapshot is named after its commit: both calls have to take the same one.
         return Path(fetch(revision=folder.name, allow_patterns=["manifest.json", *names]))
-    except GPT2ModernError:
-        raise
-    except Exception as error:  # the network, the Hub or the disk failed
-        raise GPT2ModernError(
-            f"{data_dir}: no such folder, and it cannot be downloaded from the Hub: {hub_problem(error)}; prepare the "
-            "data with prepare_data.py, or check the name and the network"
-        ) from None
 
 
 def build_manifest(
@@ -80,6 +78,7 @@ def build_manifest(
             "name": (config.dataset_name and public_name(config.dataset_name))
             or [Path(name).name for name in config.train_file or []]
             or "dataset",
+            **facts_of_card(config),
             "fingerprint": f"{sum(each['fingerprint'] for each in shards) % 2**64:016x}",
             "documents": sum(each["read_documents"] for each in shards),
             **{
@@ -92,6 +91,17 @@ def build_manifest(
         "files": dict(sorted(files.items())),
     }
     return manifest | {"checksum": checksum_of(manifest)}
+
+
+def facts_of_card(config: PrepareConfig) -> dict[str, Any]:
+    """Return {"card": language and licence}, as the card of a Hub dataset states them, or {} if it states none."""
+    facts = {}
+    with contextlib.suppress(Exception):  # of the network, the Hub or the YAML of others
+        if is_hub_name(config.dataset_name):
+            place = {"repo_type": "dataset", "revision": config.dataset_revision}
+            facts = metadata_load(huggingface_hub.hf_hub_download(config.dataset_name, "README.md", **place)) or {}
+    names = ("language", "license", "license_name", "license_link")
+    return {"card": known} if (known := {name: facts[name] for name in names if facts.get(name)}) else {}
 
 
 def read_manifest(data_dir: str | Path) -> dict:

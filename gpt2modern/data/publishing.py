@@ -6,8 +6,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import DatasetCardData
 
-from gpt2modern.errors import GPT2ModernError, hub_problem
 from gpt2modern.files import write_file
+from gpt2modern.hub import hub_errors, retried
 
 COLUMNS = ("split", "documents", "bytes", "tokens", "bytes/token", "cut documents", "padding", "blocks", "shards")
 STYLE = "body { font: 15px sans-serif } td { padding: .1em 1em } div { background: #4c78a8; height: 1em }"
@@ -53,6 +53,7 @@ def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
         pretty_name=name,
         tags=["gpt2-modern", "packed"],
         task_categories=["text-generation"],
+        **manifest["source"].get("card", {}),
         source_datasets=[source] if isinstance(source, str) and source not in ("stdlib", "dataset") else None,
         configs=[{"config_name": "default", "data_files": files}],
     )
@@ -82,21 +83,18 @@ GPT2-Modern trains on it: `--data_dir {repo_id or "path/of/this/folder"}`.
 
 
 def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) -> None:
-    """Upload a finished folder, with a dataset card, to `repo_id` on the Hub. The local folder is kept.
+    """Upload a finished folder, with a dataset card, to `repo_id` on the Hub. The local folder is kept. Shards of an
+    earlier upload, which `load_dataset` would read too, are deleted there.
 
     Uses HF_TOKEN or the token that `hf auth login` stored. Raises GPT2ModernError if the upload fails.
     """
     write_file(folder / "README.md", dataset_card(manifest, repo_id))
-    place = {"repo_id": repo_id, "repo_type": "dataset"}
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(**place, private=private, exist_ok=True)
-        api.upload_folder(**place, folder_path=folder, commit_message="Packed token blocks", ignore_patterns=[".*"])
-    except Exception as error:  # the network, the token or the name
-        raise GPT2ModernError(
-            f"--hub_dataset_id {repo_id}: the upload failed: {hub_problem(error)}; {folder} is finished, so run the "
-            "same command again to retry only the upload"
-        ) from error
+    advice = f"{folder} is finished, so run the same command again to retry only the upload"
+    with hub_errors(f"--hub_dataset_id {repo_id}: the upload failed", advice):
+        api, place = huggingface_hub.HfApi(), {"repo_id": repo_id, "repo_type": "dataset"}
+        retried(api.create_repo, **place, private=private, exist_ok=True)
+        place |= {"ignore_patterns": [".*"], "delete_patterns": [f"{name}/data-*.arrow" for name in manifest["splits"]]}
+        retried(api.upload_folder, **place, folder_path=folder, commit_message="Packed token blocks")
     print(f"uploaded to {huggingface_hub.constants.ENDPOINT}/datasets/{repo_id}")
 
 

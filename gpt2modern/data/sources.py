@@ -17,18 +17,21 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from gpt2modern.data.config import PrepareConfig
-from gpt2modern.data.documents import COLUMN, Documents, array_of, first_documents
+from gpt2modern.data.documents import COLUMN, Documents, array_of, first_documents, first_tokens
 from gpt2modern.data.formats import FORMATS, Piece, ReadOptions, arrow
-from gpt2modern.data.formats.reading import cause_of, require_column, stats_of, text_of_column
+from gpt2modern.data.formats.reading import require_column, stats_of, text_of_column
 from gpt2modern.data.formats.registry import extensions, format_of, suffix
+from gpt2modern.data.formats.tokens import HEADER_BYTES
 from gpt2modern.data.splits import is_not_empty
 from gpt2modern.data.tokenizing import Encoder
 from gpt2modern.errors import GPT2ModernError, warn
-from gpt2modern.files import locked
+from gpt2modern.files import is_hub_name, locked, sha256_of
+from gpt2modern.hub import files_on_hub, hub_errors, retried
 
 SHARD_BYTES = 128 << 20  # of the source, per shard, if --num_shards is not given
 PIECE_BYTES = 1 << 20
@@ -89,6 +92,34 @@ class Source:
             yield array_of(table, COLUMN)
 
 
+def with_token_files(config: PrepareConfig) -> PrepareConfig:
+    """Download a Hub dataset of token files, such as kjj0/fineweb10B-gpt2, and return `config` with them as files: of
+    the .bin files with "train" in their names the first that --max_tokens needs, and those with "val" as validation
+    split. Returns `config` as it is for any other source. Files of an earlier call are kept or continued.
+
+    Raises GPT2ModernError if a download fails or a file has another sha256 than on the Hub."""
+    name, files = config.dataset_name, {}
+    with contextlib.suppress(Exception):  # `datasets` has a copy, or says what is wrong
+        if is_hub_name(name) and config.train_file is None:
+            commit, files = files_on_hub(name, repo_type="dataset", revision=config.dataset_revision)
+    names = [path for path in sorted(files) if path.endswith(".bin")]
+    train = [path for path in names if "train" in Path(path).name]
+    if not train:
+        return config
+    if config.max_tokens is not None:
+        counts = [(files[path].size - HEADER_BYTES) // (4 if config.token_dtype == "uint32" else 2) for path in train]
+        train = train[: 1 + int(np.searchsorted(np.cumsum(counts), config.max_tokens))]
+    held_out = [path for path in names if "val" in Path(path).name and not config.validation_file]
+    with hub_errors(f"--dataset_name {name} cannot be downloaded", "run the same command again to continue"):
+        folder = retried(snapshot_download, name, repo_type="dataset", revision=commit, allow_patterns=train + held_out)
+    for path in train + held_out:
+        if files[path].lfs is not None and sha256_of(Path(folder, path)) != files[path].lfs.sha256:
+            problem = "has another sha256 than on the Hub; delete it and run the same command again"
+            raise GPT2ModernError(f"--dataset_name {name}: {Path(folder, path).resolve()} {problem}")
+    train, held_out = ([str(Path(folder, path)) for path in paths] for paths in (train, held_out))
+    return replace(config, train_file=train, validation_file=held_out or config.validation_file)
+
+
 def open_source(
     config: PrepareConfig,
     dataset: AnyDataset | None,
@@ -100,10 +131,17 @@ def open_source(
 
     tokenizer: counts the tokens for --max_tokens. Raises GPT2ModernError if the source has no text.
     """
-    if dataset is not None:
-        source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)
-    elif config.dataset_name is None:
+    if config.max_tokens is not None and not config.streaming and dataset is None:
+        formats = {format_of(path, options.file_format) for path in expand(config.train_file or [])}
+        if not formats or not all(FORMATS[name].holds_tokens for name in formats):
+            able = "--streaming or files of tokens; use --max_documents instead"
+            raise GPT2ModernError(f"--max_tokens {config.max_tokens} works only with {able}")
+    if config.train_file is not None:
         source = open_files(config.train_file, options, config.num_shards)
+        if config.max_tokens is not None:
+            source.pieces = first_tokens(source.pieces, config.max_tokens)
+    elif dataset is not None:
+        source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)
     elif config.dataset_name == "stdlib":
         source = open_standard_library(replace(options, chat_column=None))
     else:
@@ -129,7 +167,7 @@ def open_validation(
     """
     if config.validation_file is not None:
         trained_on = {file["xxh3"]: file["name"] for file in settings.get("train_file", [])}
-        for file in settings["validation_file"]:
+        for file in settings.get("validation_file", []):  # none, if they were downloaded
             if same := trained_on.get(file["xxh3"]):
                 problem = f"has the content of {same} in --train_file, so its loss does not measure other text"
                 warn(f"--validation_file {file['name']} {problem}")
@@ -268,16 +306,10 @@ def _split_of(dataset: AnyDataset, split: str) -> datasets.Dataset | datasets.It
 
 
 def _load_hub_dataset(config: PrepareConfig) -> datasets.Dataset | datasets.IterableDataset:
-    name, split, revision = config.dataset_config_name, config.dataset_split, config.dataset_revision
-    try:
-        return datasets.load_dataset(
-            config.dataset_name, name, split=split, revision=revision, streaming=config.streaming
-        )
-    except Exception as error:  # the network, the Hub or the dataset's own files
-        raise GPT2ModernError(
-            f"--dataset_name {config.dataset_name} cannot be loaded ({cause_of(error)}); "
-            "check the name and the network, or use --dataset_name stdlib or --train_file"
-        ) from error
+    options = {"split": config.dataset_split, "revision": config.dataset_revision, "streaming": config.streaming}
+    advice = "check the name and the network, or use --dataset_name stdlib or --train_file"
+    with hub_errors(f"--dataset_name {config.dataset_name} cannot be loaded", advice):
+        return datasets.load_dataset(config.dataset_name, config.dataset_config_name, **options)
 
 
 def spool(
@@ -301,28 +333,24 @@ def spool(
             tokenizer.save_pretrained(workspace / "counting")
             counter = Encoder.of(tokenizer, workspace / "counting", config)
         seen = tokens = 0
-        with tqdm(total=max_tokens or max_documents, desc="Streaming", unit_scale=True) as bar:
-            try:
-                with pa.ipc.new_stream(str(unfinished), pa.schema({COLUMN: pa.large_string()})) as writer:
-                    for table in documents.with_format("arrow").iter(STREAM_ROWS):
-                        if max_documents is not None:
-                            table = table.slice(0, max_documents - seen)
-                        if max_tokens is not None:
-                            totals = tokens + np.cumsum(counter.ids_and_lengths(array_of(table, COLUMN))[1] + 1)
-                            table = table.slice(0, int(np.searchsorted(totals, max_tokens)) + 1)
-                            tokens = int(totals[len(table) - 1])
-                        writer.write_table(table)
-                        seen += len(table)
-                        bar.update((tokens if max_tokens else seen) - bar.n)
-                        if seen == max_documents or (max_tokens is not None and tokens >= max_tokens):
-                            break
-            except GPT2ModernError:
-                raise
-            except Exception as error:  # the network, the Hub, the dataset's own files
-                raise GPT2ModernError(
-                    f"{name}: reading the stream failed after {seen} documents ({cause_of(error)}); "
-                    "check the network and run the same command again"
-                ) from error
+        advice = "check the network and run the same command again"
+        with (
+            hub_errors(f"{name}: reading the stream failed", advice),
+            tqdm(total=max_tokens or max_documents, desc="Streaming", unit_scale=True) as bar,
+            pa.ipc.new_stream(str(unfinished), pa.schema({COLUMN: pa.large_string()})) as writer,
+        ):
+            for table in documents.with_format("arrow").iter(STREAM_ROWS):
+                if max_documents is not None:
+                    table = table.slice(0, max_documents - seen)
+                if max_tokens is not None:
+                    totals = tokens + np.cumsum(counter.ids_and_lengths(array_of(table, COLUMN))[1] + 1)
+                    table = table.slice(0, int(np.searchsorted(totals, max_tokens)) + 1)
+                    tokens = int(totals[len(table) - 1])
+                writer.write_table(table)
+                seen += len(table)
+                bar.update((tokens if max_tokens else seen) - bar.n)
+                if seen == max_documents or (max_tokens is not None and tokens >= max_tokens):
+                    break
         if not seen:
             raise GPT2ModernError(f"{name}: the stream has no documents; check its name and split")
         unfinished.rename(finished)

@@ -25,7 +25,8 @@ from gpt2modern.data.config import MOST_TOKENS, PrepareConfig
 from gpt2modern.data.formats.reading import cause_of
 from gpt2modern.data.splits import ValidationRule, training_texts
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import move_folder, sha256_of
+from gpt2modern.files import is_hub_name, move_folder, sha256_of
+from gpt2modern.hub import hub_problem
 
 END_OF_TEXT = "<|endoftext|>"
 CHECKED_DOCUMENTS = 16  # in each shard
@@ -76,8 +77,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokenizer_class = PreTrainedTokenizerFast if saved else transformers.AutoTokenizer
         tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, padding_side="left")
     except Exception as error:  # OSError, ValueError, KeyError, ... by what is missing
+        cause = hub_problem(error) if is_hub_name(name) else cause_of(error)
         raise GPT2ModernError(
-            f"--tokenizer_name {name} is not a tokenizer ({cause_of(error)}); give a folder with tokenizer.json and "
+            f"--tokenizer_name {name} is not a tokenizer ({cause}); give a folder with tokenizer.json and "
             "tokenizer_config.json, or a name on the Hub (which needs the network)"
         ) from error
     for name_of_this_call in ("is_local", "local_files_only"):

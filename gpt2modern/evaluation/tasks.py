@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel
 
-from gpt2modern.errors import GPT2ModernError, hub_problem
+from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.scoring import Row, score_rows
+from gpt2modern.hub import hub_problem
 from gpt2modern.loading import load_tokenizer, num_token_ids
 
 Results = dict[str, float | None]

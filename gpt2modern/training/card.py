@@ -163,7 +163,7 @@ def model_card(
     """
     source = _source_name(manifest)
     datasets = [each for each in (source, config.data_dir) if is_hub_name(each)]
-    base = base_model and public_name(base_model)
+    base, facts = base_model and public_name(base_model), manifest["source"].get("card", {})
     eval_results = _eval_results(datasets[0] if datasets else None, manifest, summary)
     every, used = num_eval_blocks, summary["eval_blocks"]
     where = "the first" if config.eval_blocks_at == "start" else "at equal distances"
@@ -173,6 +173,7 @@ def model_card(
             pipeline_tag="text-generation",
             tags=["gpt2-modern", "custom_code"],
             license=config.license,
+            language=facts.get("language"),
             datasets=datasets or None,
             base_model=base if is_hub_name(base_model) else None,
             model_name=name if eval_results else None,  # a key of the results' own
@@ -231,6 +232,7 @@ def _data(manifest: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, 
     kind = f"`{tokenizer}`" if tokenizer else "BPE trained on this data"
     return [
         ("source", _source_name(manifest)),
+        ("licence of the source", manifest["source"].get("card", {}).get("license", "not stated")),
         ("training documents", f"{train['documents']:,}"),
         ("training tokens", f"{train['tokens']:,} (seen {summary['tokens_seen'] / train['tokens']:.2f} times)"),
         ("validation tokens", f"{validation['tokens']:,}"),

@@ -6,6 +6,7 @@ files match their checksums. `checkpoints/step_0000100/` is also a model folder 
 """
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -19,13 +20,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.files import apply_umask, atomic_folder, remove_leftovers, sha256_of
+from gpt2modern.files import apply_umask, atomic_folder, move_folder, remove_leftovers, sha256_of
+from gpt2modern.hub import files_on_hub, hub_errors, retried
 from gpt2modern.loading import read_tensors
 from gpt2modern.settings import check_ranges
 from gpt2modern.training.batches import BatchPlan
@@ -43,6 +46,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 MODEL_FILE = "model.safetensors"
 CHECKSUM_FILE = "checksums.json"  # written last: a folder without it is not a checkpoint
 OTHERWISE = "resume from another checkpoint with --resume_from_checkpoint PATH, or start again with none"
+HUB_FOLDER = "last-checkpoint"  # of the Hub repository, under --hub_strategy checkpoint
 TRAINING_STATE_FILES = {STATE_FILE, OPTIMIZER_FILE, CHECKSUM_FILE}  # the rest of a checkpoint is a model folder
 
 
@@ -79,6 +83,8 @@ class Checkpoints:
         need other tensors, because --optimizer or --muon_normalize_rows has changed. A mean of the weights can neither
         be begun nor moved: that is refused even then.
         """
+        if self.config.resume_from_checkpoint == "hub":
+            self.processes.on_main(lambda: download_checkpoint(self.config, self.folder))
         checkpoint = self.processes.on_main(
             lambda: choose_checkpoint(self.config.resume_from_checkpoint, self.folder, report=self.accelerator.print)
         )
@@ -297,14 +303,14 @@ def find_problem(checkpoint: Path) -> str | None:
 
 
 def choose_checkpoint(resume_from_checkpoint: str, folder: Path, report: Callable[[str], None]) -> Path | None:
-    """Return the checkpoint that `--resume_from_checkpoint auto|none|PATH` selects, or None to start from step 0.
+    """Return the checkpoint that `--resume_from_checkpoint auto|hub|none|PATH` selects, or None to start from step 0.
 
-    `auto` selects the newest valid one in `folder`, or None if it has none, and calls `report` for each invalid one
-    that it skips. Raises GPT2ModernError if PATH is invalid, or if `folder` has checkpoints but no valid one.
+    `auto` and `hub` select the newest valid one in `folder`, or None if it has none, and `report` those that they skip.
+    Raises GPT2ModernError if PATH is invalid, or if `folder` has checkpoints but no valid one.
     """
     if resume_from_checkpoint == "none":
         return None
-    if resume_from_checkpoint != "auto":
+    if resume_from_checkpoint not in ("auto", "hub"):
         if problem := find_problem(Path(resume_from_checkpoint)):
             raise GPT2ModernError(
                 f"--resume_from_checkpoint {resume_from_checkpoint}: {problem}; give a valid checkpoint folder, or auto"
@@ -324,6 +330,32 @@ def choose_checkpoint(resume_from_checkpoint: str, folder: Path, report: Callabl
             "use --resume_from_checkpoint none to start again from step 0"
         )
     return None
+
+
+def download_checkpoint(config: TrainConfig, folder: Path) -> None:
+    """Download `last-checkpoint` of the run's Hub repository to `folder`, if that has none of its step or a later one,
+    and its metrics and samples to --output_dir. Prints a line if the Hub has none; a killed download is continued.
+
+    Raises GPT2ModernError if the Hub refuses it, or the checkpoint is invalid. The run then removes the leftovers."""
+    name, download = config.hub_model_id or Path(config.output_dir).resolve().name, folder / ".hub.tmp"
+    advice = "run the same command again, or resume from the checkpoints in --output_dir with auto"
+    with hub_errors(f"--resume_from_checkpoint hub: {name} cannot be downloaded", advice):
+        name = name if "/" in name else f"{retried(HfApi().whoami)['name']}/{name}"
+        commit, files = files_on_hub(name, revision=config.hub_revision)
+        if f"{HUB_FOLDER}/{STATE_FILE}" not in files:
+            print(f"{name} has no {HUB_FOLDER} to resume from on the Hub; --hub_strategy checkpoint uploads one")
+            return
+        fetch = functools.partial(retried, HfApi().snapshot_download, name, revision=commit, local_dir=download)
+        fetch(allow_patterns=[f"{HUB_FOLDER}/{STATE_FILE}"])
+        step = read_trainer_state(download / HUB_FOLDER)[0].step
+        if any(int(path.name[5:]) >= step for path in list_checkpoints(folder)[:1]):
+            return
+        fetch(allow_patterns=[f"{HUB_FOLDER}/*"])
+    if problem := find_problem(download / HUB_FOLDER):
+        raise GPT2ModernError(f"--resume_from_checkpoint hub: {name}: {problem}; {OTHERWISE}")
+    for path in (download / HUB_FOLDER).glob("*.jsonl"):
+        path.replace(Path(config.output_dir) / path.name)
+    move_folder(download / HUB_FOLDER, checkpoint_path(folder, step))
 
 
 def set_aside_later_checkpoints(folder: Path, step: int) -> None:

@@ -214,7 +214,7 @@ class TrainConfig:
         "warn", "if a checkpoint cannot be written: warn and continue the run, or stop it with an error"
     )
     resume_from_checkpoint: str = checkpoint(
-        "auto", "auto (newest valid one in output_dir), none (start at step 0), or a checkpoint folder", card=False
+        "auto", "auto (newest in output_dir), hub (or newer on the Hub), none (step 0), or a folder", card=False
     )
     force_resume: bool = checkpoint(
         False, "resume although settings have changed, at the checkpoint's step in the new data order"
@@ -235,7 +235,7 @@ class TrainConfig:
     hub_strategy: Literal["end", "every_save", "checkpoint"] = hub(
         "end",
         "end: upload only the finished model; every_save: also the model of each checkpoint, replacing the previous "
-        "one; checkpoint: like every_save, but into the repository's folder last-checkpoint",
+        "one; checkpoint: the same in the folder last-checkpoint, with what --resume_from_checkpoint hub needs",
     )
     hub_private_repo: bool | None = hub(None, "make a new repository private; default: the owner's Hub setting")
     hub_revision: str | None = hub(None, "Hub branch to upload to; created if it is missing")

@@ -1,6 +1,6 @@
 """Upload the model of a run to the Hub in the background. A failed upload is a warning and does not stop training.
 
-The model folder, its card, its curves and its records are uploaded, but never the state of optimizers and trainer.
+The model folder, card, curves and records are uploaded; the state to resume from only by --hub_strategy checkpoint.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 
 from gpt2modern.data.blocks import PackedBlocks
-from gpt2modern.errors import GPT2ModernError, hub_problem, warn
+from gpt2modern.errors import GPT2ModernError, warn
 from gpt2modern.files import write_file, write_json
+from gpt2modern.hub import hub_problem, retried
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.card import EVALUATION_FILE, model_card, public_settings, summarize
-from gpt2modern.training.checkpoints import TRAINING_STATE_FILES
+from gpt2modern.training.checkpoints import HUB_FOLDER, TRAINING_STATE_FILES
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.export import STOCK_FOLDER, export_model, export_stock
 from gpt2modern.training.models import ADAPTER_FOLDER, has_adapters
@@ -70,24 +71,33 @@ class Publisher:
             num_eval_blocks=len(self.eval_blocks),
         )
 
-    def upload_checkpoint(self, state: TrainState, checkpoint: Path) -> None:
-        """Start to upload the model folder of a checkpoint and return without waiting.
+    def upload_checkpoint(self, state: TrainState, checkpoint: Path, *, waits: bool = False) -> None:
+        """Start to upload the model folder of a checkpoint, under --hub_strategy checkpoint with the state to resume
+        from. waits: first for the upload that is running, then for this one, each at most `WAIT_S` seconds.
 
-        Does nothing without --push_to_hub, under --hub_strategy end, while another upload is running, and at the last
+        Does nothing without --push_to_hub, under --hub_strategy end, if another upload is running, and at the last
         step, where the finished model is uploaded instead.
         """
         strategy = self.config.hub_strategy
-        if self.uploader is None or strategy == "end" or self.uploader.is_busy or state.step == self.config.max_steps:
+        if self.uploader is None or strategy == "end" or state.step == self.config.max_steps:
+            return
+        if waits:
+            print(f"uploading the checkpoint of step {state.step} to {self.uploader.repo_id}", flush=True)
+            self.uploader.thread.join(WAIT_S)
+        if self.uploader.is_busy or not checkpoint.is_dir():
             return
         self.records.draw_curves()
-        paths = (path for path in checkpoint.rglob("*") if path.name not in TRAINING_STATE_FILES)
+        left_out = set() if strategy == "checkpoint" else TRAINING_STATE_FILES
+        paths = (path for path in checkpoint.rglob("*") if path.name not in left_out)
         self.uploader.upload(
             {path.relative_to(checkpoint).as_posix(): path for path in paths}
             | {name: self.output_dir / name for name in RECORDS if name != "summary.json"},
             self.texts(self.summary(state)),
             message=f"Checkpoint of step {state.step}",
-            path_in_repo="last-checkpoint" if strategy == "checkpoint" else None,
+            path_in_repo=HUB_FOLDER if strategy == "checkpoint" else None,
         )
+        if waits:
+            self.uploader.thread.join(WAIT_S)
 
     def texts(self, summary: dict[str, Any]) -> dict[str, str]:
         """Return the text files, by name, that are made for the Hub: the card, and the settings without local paths."""
@@ -145,29 +155,29 @@ class HubUploader:
         self.warns = True
         disable_progress_bars()
         # Python waits at exit for the threads of HfApi's own pool: an upload that hangs would keep the process alive.
-        self._thread = self._start(None, None, "")
+        self.thread = self._start(None, None, "")
 
     @property
     def is_busy(self) -> bool:
-        return self._thread.is_alive()
+        return self.thread.is_alive()
 
     def upload(self, files: dict[str, Path], texts: dict[str, str], *, message: str, path_in_repo: str | None = None):
         """Copy `files` and `texts`, by their names in the repository, to a folder and start to upload it in the
         background. Must not be called while `is_busy`. Warns, and uploads nothing, if the folder cannot be written."""
         assert not self.is_busy
         if self._stage(files, texts):
-            self._thread = self._start(self.folder, path_in_repo, message)
+            self.thread = self._start(self.folder, path_in_repo, message)
 
     def finish(self, files: dict[str, Path], texts: dict[str, str], *, message: str) -> str:
         """Upload the finished run and wait at most `WAIT_S` seconds in total. Returns a message with the URL or, if the
         upload failed, with the cause and the command that uploads it by hand from the folder that is then kept."""
         deadline = time.monotonic() + WAIT_S
-        self._thread.join(WAIT_S)
+        self.thread.join(WAIT_S)
         self.warns = False  # the returned message reports a failure
         self.folder = self.folder.with_name(".hub_upload_final")  # the other one may still be in use
         if self._stage(files, texts) and not self.is_busy:
-            self._thread = self._start(self.folder, None, message)
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+            self.thread = self._start(self.folder, None, message)
+            self.thread.join(max(0.0, deadline - time.monotonic()))
         if self.is_busy:
             self.problem = f"the upload was not finished after {WAIT_S:.0f} s"
         if self.problem is None:
@@ -195,18 +205,14 @@ class HubUploader:
     def _work(self, folder: Path | None, path_in_repo: str | None, message: str) -> None:
         try:
             api = HfApi()
-            self.repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            self.repo_id = retried(api.create_repo, self.repo_id, private=self.private, exist_ok=True).repo_id
             if self.revision:
-                api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+                retried(api.create_branch, self.repo_id, branch=self.revision, exist_ok=True)
             if folder is not None:
-                commit = api.upload_folder(
-                    repo_id=self.repo_id,
-                    folder_path=folder,
-                    path_in_repo=path_in_repo,
-                    revision=self.revision,
-                    commit_message=message,
-                    delete_patterns=[f"{STOCK_FOLDER}/*", f"{ADAPTER_FOLDER}/*"],  # of earlier weights
-                )
+                place = {"repo_id": self.repo_id, "revision": self.revision, "path_in_repo": path_in_repo}
+                earlier = [f"{STOCK_FOLDER}/*", f"{ADAPTER_FOLDER}/*"]  # of earlier weights
+                message = {"commit_message": message, "delete_patterns": earlier}
+                commit = retried(api.upload_folder, **place, folder_path=folder, **message)
                 self.url = str(commit.repo_url)
             self.problem = None
         except Exception as error:

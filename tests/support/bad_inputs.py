@@ -237,6 +237,11 @@ PLACES = [
         "take another checkpoint: this one was tampered with",
     ),
     train("--resume_from_checkpoint altered", "altered/model.safetensors was altered", "take another checkpoint"),
+    train(
+        "--resume_from_checkpoint hub --hub_model_id a/b",
+        "--resume_from_checkpoint hub: a/b cannot be downloaded: OfflineModeIsEnabled",
+        "unset HF_HUB_OFFLINE, or resume from --output_dir with auto",
+    ),
 ]
 
 ENVIRONMENT = [
@@ -404,6 +409,10 @@ PREPARATION = [
     prepare("--tokenizer_name broken_tokenizer", "--tokenizer_name broken_tokenizer is not a tokenizer"),
     prepare("--tokenizer_name damaged_tokenizer", "has token id 4000000000; its tokenizer.json is damaged"),
     prepare("--dataset_name a/b", "--dataset_name a/b cannot be loaded"),
+    prepare(
+        "--tokenizer_name data/tokenizer --train_file text.txt --max_tokens 5",
+        "--max_tokens 5 works only with --streaming or files of tokens; use --max_documents instead",
+    ),
     prepare("--chat_template x", "--chat_template x works only with --chat_column; give both or none"),
     prepare(
         "--shard_index 5",
