@@ -4,11 +4,11 @@ python -m eval.generate --model DIR [DIR ...] --prompt "def " "class " [--num_sa
 python -m eval.generate --model DIR --chat
 """
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from gpt2modern.cli import one_line_errors, parse_arguments
@@ -16,14 +16,8 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import fenced, generate_text
 from gpt2modern.files import check_writable_file, public_name, write_file, write_json
 from gpt2modern.loading import best_device, load_model, load_tokenizer
+from gpt2modern.pages import continued, page, table
 from gpt2modern.settings import check_ranges, setting
-
-STYLE = (
-    "body { font: 15px sans-serif; margin: 2em } table { border-collapse: collapse } "
-    "th, td { border: 1px solid #ccc; padding: .5em; text-align: left; vertical-align: top } "
-    "td { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 18em } "
-    "b { color: #4c78a8 }"
-)
 
 
 @dataclass
@@ -115,18 +109,19 @@ def write_markdown(path: Path, samples: list[dict[str, Any]], sampling: dict[str
 
 
 def write_page(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
-    """Write an HTML page with a table: a line for each prompt and seed, a column for each model."""
-    rows = [
-        f"<tr><th>seed {seed}</th>"
-        + "".join(f"<td><b>{html.escape(prompt)}</b>{html.escape(text)}</td>" for text in texts.values())
-        for (prompt, seed), texts in by_prompt(samples).items()
-    ]
+    """Write an HTML page with the table of `side_by_side`."""
+    described = ", ".join(f"{name} {value}" for name, value in sampling.items())
+    write_file(path, page("Samples", described, side_by_side(samples)))
+
+
+def side_by_side(samples: list[dict[str, Any]], label: str = "seed {}") -> Markup:
+    """Return an HTML table: a line for each prompt and seed, called `label`, and a column for each model."""
     names = dict.fromkeys(each["model"] for each in samples)
-    models = "".join(f"<th>{html.escape(public_name(name))}</th>" for name in names)
-    described = html.escape(", ".join(f"{name} {value}" for name, value in sampling.items()))
-    page = f"<h1>Samples</h1><p>{described}</p><table><tr><th></th>{models}</tr>{''.join(rows)}</table>"
-    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Samples</title><style>{STYLE}</style>'
-    write_file(path, f"{head}\n{page}\n</html>\n")
+    rows = [["", *map(public_name, names)]]
+    for (prompt, seed), texts in by_prompt(samples).items():
+        shown = (continued(prompt, texts[name]) if name in texts else "" for name in names)
+        rows.append([label.format(seed), *shown])
+    return table(rows, "texts")
 
 
 def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, str]]:

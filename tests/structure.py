@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest layer up: a module imports from its own layer and from those before it.
 LAYERS = [
     ["modeling_gpt2modern"],
-    ["gpt2modern.errors", "gpt2modern.settings", "gpt2modern.files", "gpt2modern.cores"],
+    ["gpt2modern.errors", "gpt2modern.settings", "gpt2modern.files", "gpt2modern.cores", "gpt2modern.pages"],
     ["gpt2modern.cli"],
     ["gpt2modern.loading"],
     ["gpt2modern.conversion"],

@@ -1,16 +1,22 @@
 """Present a finished folder: print a table, build an HTML report, upload it to the Hub with a dataset card."""
 
-import html
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import pyarrow as pa
 from huggingface_hub import DatasetCardData
+from markupsafe import Markup
+from tokenizers import Tokenizer
 
-from gpt2modern.errors import GPT2ModernError, hub_problem
-from gpt2modern.files import write_file
+from gpt2modern.data.manifest import local_folder, read_manifest
+from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
+from gpt2modern.files import check_writable_file, write_file
+from gpt2modern.pages import bar, heading, page, table
+from gpt2modern.settings import check_ranges, setting
 
 COLUMNS = ("split", "documents", "bytes", "tokens", "bytes/token", "cut documents", "padding", "blocks", "shards")
-STYLE = "body { font: 15px sans-serif } td { padding: .1em 1em } div { background: #4c78a8; height: 1em }"
 
 
 def print_summary(output_dir: Path, manifest: dict, seconds: float) -> None:
@@ -22,25 +28,86 @@ def print_summary(output_dir: Path, manifest: dict, seconds: float) -> None:
         print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     text_bytes = sum(counts["bytes"] for counts in manifest["splits"].values())
     rate = f"{text_bytes / 1e6 / seconds:,.0f} MB of text per second"
-    print(f"{seconds:.1f} s in total, {rate}; {output_dir / 'report.html'} shows the document lengths")
+    print(f"{seconds:.1f} s in total, {rate}; {output_dir / 'report.html'} shows sources, document lengths, blocks")
     print(f"next: python train_accelerate.py --config recipes/NAME.yaml --data_dir {output_dir} --output_dir out/NAME")
 
 
-def report_page(manifest: dict) -> str:
-    """Return an HTML page with the counts of each split and a histogram of document lengths."""
-    source = manifest["source"]["name"]
-    name = html.escape(source if isinstance(source, str) else ", ".join(source))
-    parts = [f"<h1>{name}</h1><p>{html.escape(_summary(manifest))}</p>", _html_table(_table(manifest))]
+@dataclass
+class ReportConfig:
+    """Hold the flags of `prepare_data.py report`. Raises ValueError if a value is invalid."""
+
+    data_dir: str = setting(help="Folder written by prepare_data.py, or its name on the Hub.")
+    output: str = setting("report.html", "HTML file to write.")
+
+    def __post_init__(self):
+        check_ranges(self)
+        check_writable_file("--output", self.output)
+
+
+def write_report(config: ReportConfig) -> None:
+    """Write the page about a finished folder. Raises GPT2ModernError if a file of the folder cannot be read."""
+    folder = local_folder(config.data_dir)
+    write_file(Path(config.output), report_page(folder, read_manifest(folder)))
+    print(f"{config.output}: sources, packing, document lengths and samples of {config.data_dir}")
+
+
+def report_page(folder: Path, manifest: dict) -> str:
+    """Return an HTML page about a prepared folder: counts, sources, packing, document lengths, blocks as text."""
+    names = [row[0] for row in _sources(manifest)[1:4]]
+    parts = [_summary(manifest), table(_table(manifest)), heading("Sources"), table(_sources(manifest))]
+    parts += [heading("Packing"), table(_packing(manifest))]
     for split, counts in manifest["splits"].items():
         lengths = {int(least): count for least, count in counts["document_lengths"].items()}
-        rows = []
+        rows = [("tokens", "documents", "")]
         for exponent in range(min(lengths).bit_length() - 1, max(lengths).bit_length()):
             count = lengths.get(2**exponent, 0)
-            bar = f'<div style="width:{30 * count / max(lengths.values()):.1f}em"></div>'
-            rows.append((f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,}", f"{count:,}", bar))
-        parts.append(f"<h2>{split}: tokens per document</h2>{_html_table(rows)}")
-    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-    return "\n".join([head, *parts, "</html>\n"])
+            share = bar(count / max(lengths.values()))
+            rows.append((f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,}", f"{count:,}", share))
+        parts += [heading(f"{split}: tokens per document"), table(rows)]
+    parts += [heading("Blocks as training reads them"), table(_samples(folder, manifest), "texts")]
+    return page(", ".join(names), *parts)
+
+
+def _sources(manifest: dict) -> list[tuple[str, ...]]:
+    """Return the rows of a table: name, size and purpose of each file, or the dataset's name."""
+    rows, settings = [("source", "bytes", "used for")], manifest.get("settings", {})
+    for flag, purpose in {"train_file": "training", "validation_file": "validation"}.items():
+        rows += [(each["name"], f"{each['size']:,}", purpose) for each in settings.get(flag) or ()]
+    if not settings.get("train_file"):
+        rows.insert(1, (str(manifest["source"]["name"]), "", "training"))
+    return rows
+
+
+def _packing(manifest: dict) -> list[tuple[str, ...]]:
+    """Return the rows of a table: how much of the blocks is padding, and how many documents were cut."""
+    rows = [("", "number", "share", "")]
+    for split, counts in manifest["splits"].items():
+        padding, cut, size = counts["padding"], counts["cut_documents"], counts["padding"] + counts["tokens"]
+        for name, part, whole in (("padding", padding, size), ("cut documents", cut, counts["documents"])):
+            share = part / max(1, whole)
+            rows.append((f"{split}: {name}", f"{part:,} of {whole:,}", f"{share:.2%}", bar(share)))
+    return rows
+
+
+def _samples(folder: Path, manifest: dict, number: int = 3) -> list[tuple[str, str]]:
+    """Return the rows of a table: the place of some blocks of each split's first shard, and their text, with a mark at
+    the end of each document. Raises GPT2ModernError if a file is missing or damaged."""
+    rows, eos = [("block", "text")], manifest["eos_token_id"]
+    path = folder / "tokenizer" / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        for split, counts in manifest["splits"].items():
+            path = folder / counts["shards"][0]["path"]
+            blocks = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()["input_ids"]
+            for index in np.unique(np.linspace(0, len(blocks) - 1, number, dtype=int)).tolist():
+                ids = blocks[index].values.to_numpy()
+                documents = np.split(ids, np.flatnonzero(ids == eos) + 1)
+                texts = tokenizer.decode_batch([each[each != eos].tolist() for each in documents])
+                end = Markup("<b>{}</b>").format(tokenizer.id_to_token(eos))
+                rows.append((f"{split}, {index:,}: {len(ids):,} tokens", end.join(texts)))
+    except Exception as error:  # tokenizers raises Exception itself; pyarrow OSError and ValueError
+        raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; prepare the data again") from None
+    return rows
 
 
 def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
@@ -120,7 +187,3 @@ def _table(manifest: dict) -> list[tuple[str, ...]]:
         ratio = f"{counts['bytes'] / counts['tokens']:.3f}"
         rows.append((split, documents, size, tokens, ratio, cut, padding, blocks, str(len(counts["shards"]))))
     return rows
-
-
-def _html_table(rows: list[tuple[str, ...]]) -> str:
-    return "<table>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows) + "</table>"
