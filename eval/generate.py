@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from gpt2modern.cli import one_line_errors, parse_arguments
@@ -16,7 +15,7 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import fenced, generate_text
 from gpt2modern.files import check_writable_file, public_name, write_file, write_json
 from gpt2modern.loading import best_device, load_model, load_tokenizer
-from gpt2modern.pages import continued, page, table
+from gpt2modern.pages import render
 from gpt2modern.settings import check_ranges, setting
 
 
@@ -109,19 +108,11 @@ def write_markdown(path: Path, samples: list[dict[str, Any]], sampling: dict[str
 
 
 def write_page(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
-    """Write an HTML page with the table of `side_by_side`."""
-    described = ", ".join(f"{name} {value}" for name, value in sampling.items())
-    write_file(path, page("Samples", described, side_by_side(samples)))
-
-
-def side_by_side(samples: list[dict[str, Any]], label: str = "seed {}") -> Markup:
-    """Return an HTML table: a line for each prompt and seed, called `label`, and a column for each model."""
-    names = dict.fromkeys(each["model"] for each in samples)
-    rows = [["", *map(public_name, names)]]
-    for (prompt, seed), texts in by_prompt(samples).items():
-        shown = (continued(prompt, texts[name]) if name in texts else "" for name in names)
-        rows.append([label.format(seed), *shown])
-    return table(rows, "texts")
+    """Write an HTML page with a table: a line for each prompt and seed, a column for each model."""
+    samples = [each | {"model": public_name(each["model"])} for each in samples]
+    models = dict.fromkeys(each["model"] for each in samples)
+    texts = by_prompt(samples)
+    write_file(path, render("samples", title="Samples", sampling=sampling, models=models, texts=texts, label="seed"))
 
 
 def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, str]]:

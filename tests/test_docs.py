@@ -15,6 +15,7 @@ from benchmarks.throughput import LadderConfig
 from eval.compare import CompareConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
+from eval.playground import PlaygroundConfig
 from eval.record import RecordConfig
 from eval.run import RunConfig
 from gpt2modern.cli import parse_arguments
@@ -39,6 +40,7 @@ ARGUMENTS = {
     "eval.compare": CompareConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
+    "eval.playground": PlaygroundConfig,
     "eval.record": RecordConfig,
     "eval.hellaswag": RunConfig,
     "eval.lambada": RunConfig,

@@ -7,13 +7,12 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 from huggingface_hub import DatasetCardData
-from markupsafe import Markup
 from tokenizers import Tokenizer
 
 from gpt2modern.data.manifest import local_folder, read_manifest
 from gpt2modern.errors import GPT2ModernError, first_line, hub_problem
 from gpt2modern.files import check_writable_file, write_file
-from gpt2modern.pages import bar, heading, page, table
+from gpt2modern.pages import render
 from gpt2modern.settings import check_ranges, setting
 
 COLUMNS = ("split", "documents", "bytes", "tokens", "bytes/token", "cut documents", "padding", "blocks", "shards")
@@ -52,62 +51,32 @@ def write_report(config: ReportConfig) -> None:
 
 
 def report_page(folder: Path, manifest: dict) -> str:
-    """Return an HTML page about a prepared folder: counts, sources, packing, document lengths, blocks as text."""
-    names = [row[0] for row in _sources(manifest)[1:4]]
-    parts = [_summary(manifest), table(_table(manifest)), heading("Sources"), table(_sources(manifest))]
-    parts += [heading("Packing"), table(_packing(manifest))]
-    for split, counts in manifest["splits"].items():
-        lengths = {int(least): count for least, count in counts["document_lengths"].items()}
-        rows = [("tokens", "documents", "")]
-        for exponent in range(min(lengths).bit_length() - 1, max(lengths).bit_length()):
-            count = lengths.get(2**exponent, 0)
-            share = bar(count / max(lengths.values()))
-            rows.append((f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,}", f"{count:,}", share))
-        parts += [heading(f"{split}: tokens per document"), table(rows)]
-    parts += [heading("Blocks as training reads them"), table(_samples(folder, manifest), "texts")]
-    return page(", ".join(names), *parts)
-
-
-def _sources(manifest: dict) -> list[tuple[str, ...]]:
-    """Return the rows of a table: name, size and purpose of each file, or the dataset's name."""
-    rows, settings = [("source", "bytes", "used for")], manifest.get("settings", {})
-    for flag, purpose in {"train_file": "training", "validation_file": "validation"}.items():
-        rows += [(each["name"], f"{each['size']:,}", purpose) for each in settings.get(flag) or ()]
-    if not settings.get("train_file"):
-        rows.insert(1, (str(manifest["source"]["name"]), "", "training"))
-    return rows
-
-
-def _packing(manifest: dict) -> list[tuple[str, ...]]:
-    """Return the rows of a table: how much of the blocks is padding, and how many documents were cut."""
-    rows = [("", "number", "share", "")]
-    for split, counts in manifest["splits"].items():
-        padding, cut, size = counts["padding"], counts["cut_documents"], counts["padding"] + counts["tokens"]
-        for name, part, whole in (("padding", padding, size), ("cut documents", cut, counts["documents"])):
-            share = part / max(1, whole)
-            rows.append((f"{split}: {name}", f"{part:,} of {whole:,}", f"{share:.2%}", bar(share)))
-    return rows
-
-
-def _samples(folder: Path, manifest: dict, number: int = 3) -> list[tuple[str, str]]:
-    """Return the rows of a table: the place of some blocks of each split's first shard, and their text, with a mark at
-    the end of each document. Raises GPT2ModernError if a file is missing or damaged."""
-    rows, eos = [("block", "text")], manifest["eos_token_id"]
-    path = folder / "tokenizer" / "tokenizer.json"
+    """Return an HTML page about a prepared folder: counts, sources, packing, document lengths, blocks as text. Raises
+    GPT2ModernError if the tokenizer or a shard cannot be read."""
+    source, blocks = manifest["source"]["name"], {}
+    path, eos = folder / "tokenizer" / "tokenizer.json", manifest["eos_token_id"]
     try:
         tokenizer = Tokenizer.from_file(str(path))
         for split, counts in manifest["splits"].items():
             path = folder / counts["shards"][0]["path"]
-            blocks = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()["input_ids"]
-            for index in np.unique(np.linspace(0, len(blocks) - 1, number, dtype=int)).tolist():
-                ids = blocks[index].values.to_numpy()
+            rows = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()["input_ids"]
+            for index in sorted({0, len(rows) // 2, len(rows) - 1}):
+                ids = rows[index].values.to_numpy()
                 documents = np.split(ids, np.flatnonzero(ids == eos) + 1)
                 texts = tokenizer.decode_batch([each[each != eos].tolist() for each in documents])
-                end = Markup("<b>{}</b>").format(tokenizer.id_to_token(eos))
-                rows.append((f"{split}, {index:,}: {len(ids):,} tokens", end.join(texts)))
+                blocks[f"{split}, {index:,}: {len(ids):,} tokens"] = texts
     except Exception as error:  # tokenizers raises Exception itself; pyarrow OSError and ValueError
         raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; prepare the data again") from None
-    return rows
+    return render(
+        "report",
+        title=source if isinstance(source, str) else ", ".join(source[:3]) + ", ..." * (len(source) > 3),
+        summary=_summary(manifest),
+        table=_table(manifest),
+        settings={"train_file": None, "validation_file": None} | manifest.get("settings", {}),
+        splits=manifest["splits"],
+        blocks=blocks,
+        end_of_text=tokenizer.id_to_token(eos),
+    )
 
 
 def dataset_card(manifest: dict, repo_id: str | None = None) -> str:

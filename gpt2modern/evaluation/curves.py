@@ -47,7 +47,7 @@ def plot_runs(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         first_losses += evaluated[:1]
         label = "train, one batch" if alone else None if evaluated else name
         _draw(axes[0], rows, "loss", label, color=colours[0], alpha=0.5 if alone else 0.25, linewidth=1)
-        _draw(axes[0], rows, "eval_loss", name or "validation", color=colours[1], marker="o", markersize=4)
+        _draw(axes[0], rows, "eval_loss", "validation" if alone else name, color=colours[1], marker="o", markersize=4)
         for axis, panel in zip(axes[1:], panels, strict=False):
             _draw(axis, rows, panel, color=colours[2])
         for position, task in enumerate(tasks):

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval.run": {"--model": "model", "--data": "data", "--tasks": "hellaswag,lambada"},
     "eval.generate": {"--model": "model", "--prompt": "def "},
     "eval.compare": {"--run": "model", "--output": "page.html"},
+    "eval.playground": {"--model": "model"},
     "benchmarks.targets": {"--output": "reports", "--data": "data", "--steps": "1", "--block_size": "32"},
     "benchmarks.precision": {"--output": "reports", "--data": "data"},
     "benchmarks.gpu": {"--output": "reports", "--data": "data", "--device": "cpu"},
