@@ -84,7 +84,7 @@ def test_a_damaged_record_is_one_line(runs, tmp_path, capsys, name, content):
         compared(tmp_path, runs[1], damaged)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1
-    assert f"error: --run {damaged} is not the output folder of a training run" in error
+    assert f"error: {damaged} is not the output folder of a training run" in error
     assert not list(tmp_path.glob("page.*"))
 
 

@@ -36,7 +36,13 @@ def models(data_dir, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("models")
     prompts = ("--sample_prompts", "def <f>", "--sample_max_new_tokens", "8")
     run = train(data_dir, folder / "run", prompts, save_steps=0, max_steps=4)
-    return [run, export_fresh_model(data_dir, folder / "gpt2", "gpt2")]
+    return [run, export_fresh_model(data_dir, folder / "modern", "modern")]
+
+
+@pytest.fixture(scope="module")
+def learned(data_dir, tmp_path_factory) -> Path:
+    """A model with 32 positions."""
+    return export_fresh_model(data_dir, tmp_path_factory.mktemp("learned") / "gpt2", "gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +69,9 @@ def test_a_text_that_nobody_reads_on_is_not_generated_to_its_end(loaded):
     assert 0 < len(tokens) < 1000
 
 
-def test_an_error_of_the_generation_reaches_the_reader(loaded, models):
-    learned = load_model(str(models[1])), loaded[1]
+def test_an_error_of_the_generation_reaches_the_reader(loaded, learned):
     with pytest.raises(GPT2ModernError, match="in total more than the model's 32 positions"):
-        list(stream_text(*learned, "def f", **SAMPLING))
+        list(stream_text(load_model(str(learned)), loaded[1], "def f", **SAMPLING))
 
 
 @pytest.mark.parametrize("prompt", ["def f", ""])
@@ -118,7 +123,7 @@ def test_a_space_has_a_card_pinned_requirements_and_no_paths(space, models):
     lines = (space / "requirements.txt").read_text().splitlines()
     assert f"torch=={torch.__version__.partition('+')[0]}" in lines and all("==" in line for line in lines)
     files = {path.relative_to(space).as_posix(): path for path in space.rglob("*") if path.is_file()}
-    assert {"model/run/model.safetensors", "model/run/metrics.jsonl", "compare/gpt2/config.json"} <= files.keys()
+    assert {"model/run/model.safetensors", "model/run/metrics.jsonl", "compare/modern/config.json"} <= files.keys()
     assert not [name for name, path in files.items() if str(models[0].parent).encode() in path.read_bytes()]
 
 
@@ -142,9 +147,16 @@ def test_a_failed_upload_is_one_line(models, monkeypatch, capsys):
         (["--model", str(models[1]), "--compare", "nowhere"], "--compare nowhere is neither a folder nor a Hub repo"),
     ):
         with pytest.raises(SystemExit) as caught:
-            playground.main([*flags, "--push_to_space", "someone/page"])
+            playground.main(["--model", str(models[1]), *flags, "--push_to_space", "someone/page"])
         error = capsys.readouterr().err
         assert caught.value.code == 2 and error.startswith(f"error: {line}") and error.count("\n") == 1
+
+
+def test_a_missing_gradio_is_one_line(models, monkeypatch, capsys):
+    monkeypatch.setattr(playground, "gr", None)
+    with pytest.raises(SystemExit):
+        playground.main(["--model", str(models[1])])
+    assert capsys.readouterr().err == "error: gradio is not installed; run python -m pip install -e '.[ui]'\n"
 
 
 @pytest.fixture(scope="module")
@@ -175,17 +187,22 @@ def address(space, tmp_path_factory):
 
 def test_a_space_streams_the_texts_of_both_models_on_the_same_seed(address, models):
     client = pytest.importorskip("gradio_client").Client(address, verbose=False)
-    prompt, sampling = "def <f>", SAMPLING | {"max_new_tokens": 20}
-    answers = list(client.submit(prompt, *sampling.values(), api_name="/answer"))
+    prompt = "def <f>"
+    answers = list(client.submit(prompt, *SAMPLING.values(), api_name="/answer"))
     assert len(answers) > 4 and answers[0][1] == "" and len(answers[0][0]) < len(answers[-1][0])
     for folder, shown, tokens in zip(models, answers[-1][:2], answers[-1][2:], strict=True):
         model, tokenizer = load_model(str(folder)), load_tokenizer(folder)
         assert "<b>def &lt;f&gt;</b>" in shown
-        text = generate_text(model, tokenizer, prompt, **sampling)
+        text = generate_text(model, tokenizer, prompt, **SAMPLING)
         assert html.unescape(re.sub("<[^>]*>", "", shown)) == prompt + text
         assert tokens["label"] == next(iter(next_tokens(model, tokenizer, prompt)))
-    with pytest.raises(Exception, match="in total more than the model's 32 positions"):
-        client.predict(prompt, *SAMPLING.values(), api_name="/answer")
+
+
+def test_an_error_of_the_generation_is_shown_on_the_page(learned):
+    gradio = pytest.importorskip("gradio", reason="the page needs gradio, the extra `ui`")
+    (answer,) = (each.fn for each in playground.build_page([str(learned)]).fns.values() if each.api_name == "answer")
+    with pytest.raises(gradio.Error, match="in total more than the model's 32 positions"):
+        list(answer("def f", *SAMPLING.values()))
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +230,9 @@ def test_a_text_streams_into_the_page_after_a_click(address, browser, width, mod
         ".observe(document.body, {subtree: true, childList: true, characterData: true})"
     )
     page.get_by_text("Sampling", exact=True).click()
-    page.get_by_label("number input for New tokens").fill("20")
+    page.get_by_label("number input for New tokens").fill("120")
     page.get_by_role("button", name="Generate").click()
-    sampling = {"max_new_tokens": 20, "temperature": 0.8, "top_k": 50, "seed": 0}  # what the page starts with
+    sampling = {"max_new_tokens": 120, "temperature": 0.8, "top_k": 50, "seed": 0}  # what the page starts with
     both = [(load_model(str(folder)), load_tokenizer(folder)) for folder in models]
     texts = ["def <f>" + generate_text(*each, "def <f>", **sampling) for each in both]
     texts = [text.replace("\0", "") for text in texts]  # which no page can show
@@ -225,6 +242,6 @@ def test_a_text_streams_into_the_page_after_a_click(address, browser, width, mod
     assert len(set(grown)) > 3 and grown == sorted(grown), grown
     page.get_by_text("Training", exact=True).click()
     page.locator(".records img").wait_for()
-    assert "Samples of the last step" in page.locator(".records").inner_text()
+    assert "Samples of the last step" in page.locator(".records").first.inner_text()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.close()

@@ -32,9 +32,8 @@ COMMANDS = {
     "benchmarks.data": {"--tokenizer_name": "data/tokenizer", "--output": "reports", "--work_dir": "reports"},
     "gpt2modern.conversion": {"--model": "model", "--output_dir": "native"},
 }  # fmt: skip
-TRAIN, PREPARE, VERIFY, REPORT, PERPLEXITY, RUN, GENERATE, COMPARE, TARGETS, PRECISION, GPU, DATA_BENCHMARK, CONVERT = (
-    COMMANDS
-)
+TRAIN, PREPARE, VERIFY, REPORT, PERPLEXITY, RUN, GENERATE, COMPARE, PLAYGROUND, *BENCHMARKS_OF_SPEED, CONVERT = COMMANDS
+TARGETS, PRECISION, GPU, DATA_BENCHMARK = BENCHMARKS_OF_SPEED
 RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_name"}
 
 
@@ -331,8 +330,9 @@ MODELS = [
     BadInput(GENERATE, "--prompt caf\udce9", "contains bytes that are not valid UTF-8 text"),
     BadInput(GENERATE, "--output data", "--output data is a folder; give the path of a file"),
     BadInput(COMPARE, "", "required: --run", bare=True),
-    BadInput(COMPARE, "--run nowhere", "--run nowhere is not the output folder of a training run"),
-    BadInput(COMPARE, "", "--run model is not the output folder of a training run"),
+    BadInput(COMPARE, "--run nowhere", "nowhere is not the output folder of a training run"),
+    BadInput(COMPARE, "", "model is not the output folder of a training run"),
+    BadInput(PLAYGROUND, "--push_to_space page", "--push_to_space page must have the form owner/name"),
     BadInput(COMPARE, "--output page.pdf", "--output page.pdf must end in .html"),
     BadInput(PERPLEXITY, "--blok_size 3", "(did you mean '--block_size'?)"),
     BadInput(PERPLEXITY, "--split test", "--split: invalid choice: 'test'"),
