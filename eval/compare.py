@@ -6,7 +6,6 @@ The runs are output folders of train_accelerate.py. The curves are also written 
 """
 
 import base64
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -52,7 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_arguments(CompareConfig, ["--run", *argv] if named else argv, __doc__)
         curves = Path(config.output).with_suffix(".png")
         found = compared(config.run, curves)
-        write_file(Path(config.output), render("comparison", title=f"Comparison of {len(config.run)} runs", **found))
+        write_file(
+            Path(config.output), render("comparison.html", title=f"Comparison of {len(config.run)} runs", **found)
+        )
         for run, values in found["results"].items():
             print(run, *(f"{name} {value}" for name, value in values.items()), sep=", ")
         print(f"written: {config.output}, {curves}")
@@ -71,10 +72,9 @@ def compared(folders: Sequence[str], curves: Path) -> dict[str, Any]:
             logs[name], texts = read_rows(folder / "metrics.jsonl"), read_rows(folder / "samples.jsonl")
             if not logs[name] or any(row.get("tokens_seen") is None for row in logs[name]):
                 raise ValueError("its metrics.jsonl has no rows, or rows without tokens_seen")
-            last = [
-                {"prompt": each["prompt"], "text": each["text"]} for each in texts if each["step"] == texts[-1]["step"]
-            ]
-            samples += [each | {"model": name, "seed": number} for number, each in enumerate(last, 1)]
+            last = [(each["prompt"], each["text"]) for each in texts if each["step"] == texts[-1]["step"]]
+            keys = ("model", "seed", "prompt", "text")
+            samples += [dict(zip(keys, (name, number, *each), strict=True)) for number, each in enumerate(last, 1)]
             path = folder / SETTINGS_FILE
             settings[name] = dict(yaml.safe_load(path.read_text("utf-8"))) if path.exists() else {}
             settings[name] |= parse_config_overrides(settings[name].pop("config_overrides", None))
@@ -90,7 +90,7 @@ def compared(folders: Sequence[str], curves: Path) -> dict[str, Any]:
         "curves": base64.b64encode(curves.read_bytes()).decode(),
         "results": {name: results(rows) for name, rows in logs.items()},
         "differing": {
-            key: each for key, each in values.items() if key not in OF_ONE_RUN and each.count(each[0]) < len(names)
+            key: each for key, each in values.items() if key not in OF_ONE_RUN and each.count(each[0]) < len(each)
         },
         "texts": by_prompt(samples),
         "label": "sample",
@@ -102,9 +102,10 @@ def results(rows: list[dict[str, Any]]) -> dict[str, str]:
     columns = (*METRICS, "tokens_seen", "tokens_per_second", "peak_memory_gib")
     found = {key: [row[key] for row in rows if row.get(key) is not None] for key in columns}
     shown = {METRICS[key].label: f"{found[key][-1]:.4f}" if found[key] else "not measured" for key in METRICS}
-    speed = median_and_spread(found["tokens_per_second"] or [math.nan], ",.0f")
-    shown |= {"tokens seen": f"{found['tokens_seen'][-1]:,}", "tokens/s (p20 to p80)": speed}
-    return shown | {"peak GiB": f"{max(found['peak_memory_gib'], default=math.nan):.2f}"}
+    speed, memory = found["tokens_per_second"], found["peak_memory_gib"]
+    shown["tokens seen"] = f"{found['tokens_seen'][-1]:,}"
+    shown["tokens/s (p20 to p80)"] = median_and_spread(speed, ",.0f") if speed else "not measured"
+    return shown | {"peak GiB": f"{max(memory):.2f}" if memory else "not measured"}
 
 
 if __name__ == "__main__":

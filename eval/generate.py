@@ -98,21 +98,12 @@ def write_samples(path: Path, samples: list[dict[str, Any]], sampling: dict[str,
     write_json(path, {"sampling": sampling, "samples": samples})
 
 
-def write_markdown(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
-    """Write a heading for each prompt and seed, and below it the text of each model."""
-    parts = ["# Samples", ", ".join(f"{name} {value}" for name, value in sampling.items())]
-    for (prompt, seed), texts in by_prompt(samples).items():
-        parts += [f"## Seed {seed}", "After the prompt", fenced(prompt)]
-        parts += [part for model, text in texts.items() for part in (f"`{public_name(model)}`:", fenced(prompt + text))]
-    write_file(path, "\n\n".join(parts) + "\n")
-
-
 def write_page(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
-    """Write an HTML page with a table: a line for each prompt and seed, a column for each model."""
+    """Write HTML, with a line for each prompt and seed and a column for each model, or the same texts as Markdown."""
     samples = [each | {"model": public_name(each["model"])} for each in samples]
     models = dict.fromkeys(each["model"] for each in samples)
-    texts = by_prompt(samples)
-    write_file(path, render("samples", title="Samples", sampling=sampling, models=models, texts=texts, label="seed"))
+    values = {"title": "Samples", "label": "seed", "sampling": sampling, "fenced": fenced}
+    write_file(path, render(f"samples{path.suffix}", **values, models=models, texts=by_prompt(samples)))
 
 
 def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, str]]:
@@ -123,7 +114,7 @@ def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, 
     return grouped
 
 
-WRITERS = {".json": write_samples, ".md": write_markdown, ".html": write_page}
+WRITERS = {".json": write_samples, ".md": write_page, ".html": write_page}
 
 if __name__ == "__main__":
     main()

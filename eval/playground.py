@@ -108,7 +108,7 @@ def build_page(names: list[str]) -> "gr.Blocks":
         stop.click(None, cancels=event)
         if runs := [name for name in names if (Path(name) / "metrics.jsonl").exists()]:
             with tempfile.TemporaryDirectory() as folder, gr.Accordion("Training", open=False):
-                records = render("runs", **compared(runs, Path(folder, "curves.png")))
+                records = render("runs.html", **compared(runs, Path(folder, "curves.png")))
                 gr.HTML(records, apply_default_css=False, elem_classes="records")
     return page
 

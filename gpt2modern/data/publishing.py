@@ -68,7 +68,7 @@ def report_page(folder: Path, manifest: dict) -> str:
     except Exception as error:  # tokenizers raises Exception itself; pyarrow OSError and ValueError
         raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; prepare the data again") from None
     return render(
-        "report",
+        "report.html",
         title=source if isinstance(source, str) else ", ".join(source[:3]) + ", ..." * (len(source) > 3),
         summary=_summary(manifest),
         table=_table(manifest),
@@ -92,29 +92,9 @@ def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
         source_datasets=[source] if isinstance(source, str) and source not in ("stdlib", "dataset") else None,
         configs=[{"config_name": "default", "data_files": files}],
     )
-    head, *rows = (f"| {' | '.join(row)} |" for row in _table(manifest))
-    table = "\n".join([head, f"|{' --- |' * len(COLUMNS)}", *rows])
-    return f"""---
-{data.to_yaml()}
----
-# {name}
-
-Packed token blocks for training a language model: {_summary(manifest)}.
-
-{table}
-
-Each row holds `input_ids`, {"" if manifest["packing"] == "concat" else "at most "}{manifest["block_size"]} tokens, and
-`labels`, the same tokens (Trainer and TRL shift them). Documents end with EOS (id {manifest["eos_token_id"]}). The
-tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of every file.
-
-```python
-from datasets import load_dataset
-
-blocks = load_dataset("{repo_id or "path/of/this/folder"}")
-```
-
-GPT2-Modern trains on it: `--data_dir {repo_id or "path/of/this/folder"}`.
-"""
+    place = repo_id or "path/of/this/folder"
+    about = {"card": data, "summary": _summary(manifest), "table": _table(manifest), "manifest": manifest}
+    return render("dataset_card.md", **about, place=place)
 
 
 def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) -> None:
