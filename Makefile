@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults lint install bench bench-data record report clean
+.PHONY: demo test test-all test-e2e test-faults lint install bench bench-data record report clean
 
 install: $(INSTALLED)
 
@@ -12,7 +12,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed, found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,eval,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,eval,ui,dev]'
 	@touch $@
 
 DATA := data/stdlib
@@ -37,6 +37,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --durations=10
+
+# The page of eval.playground in a browser; skipped where gradio, playwright or Chromium is missing.
+test-e2e: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m e2e -rs --durations=5
 
 # Every fault, the slow ones too, and a table of how often each was tried and what was lost.
 test-faults: $(INSTALLED)

@@ -7,6 +7,7 @@ encode, pack, and write a folder that train_accelerate.py reads.
     python prepare_data.py --dataset_name HuggingFaceFW/fineweb-edu --dataset_config_name sample-10BT \\
         --tokenizer_name openai-community/gpt2 --num_shards 100 --num_proc 16 --output_dir data/fineweb-edu
     python prepare_data.py verify data/mine
+    python prepare_data.py report --data_dir data/mine --output report.html
     python prepare_data.py export --data_dir data/mine --format nanogpt --output_dir nanogpt/data/mine
 
 From Python: `prepare(PrepareConfig(output_dir=..., train_file=[...], ...))` or `prepare(config, dataset=...)`.
@@ -14,7 +15,7 @@ From Python: `prepare(PrepareConfig(output_dir=..., train_file=[...], ...))` or 
 The folder holds (training reads it with `gpt2modern.data.blocks.PackedBlocks`):
 
     manifest.json                          settings, counts, sha256 of shards and tokenizer; written last
-    report.html                            the counts, and a histogram of document lengths
+    report.html                            counts, sources, packing, document lengths, blocks as text
     tokenizer/                             a transformers tokenizer
     train/data-00000-of-00001.arrow        rows of block_size tokens: input_ids, and labels, which are equal
     validation/data-00000-of-00001.arrow
@@ -44,7 +45,7 @@ from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, set
 from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.formats.reading import check_unchanged
 from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
-from gpt2modern.data.publishing import dataset_card, print_summary, push_to_hub, report_page
+from gpt2modern.data.publishing import ReportConfig, dataset_card, print_summary, push_to_hub, report_page, write_report
 from gpt2modern.data.rows import schema_of
 from gpt2modern.data.shards import Job, keep_filled_shards, write_validation
 from gpt2modern.data.sources import AnyDataset, open_source, open_validation, stats_of_files, with_token_files
@@ -68,6 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             from gpt2modern.data.exporting import ExportConfig, export  # noqa: PLC0415  imports torch, which takes 2 s
 
             export(parse_arguments(ExportConfig, argv[1:], description="Write token files that other trainers read."))
+            return
+        if argv[:1] == ["report"]:
+            write_report(parse_arguments(ReportConfig, argv[1:], description="Write a page about a prepared folder."))
             return
         config = parse_arguments(PrepareConfig, argv, description="\n\n".join(__doc__.split("\n\n")[:2]))
         # A user's mistake prints one line, without warnings of the libraries before it.
@@ -146,7 +150,7 @@ def write_folder(
     schema = schema_of(encoder.dtype, config.packing)
     write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
-    finish(output_dir, manifest, report_page(manifest), dataset_card(manifest))
+    finish(output_dir, manifest, report_page(output_dir, manifest), dataset_card(manifest))
     print_summary(output_dir, manifest, time.time() - started)
     return manifest
 

@@ -34,12 +34,12 @@ from gpt2modern.cli import find_recipe, one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError, warn
+from gpt2modern.evaluation.curves import read_rows
 from gpt2modern.files import check_writable_folder, locked
 from gpt2modern.loading import best_device
 from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.models import MODEL_SETTINGS, build_model, parse_config_overrides
-from gpt2modern.training.records import read_rows
 from modeling_gpt2modern.configuration_gpt2modern import MLPS
 from train_accelerate import train
 

@@ -4,7 +4,6 @@ python -m eval.generate --model DIR [DIR ...] --prompt "def " "class " [--num_sa
 python -m eval.generate --model DIR --chat
 """
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,8 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.generation import fenced, generate_text
 from gpt2modern.files import check_writable_file, public_name, write_file, write_json
 from gpt2modern.loading import best_device, load_model, load_tokenizer
+from gpt2modern.pages import render
 from gpt2modern.settings import check_ranges, setting
-
-STYLE = (
-    "body { font: 15px sans-serif; margin: 2em } table { border-collapse: collapse } "
-    "th, td { border: 1px solid #ccc; padding: .5em; text-align: left; vertical-align: top } "
-    "td { font-family: monospace; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 18em } "
-    "b { color: #4c78a8 }"
-)
 
 
 @dataclass
@@ -105,28 +98,12 @@ def write_samples(path: Path, samples: list[dict[str, Any]], sampling: dict[str,
     write_json(path, {"sampling": sampling, "samples": samples})
 
 
-def write_markdown(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
-    """Write a heading for each prompt and seed, and below it the text of each model."""
-    parts = ["# Samples", ", ".join(f"{name} {value}" for name, value in sampling.items())]
-    for (prompt, seed), texts in by_prompt(samples).items():
-        parts += [f"## Seed {seed}", "After the prompt", fenced(prompt)]
-        parts += [part for model, text in texts.items() for part in (f"`{public_name(model)}`:", fenced(prompt + text))]
-    write_file(path, "\n\n".join(parts) + "\n")
-
-
 def write_page(path: Path, samples: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
-    """Write an HTML page with a table: a line for each prompt and seed, a column for each model."""
-    rows = [
-        f"<tr><th>seed {seed}</th>"
-        + "".join(f"<td><b>{html.escape(prompt)}</b>{html.escape(text)}</td>" for text in texts.values())
-        for (prompt, seed), texts in by_prompt(samples).items()
-    ]
-    names = dict.fromkeys(each["model"] for each in samples)
-    models = "".join(f"<th>{html.escape(public_name(name))}</th>" for name in names)
-    described = html.escape(", ".join(f"{name} {value}" for name, value in sampling.items()))
-    page = f"<h1>Samples</h1><p>{described}</p><table><tr><th></th>{models}</tr>{''.join(rows)}</table>"
-    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Samples</title><style>{STYLE}</style>'
-    write_file(path, f"{head}\n{page}\n</html>\n")
+    """Write HTML, with a line for each prompt and seed and a column for each model, or the same texts as Markdown."""
+    samples = [each | {"model": public_name(each["model"])} for each in samples]
+    models = dict.fromkeys(each["model"] for each in samples)
+    values = {"title": "Samples", "label": "seed", "sampling": sampling, "fenced": fenced}
+    write_file(path, render(f"samples{path.suffix}", **values, models=models, texts=by_prompt(samples)))
 
 
 def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, str]]:
@@ -137,7 +114,7 @@ def by_prompt(samples: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, 
     return grouped
 
 
-WRITERS = {".json": write_samples, ".md": write_markdown, ".html": write_page}
+WRITERS = {".json": write_samples, ".md": write_page, ".html": write_page}
 
 if __name__ == "__main__":
     main()

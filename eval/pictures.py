@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from gpt2modern.training.records import plot_training_curves
+from gpt2modern.evaluation.curves import plot_training_curves
 
 DRAWN_FROM = "Source"  # the text of a PNG file with a digest of the numbers that it shows
 

@@ -17,12 +17,13 @@ from eval.perplexity import measure_lengths
 from gpt2modern.cli import one_line_errors, parse_arguments
 from gpt2modern.data.blocks import PackedBlocks, refuse_other_tokenizer
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.curves import read_rows
 from gpt2modern.evaluation.loss import METRICS, evaluate_loss
 from gpt2modern.evaluation.tasks import PUBLISHED
 from gpt2modern.loading import best_device, load_model
 from gpt2modern.settings import setting
 from gpt2modern.training.config import TrainConfig
-from gpt2modern.training.records import SETTINGS_FILE, read_rows
+from gpt2modern.training.records import SETTINGS_FILE
 
 DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
 MEASURES = [*evidence.TRAINING_CODE, *(f"gpt2modern/training/{name}.py" for name in ("batches", "schedules"))]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From the lowest layer up: a module imports from its own layer and from those before it.
 LAYERS = [
     ["modeling_gpt2modern"],
-    ["gpt2modern.errors", "gpt2modern.settings", "gpt2modern.files", "gpt2modern.cores", "gpt2modern.hub"],
+    [f"gpt2modern.{name}" for name in ("errors", "settings", "files", "cores", "hub", "pages")],
     ["gpt2modern.cli"],
     ["gpt2modern.loading"],
     ["gpt2modern.conversion"],
@@ -27,7 +27,7 @@ LAYERS = [
     ["tests"],
 ]
 OURS = re.compile(r"(gpt2modern|modeling_gpt2modern|prepare_data|train_accelerate|eval|benchmarks|tests)(\.|$)")
-MOST_LINES, MOST_INNER_IMPORTS = 15_300, 15
+MOST_LINES, MOST_INNER_IMPORTS = 16_450, 15
 # The model's files travel alone. Where the library is installed too, they call it to import stock models.
 OPTIONAL = {"modeling_gpt2modern.configuration_gpt2modern": {"gpt2modern.conversion"}}
 EXCEPTION = re.compile(r"# noqa: PLC0415 +\S+")

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from eval import generate, perplexity
 from prepare_data import main as prepare
 from tests.support import bad_inputs
-from tests.support.bad_inputs import CONVERT, PAGE, PREPARE, TABLE, TRAIN, VERIFY
+from tests.support.bad_inputs import CONVERT, PAGE, PREPARE, REPORT, TABLE, TRAIN, VERIFY
 from tests.support.folders import change_json, change_tensors
 from tests.support.models import export_fresh_model
 from tests.support.trainer import REPOSITORY
@@ -25,6 +25,7 @@ MODULES = {
     TRAIN: "train_accelerate",
     PREPARE: "prepare_data",
     VERIFY: "prepare_data",
+    REPORT: "prepare_data",
     CONVERT: "gpt2modern.conversion.convert",
 }
 RECIPES = {

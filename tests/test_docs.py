@@ -12,14 +12,17 @@ from benchmarks.precision import PrecisionCheckConfig
 from benchmarks.scaling import ScalingConfig
 from benchmarks.targets import TargetsConfig
 from benchmarks.throughput import LadderConfig
+from eval.compare import CompareConfig
 from eval.generate import GenerateConfig
 from eval.perplexity import PerplexityConfig
+from eval.playground import PlaygroundConfig
 from eval.record import RecordConfig
 from eval.run import RunConfig
 from gpt2modern.cli import parse_arguments
 from gpt2modern.conversion.convert import ConversionConfig
 from gpt2modern.conversion.gguf import GGUFConfig
 from gpt2modern.data.exporting import ExportConfig
+from gpt2modern.data.publishing import ReportConfig
 from gpt2modern.training.models import parse_config_overrides
 from modeling_gpt2modern import GPT2ModernConfig
 from prepare_data import PrepareConfig
@@ -33,9 +36,12 @@ README = PAGES["README.md"]
 ARGUMENTS = {
     "prepare_data.py": PrepareConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "train_accelerate.py": TrainConfig,
+    "eval.compare": CompareConfig,
     "eval.generate": GenerateConfig,
     "eval.perplexity": PerplexityConfig,
+    "eval.playground": PlaygroundConfig,
     "eval.record": RecordConfig,
     "eval.hellaswag": RunConfig,
     "eval.lambada": RunConfig,
@@ -52,7 +58,8 @@ ARGUMENTS = {
 
 def shell_commands(text):
     lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ").splitlines()
-    commands = [line.replace("prepare_data.py export", "export") for line in lines]
+    commands = [re.sub(r"prepare_data.py (export|report)", r"\1", line) for line in lines]
+    commands = [re.sub(r"eval.compare (?=out)", "eval.compare --run ", line) for line in commands]
     commands = [line for line in commands if " verify " not in line]  # which takes folders, no flags
     return [line for line in commands if ARGUMENTS.keys() & set(shlex.split(line, comments=True))]
 

@@ -1,5 +1,6 @@
 """Evaluation: exact losses, reproducible samples."""
 
+import html
 import io
 import json
 import math
@@ -211,7 +212,9 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(model_dir, tmp_path, 
     alone = samples(tmp_path / "other", tmp_path, "--prompt", "x", "--seed", 6, "--max_new_tokens", 8)
     assert [both[-1]["text"]] == alone
     page, markdown = (tmp_path / "both.html").read_text(), (tmp_path / "both.md").read_text()
-    assert page.count("<tr>") == 5 and page.count("<td>") == 8 and "<b>def &lt;f&gt;</b>" in page
+    assert page.startswith("<!doctype html>") and "<h1>Samples</h1>" in page
+    assert page.count("<tr>") == 5 and page.count("<b>") == 8 and "<b>def &lt;f&gt;</b>" in page
+    assert both[0]["text"] in html.unescape(page)
     assert markdown.count("## ") == 4 and markdown.count("```text") == 12 and f"def <f>{both[0]['text']}" in markdown
     assert f"seed 6 ({tmp_path / 'other'})" in capsys.readouterr().out
 

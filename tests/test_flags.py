@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from gpt2modern.cli import parse_arguments
 from gpt2modern.data.blocks import PackedBlocks
+from gpt2modern.evaluation.curves import read_rows
 from gpt2modern.training.checkpoints import (
     changed_settings,
     fixed_settings,
@@ -24,7 +25,6 @@ from gpt2modern.training.checkpoints import (
 )
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.distributed import joined_processes
-from gpt2modern.training.records import read_rows
 from gpt2modern.training.state import TrainState
 from tests.support.folders import write_prepared
 from tests.support.trainer import TINY, built, checkpoints_of, config_of

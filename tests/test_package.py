@@ -50,8 +50,8 @@ def test_the_wheel_has_no_generic_name_and_all_package_data(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert top == {"gpt2modern", "modeling_gpt2modern", "prepare_data.py", "train_accelerate.py"}
-    for folder in ("recipes", "accelerate_configs"):
-        expected = {f"gpt2modern/{folder}/{path.name}" for path in (REPOSITORY / folder).iterdir()}
+    for folder in ("recipes", "accelerate_configs", "gpt2modern/templates"):
+        expected = {f"gpt2modern/{Path(folder).name}/{path.name}" for path in (REPOSITORY / folder).iterdir()}
         assert expected <= set(names)
     modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "gpt2modern").rglob("*.py")}
     assert modules <= set(names)

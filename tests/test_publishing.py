@@ -1,7 +1,9 @@
 """What a finished folder is to others: checked byte by byte, a dataset of the Hub, a page to look at."""
 
 import hashlib
+import html
 import json
+import re
 import shutil
 from math import inf
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from tokenizers import Tokenizer
 
 from gpt2modern.data.publishing import dataset_card
 from prepare_data import main
@@ -130,6 +133,54 @@ def test_what_is_uploaded_holds_names_and_no_paths(hub, tmp_path, capsys):
 
 
 # The page
+
+
+def report_of(folder: Path, output: Path) -> str:
+    main(["report", "--data_dir", str(folder), "--output", str(output)])
+    return output.read_text()
+
+
+def text_of(page: str) -> str:
+    """Return what a browser would show."""
+    return html.unescape(re.sub("<[^>]*>", "", page))
+
+
+def test_the_report_command_writes_the_page_that_the_preparation_has_written(prepared, tmp_path):
+    assert report_of(prepared[0], tmp_path / "page.html") == (prepared[0] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_report_shows_sources_padding_cut_documents_and_blocks(tmp_path, corpus, tokenizer_dir, packing):
+    validation = write_jsonl(tmp_path / "held_out.jsonl", make_texts(9, offset=1000))
+    flags = ("--train_file", corpus, "--validation_file", validation, "--tokenizer_name", tokenizer_dir)
+    manifest = run(tmp_path / "data", *flags, "--block_size", 64, "--packing", packing)
+    page = report_of(tmp_path / "data", tmp_path / "page.html")
+    for path, purpose in ((corpus, "training"), (validation, "validation")):
+        assert f"<td>{path.name}</td><td>{path.stat().st_size:,}</td><td>{purpose}</td>" in page
+    assert (manifest["splits"]["train"]["padding"] > 100) == (packing == "best_fit")
+    decoder = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    for split, counts in manifest["splits"].items():
+        padding, size = counts["padding"], counts["padding"] + counts["tokens"]
+        share = f"<td>{padding:,} of {size:,}</td><td>{padding / size:.2%}</td>"
+        assert f"<td>{split}: padding</td>{share}" in page
+        cut = f"{counts['cut_documents']:,} of {counts['documents']:,}"
+        assert f"<td>{split}: cut documents</td><td>{cut}</td>" in page
+        rows = rows_of(tmp_path / "data", split)
+        for index in (0, len(rows) // 2 if len(rows) % 2 else 0, len(rows) - 1):
+            shown = f"{split}, {index:,}: {len(rows[index]):,} tokens"
+            assert shown + decoder.decode(rows[index], skip_special_tokens=False) in text_of(page)
+    assert "<b>&lt;|endoftext|&gt;</b>" in page
+
+
+@pytest.mark.parametrize("name", ["train/*.arrow", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_report_of_a_damaged_folder_is_one_line(prepared, tmp_path, capsys, name, content):
+    shutil.copytree(prepared[0], tmp_path / "data")
+    path = min((tmp_path / "data").glob(name))
+    path.unlink() if content is None else path.write_bytes(content)
+    line = refusal(capsys, "report", "--data_dir", tmp_path / "data", "--output", tmp_path / "page.html")
+    assert line.startswith(f"{path} cannot be read: ") and line.endswith("; prepare the data again")
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_report_has_the_counts_and_a_bar_for_each_length(prepared):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.curves import plot_training_curves, read_rows
 from gpt2modern.evaluation.loss import batch_loss
 from gpt2modern.files import locked
 from gpt2modern.training.nonfinite import first_loss_message
@@ -16,8 +17,6 @@ from gpt2modern.training.records import (
     RowLog,
     bar_numbers,
     on_one_line,
-    plot_training_curves,
-    read_rows,
     reserved_output_dir,
 )
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM

@@ -20,11 +20,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, MambaConfig
 from transformers.utils import ModelOutput
 
 from gpt2modern.errors import GPT2ModernError
+from gpt2modern.evaluation.curves import plot_training_curves
 from gpt2modern.evaluation.scoring import Row, batches_of, score_rows
 from gpt2modern.evaluation.tasks import TASKS, choice_accuracy, evaluate_tasks, last_word_accuracy, prepare_tasks
 from gpt2modern.loading import load_model
 from gpt2modern.training.card import public_settings
-from gpt2modern.training.records import plot_training_curves
 from tests.support.models import FLAG_SETS, export_fresh_model, random_ids, tiny_model
 from tests.support.tasks import hellaswag_documents, write_hellaswag, write_lambada, write_lines
 from tests.support.trainer import (

@@ -1,16 +1,22 @@
 """Present a finished folder: print a table, build an HTML report, upload it to the Hub with a dataset card."""
 
-import html
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
+import pyarrow as pa
 from huggingface_hub import DatasetCardData
+from tokenizers import Tokenizer
 
-from gpt2modern.files import write_file
+from gpt2modern.data.manifest import local_folder, read_manifest
+from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.files import check_writable_file, write_file
 from gpt2modern.hub import hub_errors, retried
+from gpt2modern.pages import render
+from gpt2modern.settings import check_ranges, setting
 
 COLUMNS = ("split", "documents", "bytes", "tokens", "bytes/token", "cut documents", "padding", "blocks", "shards")
-STYLE = "body { font: 15px sans-serif } td { padding: .1em 1em } div { background: #4c78a8; height: 1em }"
 
 
 def print_summary(output_dir: Path, manifest: dict, seconds: float) -> None:
@@ -22,25 +28,56 @@ def print_summary(output_dir: Path, manifest: dict, seconds: float) -> None:
         print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     text_bytes = sum(counts["bytes"] for counts in manifest["splits"].values())
     rate = f"{text_bytes / 1e6 / seconds:,.0f} MB of text per second"
-    print(f"{seconds:.1f} s in total, {rate}; {output_dir / 'report.html'} shows the document lengths")
+    print(f"{seconds:.1f} s in total, {rate}; {output_dir / 'report.html'} shows sources, document lengths, blocks")
     print(f"next: python train_accelerate.py --config recipes/NAME.yaml --data_dir {output_dir} --output_dir out/NAME")
 
 
-def report_page(manifest: dict) -> str:
-    """Return an HTML page with the counts of each split and a histogram of document lengths."""
-    source = manifest["source"]["name"]
-    name = html.escape(source if isinstance(source, str) else ", ".join(source))
-    parts = [f"<h1>{name}</h1><p>{html.escape(_summary(manifest))}</p>", _html_table(_table(manifest))]
-    for split, counts in manifest["splits"].items():
-        lengths = {int(least): count for least, count in counts["document_lengths"].items()}
-        rows = []
-        for exponent in range(min(lengths).bit_length() - 1, max(lengths).bit_length()):
-            count = lengths.get(2**exponent, 0)
-            bar = f'<div style="width:{30 * count / max(lengths.values()):.1f}em"></div>'
-            rows.append((f"{2**exponent:,} to {2 ** (exponent + 1) - 1:,}", f"{count:,}", bar))
-        parts.append(f"<h2>{split}: tokens per document</h2>{_html_table(rows)}")
-    head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-    return "\n".join([head, *parts, "</html>\n"])
+@dataclass
+class ReportConfig:
+    """Hold the flags of `prepare_data.py report`. Raises ValueError if a value is invalid."""
+
+    data_dir: str = setting(help="Folder written by prepare_data.py, or its name on the Hub.")
+    output: str = setting("report.html", "HTML file to write.")
+
+    def __post_init__(self):
+        check_ranges(self)
+        check_writable_file("--output", self.output)
+
+
+def write_report(config: ReportConfig) -> None:
+    """Write the page about a finished folder. Raises GPT2ModernError if a file of the folder cannot be read."""
+    folder = local_folder(config.data_dir)
+    write_file(Path(config.output), report_page(folder, read_manifest(folder)))
+    print(f"{config.output}: sources, packing, document lengths and samples of {config.data_dir}")
+
+
+def report_page(folder: Path, manifest: dict) -> str:
+    """Return an HTML page about a prepared folder: counts, sources, packing, document lengths, blocks as text. Raises
+    GPT2ModernError if the tokenizer or a shard cannot be read."""
+    source, blocks = manifest["source"]["name"], {}
+    path, eos = folder / "tokenizer" / "tokenizer.json", manifest["eos_token_id"]
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        for split, counts in manifest["splits"].items():
+            path = folder / counts["shards"][0]["path"]
+            rows = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()["input_ids"]
+            for index in sorted({0, len(rows) // 2, len(rows) - 1}):
+                ids = rows[index].values.to_numpy()
+                documents = np.split(ids, np.flatnonzero(ids == eos) + 1)
+                texts = tokenizer.decode_batch([each[each != eos].tolist() for each in documents])
+                blocks[f"{split}, {index:,}: {len(ids):,} tokens"] = texts
+    except Exception as error:  # tokenizers raises Exception itself; pyarrow OSError and ValueError
+        raise GPT2ModernError(f"{path} cannot be read: {first_line(error)}; prepare the data again") from None
+    return render(
+        "report.html",
+        title=source if isinstance(source, str) else ", ".join(source[:3]) + ", ..." * (len(source) > 3),
+        summary=_summary(manifest),
+        table=_table(manifest),
+        settings={"train_file": None, "validation_file": None} | manifest.get("settings", {}),
+        splits=manifest["splits"],
+        blocks=blocks,
+        end_of_text=tokenizer.id_to_token(eos),
+    )
 
 
 def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
@@ -57,29 +94,9 @@ def dataset_card(manifest: dict, repo_id: str | None = None) -> str:
         source_datasets=[source] if isinstance(source, str) and source not in ("stdlib", "dataset") else None,
         configs=[{"config_name": "default", "data_files": files}],
     )
-    head, *rows = (f"| {' | '.join(row)} |" for row in _table(manifest))
-    table = "\n".join([head, f"|{' --- |' * len(COLUMNS)}", *rows])
-    return f"""---
-{data.to_yaml()}
----
-# {name}
-
-Packed token blocks for training a language model: {_summary(manifest)}.
-
-{table}
-
-Each row holds `input_ids`, {"" if manifest["packing"] == "concat" else "at most "}{manifest["block_size"]} tokens, and
-`labels`, the same tokens (Trainer and TRL shift them). Documents end with EOS (id {manifest["eos_token_id"]}). The
-tokenizer is in `tokenizer/`; `manifest.json` has the settings and the sha256 of every file.
-
-```python
-from datasets import load_dataset
-
-blocks = load_dataset("{repo_id or "path/of/this/folder"}")
-```
-
-GPT2-Modern trains on it: `--data_dir {repo_id or "path/of/this/folder"}`.
-"""
+    place = repo_id or "path/of/this/folder"
+    about = {"card": data, "summary": _summary(manifest), "table": _table(manifest), "manifest": manifest}
+    return render("dataset_card.md", **about, place=place)
 
 
 def push_to_hub(folder: Path, manifest: dict, repo_id: str, *, private: bool) -> None:
@@ -118,7 +135,3 @@ def _table(manifest: dict) -> list[tuple[str, ...]]:
         ratio = f"{counts['bytes'] / counts['tokens']:.3f}"
         rows.append((split, documents, size, tokens, ratio, cut, padding, blocks, str(len(counts["shards"]))))
     return rows
-
-
-def _html_table(rows: list[tuple[str, ...]]) -> str:
-    return "<table>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows) + "</table>"

@@ -1,10 +1,13 @@
 """Generate text from prompts: for the eval.generate command and for the samples of a training run."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from gpt2modern.errors import GPT2ModernError, warn
@@ -31,29 +34,74 @@ def generate_text(
     them already. streamer: receives the tokens one by one. Raises GPT2ModernError if the tokens exceed the model's
     learned positions or its vocabulary.
     """
-    input_ids = (
-        tokenizer(prompt, return_tensors="pt", add_special_tokens=add_special_tokens).input_ids if prompt else None
-    )
-    if input_ids is None or input_ids.shape[1] == 0:
-        input_ids = torch.tensor([[tokenizer.eos_token_id]])  # (1, prompt_len)
-    vocab_size = num_token_ids(model.config)
-    if input_ids.max() >= vocab_size:
-        raise GPT2ModernError(
-            f"the tokenizer returns token id {input_ids.max()}, but the model's vocab_size is only {vocab_size}; use "
-            "the tokenizer that the model was trained with"
-        )
+    input_ids = encode_prompt(model, tokenizer, prompt, add_special_tokens=add_special_tokens)
     refuse_longer(f"the prompt {prompt[:30]!r}", input_ids.shape[1], max_new_tokens, model)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     torch.manual_seed(seed)
     output_ids = model.generate(
-        input_ids.to(model.device),
-        attention_mask=torch.ones_like(input_ids).to(model.device),
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
         streamer=streamer,
         **(sampling if temperature > 0 else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}),
     )
     return tokenizer.decode(output_ids[0, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def encode_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, add_special_tokens: bool = True
+) -> torch.Tensor:
+    """Return the tokens of `prompt` on the model's device: (1, prompt_len) int64; of an empty one, the end-of-text
+    token. Raises GPT2ModernError if a token exceeds the model's vocabulary."""
+    ids = tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids if prompt else []
+    ids, vocab_size = ids or [tokenizer.eos_token_id], num_token_ids(model.config)
+    if max(ids) >= vocab_size:
+        raise GPT2ModernError(
+            f"the tokenizer returns token id {max(ids)}, but the model's vocab_size is only {vocab_size}; use the "
+            "tokenizer that the model was trained with"
+        )
+    return torch.tensor([ids], device=model.device)
+
+
+class _Parts(TextIteratorStreamer):
+    """Yield parts of a text as they are generated, until a part is refused: `put` then ends the generation."""
+
+    is_read = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.is_read:
+            raise CancelledError
+        super().put(value)
+
+
+def stream_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, **sampling: Any
+) -> Iterator[str]:
+    """Yield the growing text that `generate_text` generates with the same arguments, the whole text last. Generation
+    ends at the next token once the iterator is closed."""
+    parts = _Parts(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(generate_text, model, tokenizer, prompt, streamer=parts, **sampling)
+        whole.add_done_callback(lambda _: parts.end())  # also after an error
+        try:
+            yield from itertools.accumulate(parts)
+            yield whole.result()
+        finally:
+            parts.is_read = False
+
+
+@torch.no_grad()
+def next_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, number: int = 6
+) -> dict[str, float]:
+    """Return the most likely tokens after `prompt`, as a Python literal with the id, and their probabilities, the
+    highest first. They do not depend on temperature, top_k and top_p."""
+    input_ids = encode_prompt(model, tokenizer, prompt)
+    refuse_longer(f"the prompt {prompt[:30]!r}", input_ids.shape[1], 0, model)
+    best = model(input_ids).logits[0, -1].float().softmax(-1).topk(number)  # (number,)
+    ids, shares = best.indices.tolist(), best.values.tolist()
+    return {f"{tokenizer.decode([each])!r} ({each})": share for each, share in zip(ids, shares, strict=True)}
 
 
 def refuse_longer(prompt: str, length: int, max_new_tokens: int, model: PreTrainedModel) -> None:

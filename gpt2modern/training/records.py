@@ -1,4 +1,4 @@
-"""Record a run during training: metrics.jsonl, samples.jsonl, training_curves.png, trackers, the progress bar."""
+"""Record a run during training: metrics.jsonl, samples.jsonl, curves, trackers, the progress bar."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from gpt2modern.errors import GPT2ModernError, warn
+from gpt2modern.evaluation.curves import CURVES_FILE, plot_training_curves, read_rows
 from gpt2modern.evaluation.tasks import PUBLISHED
-from gpt2modern.files import atomic_file, locked, remove_leftovers, sha256_of, write_file
+from gpt2modern.files import locked, remove_leftovers, sha256_of, write_file
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.card import EVALUATION_FILE, WEIGHTS_FILE, public_settings, with_evaluation
 from gpt2modern.training.checkpoints import checkpoints_dir, list_checkpoints, set_aside_later_checkpoints
@@ -29,7 +29,7 @@ from gpt2modern.training.state import TrainState
 from gpt2modern.training.trackers import Trackers
 from modeling_gpt2modern import GPT2ModernConfig
 
-SETTINGS_FILE, CURVES_FILE = "resolved_config.yaml", "training_curves.png"
+SETTINGS_FILE = "resolved_config.yaml"
 
 
 @contextlib.contextmanager
@@ -252,18 +252,6 @@ class RowLog:
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON-lines file up to the first incomplete one, left by a crash; [] if there is no file."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
 def bar_numbers(row: dict[str, Any], remaining_s: float) -> str:
     """Return the text to the right of the progress bar, the most important numbers first: a narrow terminal cuts it."""
     numbers = [
@@ -298,41 +286,3 @@ def show_evaluation(folder: Path) -> None:
     if rows := read_rows(folder / "metrics.jsonl"):
         last = {"tokens_seen": rows[-1]["tokens_seen"]}
         plot_training_curves([*rows, last | report["results"]], folder / CURVES_FILE)
-
-
-def plot_training_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the losses (nats/token), the learning rate and the results of tasks in `rows` of metrics.jsonl over tokens
-    seen, as a PNG file; the published results of GPT-2 are dashed lines. Raises OSError if it cannot be written."""
-    train = [(row["tokens_seen"], row["loss"], row.get("learning_rate")) for row in rows if row.get("loss") is not None]
-    evaluated = [(row["tokens_seen"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-    tasks = [name for name in PUBLISHED if any(name in row for row in rows)]
-    heights = [3, 1, 2] if tasks else [3, 1]
-    figure = Figure(figsize=(8, 1.5 * sum(heights)), layout="constrained")
-    loss_axis, rate_axis, *task_axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    if train:
-        tokens, losses, rates = zip(*train, strict=True)
-        loss_axis.plot(tokens, losses, color="tab:blue", alpha=0.5, linewidth=1, label="train (one batch)")
-        rate_axis.plot(tokens, rates, color="tab:gray")
-    if evaluated:
-        tokens, losses = zip(*evaluated, strict=True)
-        loss_axis.plot(
-            tokens, losses, color="tab:orange", marker="o", markersize=4, label=f"validation (last {losses[-1]:.3f})"
-        )
-    loss_axis.set_ylabel("loss (nats/token)")
-    if train or evaluated:
-        loss_axis.legend()
-    loss_axis.grid(alpha=0.3)
-    rate_axis.set_ylabel("learning rate")
-    rate_axis.grid(alpha=0.3)
-    for name in tasks:
-        tokens, values = zip(*((row["tokens_seen"], row[name]) for row in rows if name in row), strict=True)
-        (line,) = task_axes[0].plot(tokens, values, marker="o", markersize=4, label=f"{name} (last {values[-1]:.3f})")
-        label = f"{name} of GPT-2, 124M ({PUBLISHED[name]:.3f})"
-        task_axes[0].axhline(PUBLISHED[name], color=line.get_color(), linestyle="--", linewidth=1, label=label)
-    for axis in task_axes:
-        axis.set_ylabel("accuracy")
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    figure.axes[-1].set_xlabel("tokens seen")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")

@@ -20,16 +20,20 @@ COMMANDS = {
         "--train_file": "text.txt", "--tokenizer_name": "data/tokenizer", "--output_dir": "prepared", "--num_proc": "1",
     },
     "prepare_data.py verify": {},
+    "prepare_data.py report": {"--data_dir": "data", "--output": "page.html"},
     "eval.perplexity": {"--model": "model", "--data": "data"},
     "eval.run": {"--model": "model", "--data": "data", "--tasks": "hellaswag,lambada"},
     "eval.generate": {"--model": "model", "--prompt": "def "},
+    "eval.compare": {"--run": "model", "--output": "page.html"},
+    "eval.playground": {"--model": "model"},
     "benchmarks.targets": {"--output": "reports", "--data": "data", "--steps": "1", "--block_size": "32"},
     "benchmarks.precision": {"--output": "reports", "--data": "data"},
     "benchmarks.gpu": {"--output": "reports", "--data": "data", "--device": "cpu"},
     "benchmarks.data": {"--tokenizer_name": "data/tokenizer", "--output": "reports", "--work_dir": "reports"},
     "gpt2modern.conversion": {"--model": "model", "--output_dir": "native"},
 }  # fmt: skip
-TRAIN, PREPARE, VERIFY, PERPLEXITY, RUN, GENERATE, TARGETS, PRECISION, GPU, DATA_BENCHMARK, CONVERT = COMMANDS
+TRAIN, PREPARE, VERIFY, REPORT, PERPLEXITY, RUN, GENERATE, COMPARE, PLAYGROUND, *BENCHMARKS_OF_SPEED, CONVERT = COMMANDS
+TARGETS, PRECISION, GPU, DATA_BENCHMARK = BENCHMARKS_OF_SPEED
 RIVALS = {"--dataset_name": "--train_file", "--train_tokenizer": "--tokenizer_name"}
 
 
@@ -63,8 +67,8 @@ class BadInput:
         names = {word.split("=")[0] for word in given}
         left_out = names | {RIVALS[name] for name in names if name in RIVALS}
         first = {} if self.bare else {k: v for k, v in COMMANDS[self.command].items() if k not in left_out}
-        verify = ["verify"] if self.command == VERIFY else []
-        return [*verify, *(word for pair in first.items() for word in pair), *given]
+        subcommand = self.command.split()[1:]
+        return [*subcommand, *(word for pair in first.items() for word in pair), *given]
 
 
 def train(flags: str, error: str, advice: str = "", **more) -> BadInput:
@@ -336,6 +340,11 @@ MODELS = [
     BadInput(GENERATE, "--seed -1", "--seed -1 must be at least 0"),
     BadInput(GENERATE, "--prompt caf\udce9", "contains bytes that are not valid UTF-8 text"),
     BadInput(GENERATE, "--output data", "--output data is a folder; give the path of a file"),
+    BadInput(COMPARE, "", "required: --run", bare=True),
+    BadInput(COMPARE, "--run nowhere", "nowhere is not the output folder of a training run"),
+    BadInput(COMPARE, "", "model is not the output folder of a training run"),
+    BadInput(PLAYGROUND, "--push_to_space page", "--push_to_space page must have the form owner/name"),
+    BadInput(COMPARE, "--output page.pdf", "--output page.pdf must end in .html"),
     BadInput(PERPLEXITY, "--blok_size 3", "(did you mean '--block_size'?)"),
     BadInput(PERPLEXITY, "--split test", "--split: invalid choice: 'test'"),
     BadInput(PERPLEXITY, "--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0 must be at least 1"),
@@ -427,6 +436,9 @@ PREPARATION = [
     BadInput(VERIFY, "model", "model/manifest.json: no such file"),
     BadInput(VERIFY, "escaping_data", "the file '../data/x.arrow' is outside of the folder"),
     BadInput(VERIFY, "cut_data", "the manifest says"),
+    BadInput(REPORT, "--data_dir model", "model/manifest.json: no such file"),
+    BadInput(REPORT, "--data_dir cut_data", "cannot be read"),
+    BadInput(REPORT, "--output data", "--output data is a folder; give the path of a file"),
 ]
 
 BENCHMARKS = [
