@@ -557,8 +557,8 @@ Recipe `{Path(config.recipe).stem}`{flags}: {recipe.max_steps:,} steps of {recip
 the same {config.matched} for all variants{exceptions}; {workers.jobs} runs at a time, {workers.threads} threads each.
 A variant is adopted or rejected if its mean final validation loss differs from that of `{first}` by more than 2 pooled
 standard deviations of the seeds. Tokens and time to the mean final loss of `{first}`, in % of its own: linear between
-evaluations, mean over the seeds; `not reached` if not by every seed. tokens/s: of {config.speed_steps} steps, all
-variants in turn, mean of {config.seeds}; `uneven` if these differ by more than {MOST_UNEVEN - 1:.0%}."""
+evaluations, mean over the seeds; `not reached` if not by every seed. tokens/s, unless `-`: of {config.speed_steps}
+steps, all variants in turn, mean of {config.seeds}; `uneven` if these differ by more than {MOST_UNEVEN - 1:.0%}."""
     remarks = [*map(tuning_text, tuned)]
     remarks += [f"Not finished: {', '.join(missing)}."] if missing else []
     remarks += [f"Failed: {name}, {problem}." for name, problem in workers.failures.items()]
