@@ -23,7 +23,7 @@ LAYERS = [
     ["gpt2modern.evaluation"],
     ["gpt2modern.training"],
     ["prepare_data", "train_accelerate"],
-    ["eval", "benchmarks", "examples"],
+    ["eval", "benchmarks", "examples", "docs"],
     ["tests"],
 ]
 OURS = re.compile(
