@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-e2e test-faults lint install bench bench-data record report clean
+.PHONY: demo test test-all test-e2e test-faults lint install bench bench-data record report docs clean
 
 install: $(INSTALLED)
 
@@ -12,7 +12,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed, found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "Installing into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,eval,ui,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,eval,ui,docs,dev]'
 	@touch $@
 
 DATA := data/stdlib
@@ -72,6 +72,11 @@ record: $(INSTALLED)
 # Fill the tables of README.md and docs/ from the JSON files in eval/reports.
 report: $(INSTALLED)
 	$(BIN)/python -m eval.evidence
+
+# README.md and docs/ as a site: out/site/index.html
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open out/site/index.html, or with the search: $(BIN)/python -m http.server --directory out/site"
 
 clean:
 	rm -rf $(VENV) data out build *.egg-info

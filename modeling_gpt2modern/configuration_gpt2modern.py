@@ -115,39 +115,39 @@ def load_conversion(name: str | os.PathLike, model_type: str) -> ModuleType:
 class GPT2ModernConfig(PreTrainedConfig):
     """Hold every setting of a GPT2-Modern model. The defaults are Llama's design in the size of GPT-2.
 
-    vocab_size: number of rows of the embedding and of the head. `unpadded_vocab_size`: number of token ids (None means
-        vocab_size). The remaining rows only make the matrices faster; their tokens have probability 0.
-    intermediate_size: width of the MLP; None means the value of `MLPKind.default_intermediate_size`.
-    head_dim: None means hidden_size / num_attention_heads. `num_key_value_heads`: None means num_attention_heads.
-    position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), configured by `rope_parameters` as for any
-        model of transformers; `partial_rotary_factor` is the rotated fraction of each head.
-    norm_type: "layernorm" (arXiv:1607.06450) or "rmsnorm" (arXiv:1910.07467). `norm_affine`: norms have a learned gain
-        (and a bias, for layernorm). `norm_eps`: a small number that is added to the variance.
-    mlp_type: a key of MLPS: "gelu_new" (GPT-2's tanh form), "gelu" (arXiv:1606.08415), "relu2" (arXiv:2109.08668),
+    - vocab_size: number of rows of the embedding and of the head. `unpadded_vocab_size`: number of token ids (None
+        means vocab_size). The remaining rows only make the matrices faster; their tokens have probability 0.
+    - intermediate_size: width of the MLP; None means the value of `MLPKind.default_intermediate_size`.
+    - head_dim: None means hidden_size / num_attention_heads. `num_key_value_heads`: None means num_attention_heads.
+    - position_embedding_type: "learned" (GPT-2) or "rope" (arXiv:2104.09864), configured by `rope_parameters` as for
+        any model of transformers; `partial_rotary_factor` is the rotated fraction of each head.
+    - norm_type: "layernorm" (arXiv:1607.06450) or "rmsnorm" (arXiv:1910.07467). `norm_affine`: norms have a learned
+        gain (and a bias, for layernorm). `norm_eps`: a small number that is added to the variance.
+    - mlp_type: a key of MLPS: "gelu_new" (GPT-2's tanh form), "gelu" (arXiv:1606.08415), "relu2" (arXiv:2109.08668),
         "swiglu" (arXiv:2002.05202).
-    attention_scale: factor of the attention scores; None means 1 / sqrt(head_dim).
-    use_qk_norm: normalise queries and keys per head before RoPE (arXiv:2010.04245). `qk_norm_affine`: with a gain.
-    sliding_window: number of tokens, including the token itself, that a token attends to in a layer of the type
+    - attention_scale: factor of the attention scores; None means 1 / sqrt(head_dim).
+    - use_qk_norm: normalise queries and keys per head before RoPE (arXiv:2010.04245). `qk_norm_affine`: with a gain.
+    - sliding_window: number of tokens, including the token itself, that a token attends to in a layer of the type
         "sliding_attention" (arXiv:2004.05150). `layer_types` lists the type of each layer; None means
         "sliding_attention" for all layers if sliding_window is set, and "full_attention" for all layers otherwise.
-    use_unet_skips, use_value_residual (arXiv:2410.17897), use_x0_residual, use_embedding_norm: the residual stream of
+    - use_unet_skips, use_value_residual (arXiv:2410.17897), use_x0_residual, use_embedding_norm: the residual stream of
         the GPT-2 speedrun (github.com/KellerJordan/modded-nanogpt, record of 2024-11-10).
-    value_embedding_layers: layers whose attention values get a gated embedding of the token added, which starts at
+    - value_embedding_layers: layers whose attention values get a gated embedding of the token added, which starts at
         standard deviation 0.01; "alternating" means every other layer, counting from the last. Reads token ids, so that
         `inputs_embeds` is refused. `num_value_embeddings`: tables that the layers take in turn; None means one each.
-    use_smear: add a gated share of the previous token's embedding to each embedding. Like the next two, reads the
+    - use_smear: add a gated share of the previous token's embedding to each embedding. Like the next two, reads the
         previous token's id, which is neither padding nor of another document: no `inputs_embeds`, no 4D masks.
-    bigram_vocab_size: rows of a table into which the pair of a token and the previous one is hashed; each layer adds
+    - bigram_vocab_size: rows of a table into which the pair of a token and the previous one is hashed; each layer adds
         a share of this row, which starts at zero, to its input. None means no table.
-    use_key_offset: in layers of the type "full_attention", the dimensions of a key that RoPE does not rotate come from
-        the previous token; needs partial_rotary_factor < 1.
-    use_attention_gate: multiply the output of each head by a gate. `use_exclusive_attention`: subtract a learned share
-        of its part along the token's own value.
-    use_long_skip: one gated connection from a quarter of the depth to the middle. `use_backout`: subtract a learned
+    - use_key_offset: in layers of the type "full_attention", the dimensions of a key that RoPE does not rotate come
+        from the previous token; needs partial_rotary_factor < 1.
+    - use_attention_gate: multiply the output of each head by a gate. `use_exclusive_attention`: subtract a learned
+        share of its part along the token's own value.
+    - use_long_skip: one gated connection from a quarter of the depth to the middle. `use_backout`: subtract a learned
         share of the hidden states at two thirds of the depth from the last.
-    final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means no soft cap.
+    - final_logit_softcapping: c in logits = c tanh(logits / c) (arXiv:2408.00118); None means no soft cap.
         `final_logit_softcapping_type`: "tanh", or another form (a key of SOFT_CAPS in loss_gpt2modern.py).
-    initializer_range: standard deviation with which all matrices start. `embedding_initializer_range`: that of the
+    - initializer_range: standard deviation with which all matrices start. `embedding_initializer_range`: that of the
         token embedding (None: the same). Output matrices of attention and MLP use initializer_range / sqrt(2 x
         num_hidden_layers), as in GPT-2; with `zero_init_projections` they and an untied head start at zero.
 

@@ -128,6 +128,7 @@ def test_the_tree_lists_every_file_with_a_comment():
         "gpt2modern/",
         "eval/",
         "benchmarks/",
+        "examples/",
         "docs/",
         "tests/support/",
         "tests/structure.py",

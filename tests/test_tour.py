@@ -1,0 +1,68 @@
+"""Every command and snippet of docs/tour.md runs, in order, in one folder, with smaller numbers."""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from gpt2modern.data.manifest import find_problems
+
+REPOSITORY = Path(__file__).parents[1]
+PAGE = (REPOSITORY / "docs" / "tour.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, flags=re.DOTALL)
+SMALLER = {"max_documents": 12, "train_tokenizer": 400, "block_size": 32, "total_batch_size": 256, "max_steps": 6}
+SMALLER |= {"warmup_steps": 2, "eval_steps": 3, "save_steps": 3, "max_new_tokens": 5}
+SMALLER |= {"config_overrides": "hidden_size=32,num_hidden_layers=2,num_attention_heads=2"}
+
+
+def run_command(line: str, monkeypatch) -> None:
+    """Run a line `python FILE ...` or `python -m MODULE ...` in this process: to import torch takes seconds."""
+    program, *words = shlex.split(line)
+    assert program == "python", line
+    for name, value in SMALLER.items():
+        words = [
+            str(value) if f"--{name}" == before else word for before, word in zip(["", *words], words, strict=False)
+        ]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    is_module = words[0] == "-m"
+    monkeypatch.setattr(sys, "argv", words[1:] if is_module else words)
+    if is_module:
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
+
+
+def test_the_tour(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"the reader is asked: {question}"))
+    commands = 0
+    for language, text in BLOCKS:
+        if language == "bash":
+            for line in text.replace("\\\n", " ").strip().splitlines():
+                run_command(line, monkeypatch)
+                commands += 1
+        elif language == "python":
+            exec(compile(text, "docs/tour.md", "exec"), {})
+    assert commands == PAGE.count("\npython ") == 7
+    assert not find_problems(Path("data/tour"))
+    summary = json.loads(Path("out/tour/summary.json").read_text())
+    measured = json.loads(Path("out/tour-perplexity.json").read_text())
+    assert measured["loss"] == pytest.approx(summary["eval_loss"], abs=1e-3) and summary["steps"] == 6
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert not list(Path("out/tour-stock").glob("*.py"))
+
+
+def test_the_commands_that_need_an_account_exist():
+    hf = shutil.which("hf", path=str(Path(sys.executable).parent))
+    (lines,) = [text.strip().splitlines() for language, text in BLOCKS if language == "console"]
+    for words in map(shlex.split, lines):
+        assert words[0] == "hf" and not any(word.startswith("-") for word in words)
+        subcommand = words[1:3] if words[1] == "auth" else words[1:2]
+        subprocess.run([hf, *subcommand, "--help"], check=True, capture_output=True)
