@@ -6,7 +6,7 @@ python examples/trainer.py --data_dir data/mine --output_dir out/trainer --max_s
 from dataclasses import dataclass, field
 
 from datasets import load_from_disk
-from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers import default_data_collator as collator
 
 from modeling_gpt2modern import GPT2ModernConfig, GPT2ModernForCausalLM
@@ -21,6 +21,7 @@ class Arguments:
 
 
 arguments, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+set_seed(training.seed)  # of the initial weights
 data = load_from_disk(arguments.data_dir)
 tokenizer = AutoTokenizer.from_pretrained(f"{arguments.data_dir}/tokenizer")
 sizes = {"hidden_size": arguments.hidden_size, "num_hidden_layers": arguments.num_hidden_layers}
