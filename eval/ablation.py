@@ -171,7 +171,7 @@ class Ablation:
             unit = {"K": 1e3, "M": 1e6, "B": 1e9}.get(config.tokens[-1], 1)
             steps = max(1, round(float(config.tokens.rstrip("KMB")) * unit / batch))
         ratio = recipe.schedule.warmup_steps / recipe.max_steps
-        recipe = replace(recipe, total_batch_size=batch, warmup_steps=None, warmup_ratio=ratio)
+        recipe = replace(recipe, total_batch_size=batch, warmup_steps=None, warmup_ratio=ratio, export_stock="false")
         self.recipe = with_steps(recipe, steps)
         self.tokens = steps * batch
         if self.tokens > self.blocks.tokens:

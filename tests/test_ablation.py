@@ -95,6 +95,7 @@ def test_a_set_is_trained_once_and_reported(flags, tmp_path, capfd, monkeypatch)
     assert found["vanilla"]["parameters"] - found["+rope"]["parameters"] == 32 * 32  # the learned positions
     assert found["vanilla"]["tokens_to_base_loss"] == 1.0 and found["vanilla"]["verdict"] == "base"
     assert not list(tmp_path.glob("runs/*/checkpoints"))
+    assert not list(tmp_path.glob("runs/*/stock"))
     monkeypatch.setattr(ablation, "tqdm", partial(ablation.tqdm, disable=True))  # TQDM_DISABLE=1, read at import
     for path in tmp_path.glob("runs/rope-seed*/commits.txt"):
         path.write_text("1234567890\n1234567890\nabcdef0123-dirty\n")  # as if an older version had trained them
