@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from eval.evidence import DATA_CODE, Report, current_commit, recipe_code
+from eval.evidence import DATA_CODE, Report, commits_of, current_commit, recipe_code
 from gpt2modern.cli import find_recipe, one_line_errors, parse_arguments
 from gpt2modern.cores import available_cores
 from gpt2modern.data.blocks import PackedBlocks
@@ -141,12 +141,6 @@ class Run:
         """Return the contents of summary.json, None if the run has not finished."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
-
-    @property
-    def commits(self) -> list[str]:
-        """Return the commits of the code that has trained the run; [] without git."""
-        path = self.folder / "commits.txt"
-        return path.read_text().split() if path.exists() else []
 
     def rows_with(self, name: str) -> list[tuple[int, float]]:
         """Return (tokens seen, value) of each row of metrics.jsonl that has a value of this name."""
@@ -536,7 +530,7 @@ def write_report(
     finished = {name: [run for run in each if run.summary] for name, each in runs.items()}
     if not finished[first]:
         raise GPT2ModernError(f"the base {first} has no finished run{workers.first_failure()}")
-    commits = dict.fromkeys(commit for each in finished.values() for run in each for commit in run.commits)
+    commits = dict.fromkeys(commit for each in finished.values() for run in each for commit in commits_of(run.folder))
     report.provenance["commit"] = ", ".join(commits) or report.provenance["commit"]
     shorter = [name for name, each in finished.items() if each and each[0].summary["tokens_seen"] != ablation.tokens]
     exceptions = f" but {' and '.join(shorter)}" if shorter and config.matched == "tokens" else ""

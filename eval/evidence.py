@@ -151,6 +151,13 @@ def current_commit(measures: Sequence[str]) -> str | None:
     return commit + "-dirty" * bool(git(REPOSITORY, "status", "--porcelain", "--", *paths)) or None
 
 
+def commits_of(run: Path) -> list[str]:
+    """Return the commits of the code that has trained a run of eval.ablation, by its folder; [] if it is another run,
+    or was trained without git."""
+    path = run / "commits.txt"
+    return path.read_text().split() if path.exists() else []
+
+
 def recipe_code(name: str) -> list[str]:
     """Return the path of the shipped recipe of this name, for `measures`; [] if there is none."""
     return [path for path in (f"recipes/{name}.yaml",) if (REPOSITORY / path).exists()]
@@ -221,11 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             write_file(path, text)
         for path, drawing in {} if config.check else stale_pictures(REPOSITORY).items():
             pictures.draw(drawing, path)
-        print(
-            *found if config.check else [f"{len(found)} parts changed"],
-            sep="\n",
-            end="\n" * bool(found),
-        )
+        print(*found if config.check else [f"{len(found)} parts changed"], sep="\n", end="\n" * bool(found))
     if found and config.check:
         raise SystemExit(1)
 

@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             measures=MEASURES + evidence.recipe_code(name),
             variant=name,
         )
-        if (trained := run / "commits.txt").exists():
-            commits = [*trained.read_text().split(), report.provenance["commit"]]
-            report.provenance["commit"] = ", ".join(dict.fromkeys(filter(None, commits)))
+        commits = filter(None, [*evidence.commits_of(run), report.provenance["commit"]])
+        report.provenance["commit"] = ", ".join(dict.fromkeys(commits)) or None
         logged, samples = read_rows(run / "metrics.jsonl"), read_rows(run / "samples.jsonl")
         model = load_model(config.run, flag="--run").to(device)
         loss = evaluate_loss(model, blocks, batch_size=8)
