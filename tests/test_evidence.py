@@ -219,6 +219,15 @@ def test_a_change_of_what_is_measured_makes_a_report_old(root, file, old, new, s
     assert len(lines) == stale and all(f"{path.name} is older than {file};" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "stale"), [("CONSTANT = 1", "CONSTANT = 2", True), ("return 1 ", "return 3 ", False)]
+)
+def test_a_constant_is_measured_by_its_name(root, old, new, stale):
+    report(root, measures=["package/code.py:CONSTANT"])
+    (root / "package/code.py").write_text(CODE.replace(old, new))
+    assert len(list(problems(root))) == stale
+
+
 def test_a_folder_is_measured_with_all_its_files(root):
     report(root, measures=["package"])
     (root / "package/code.py").write_text(CODE.replace("return 2", "return 4"))
@@ -264,6 +273,7 @@ def test_a_run_is_recorded_with_its_loss_on_the_whole_validation_split(data_dir,
     run = train(
         data_dir, tmp_path / "demo", ["--sample_prompts", "def ", "class "], eval_blocks=2, sample_max_new_tokens=4
     )
+    (run / "commits.txt").write_text("1234567890\n1234567890\n")  # as eval.ablation does
     record.main(
         ["--run", str(run), "--data", str(data_dir), "--output", str(tmp_path / "reports"), "--length_factors", "2"]
     )
@@ -277,6 +287,8 @@ def test_a_run_is_recorded_with_its_loss_on_the_whole_validation_split(data_dir,
     expected = evaluate_loss(load_model(str(run)), longer, batch_size=1)
     assert results["lengths"][0]["loss"] == pytest.approx(expected, abs=1e-6) != results["eval_loss"]
     assert [each["prompt"] for each in results["samples"]] == ["def ", "class "] and len(results["rates"]) == 8
+    assert content["commit"].split(", ")[0] == "1234567890" and content["commit"].count("1234567890") == 1
+    assert results["settings"]["eval_blocks"] == 2 and "`" in page.read_text().split("Settings of the training: ")[1]
     assert "recipes/demo.yaml" in content["measures"] and content["command"].startswith("python -m eval.record --run")
     assert f"| eval_loss | {results['eval_loss']:.3f} |" in page.read_text() and content["picture"] in page.read_text()
     assert str(tmp_path) not in page.with_suffix(".json").read_text() + page.read_text()
