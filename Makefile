@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-e2e test-faults lint install bench bench-data record report docs clean
+.PHONY: demo try-everything test test-all test-e2e test-faults lint install bench bench-data record report docs clean
 
 install: $(INSTALLED)
 
@@ -28,9 +28,21 @@ demo: $(INSTALLED)
 	$(BIN)/python -m eval.generate --model $(DEMO) --prompt "def __init__(self" "class Test" "import os" --max_new_tokens 80
 	@echo
 	@echo "The model, its card and its records: $(DEMO)   (training_curves.png shows how it learned)"
+	@echo "In other programs:    make try-everything   ($(DEMO)/stock is the same model as a stock class of transformers)"
 	@echo "More text from it:    $(BIN)/python -m eval.generate --model $(DEMO) --prompt 'for i in range('"
 	@echo "Train on your files:  $(BIN)/python prepare_data.py --train_file YOUR.txt --train_tokenizer 8192 --block_size 256 --output_dir data/mine"
 	@echo "A real run:           README.md, section 'Train'"
+
+# The demo's folder, or make try-everything MODEL=out/mine, in other programs: serve, llama.cpp, ONNX, lm-eval, TRL, ...
+MODEL := $(DEMO)
+
+try-everything: $(VENV)/.clients
+	$(BIN)/python -m tests.support.clients --model $(MODEL)
+
+$(VENV)/.clients: $(INSTALLED)
+	@echo "Installing the clients (lm-eval brings 350 MB)"
+	$(BIN)/python -m pip install --disable-pip-version-check -q --retries 1 -c constraints.txt -e '.[clients]' && touch $@ \
+		|| echo "warning: some clients are not installed, see the table" >&2
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not (fault and slow) and not exhaustive"

@@ -1,16 +1,22 @@
-"""Functions that all benchmarks use: choose a device, run in a new process and in turn, reset the peak memory."""
+"""Functions that all benchmarks use: choose a device, run in a new process and in turn, time generation, reset the
+peak memory."""
 
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from gpt2modern.errors import GPT2ModernError, first_line
+
+TIMED_CALLS = 3  # of generate
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -49,6 +55,17 @@ def in_turn(calls: dict[Hashable, tuple[int, Callable]]) -> dict[Any, list | str
             except (GPT2ModernError, RuntimeError, ValueError) as error:  # also out of memory, or a process that died
                 results[key] = first_line(error)
     return results
+
+
+def generation_seconds(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, **options: Any) -> float:
+    """Return the median seconds of TIMED_CALLS calls of greedy `generate`, after one call that warms up."""
+    times = []
+    for _ in range(1 + TIMED_CALLS):
+        start = time.perf_counter()
+        model.generate(prompts.to(model.device), max_new_tokens=new_tokens, do_sample=False, **options)
+        synchronize(model.device)
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -31,12 +31,12 @@ from gpt2modern.settings import setting
 PARTS = ("train", "memory", "generation")
 GENERATION_BATCHES = (1, 16)
 PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT_TOKENS = 32, 64, 512
-TIMED_CALLS = 3  # of generate, after one that warms up
 MEMORY_STEPS, MEMORY_TURNS = 1, 2  # timed in one process, and how often: memory hardly varies
 HEADER = ["measured", "unit", "median (p20 to p80)", "peer", "its median (p20 to p80)", "n", "ratio (p20 to p80)"]
 HEADER += ["target", "reached"]
 MEASURES = {part: [*throughput.MEASURES, "benchmarks/targets.py:targets,measure"] for part in ("train", "memory")}
 MEASURES["generation"] = ["modeling_gpt2modern", "benchmarks/targets.py:targets,measure,measure_generation"]
+MEASURES["generation"] += ["benchmarks/measuring.py:generation_seconds,TIMED_CALLS"]
 
 
 @dataclass(kw_only=True)
@@ -128,16 +128,7 @@ def measure_generation(row: Row, config: TargetsConfig, blocks: PackedBlocks) ->
     if row.compiled:  # as the documentation of transformers does
         model.forward = torch.compile(model.forward, dynamic=False)
     tokens = blocks.__getitems__(range(max(GENERATION_BATCHES)))[:, :-1]  # (16, block_size)
-
-    def seconds(prompts: torch.Tensor, new_tokens: int) -> float:
-        times = []
-        for _ in range(1 + TIMED_CALLS):
-            start = time.perf_counter()
-            model.generate(prompts.to(config.device), max_new_tokens=new_tokens, do_sample=False, **cache)
-            measuring.synchronize(torch.device(config.device))
-            times.append(time.perf_counter() - start)
-        return median(times[1:])
-
+    seconds = partial(measuring.generation_seconds, model, **cache)
     new_tokens = min(NEW_TOKENS, config.block_size // 2)
     short = tokens[:, :PROMPT_TOKENS][:, :new_tokens]
     results = {f"tokens/s, batch {n}": n * new_tokens / seconds(short[:n], new_tokens) for n in GENERATION_BATCHES}
@@ -231,7 +222,7 @@ Memory: {MEMORY_STEPS} steps of {large.per_device_train_batch_size} x {config.bl
 Peak: of the whole process, resident on a CPU, allocated on a GPU; this decides, as it is what a user sees.
 
 Generation: fp32, greedy, {NEW_TOKENS} tokens after {PROMPT_TOKENS}; to the first token: after {LONG_PROMPT_TOKENS}. \
-Median of {TIMED_CALLS} calls after the first. Eager: `generate` with its defaults."""
+Median of {measuring.TIMED_CALLS} calls after the first. Eager: `generate` with its defaults."""
         missed = [f"{each['row']} over {each['peer']}, {each['unit']}" for each in numbers if each["reached"] == "no"]
         verdict = f"not reached: {'; '.join(missed)}" if missed else "every target is reached, or within the spread"
         question = "how do training, memory and generation compare with other implementations of the same models?"

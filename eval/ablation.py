@@ -3,8 +3,9 @@
 python -m eval.ablation --data_dir DATA --output_dir out/ablation --variants vanilla,+rope,+swiglu,modern,speedrun
     --tune learning_rate=0.0005,0.001,0.002,0.004,0.008 [--seeds 3] [--tokens 0.8M] [--matched params] [--jobs 2]
 
-A variant is a base (vanilla, modern, speedrun) with changes, such as modern+relu2; +relu2 changes the first variant of
-the list. A change is a name from AXES, or a setting of the model or the trainer: +rope_theta=1000, +weight_decay=0.
+A variant is a base (vanilla, modern, modern-muon, speedrun, frontier) with changes, such as modern+relu2; +relu2
+changes the first variant of the list. A change is a name from AXES, or a setting of the model or the trainer:
++rope_theta=1000, +weight_decay=0.
 The same command continues a set of runs that was stopped, and skips the finished ones.
 """
 
@@ -43,11 +44,16 @@ from gpt2modern.training.models import MODEL_SETTINGS, build_model, parse_config
 from modeling_gpt2modern.configuration_gpt2modern import MLPS
 from train_accelerate import train
 
+MUON_RATES = (  # those of recipes/demo.yaml
+    "optimizer=muon muon_learning_rate=0.03 embedding_learning_rate=0.2 learning_rate=0.008 lr_scheduler_type=linear "
+    "warmup_ratio=0 min_lr_ratio=0 weight_decay=0"
+)
 BASES = {
     "vanilla": "model_preset=gpt2 embedding_dropout=0 attention_dropout=0 hidden_dropout=0",
     "modern": "model_preset=modern",
-    "speedrun": "model_preset=speedrun optimizer=muon muon_learning_rate=0.03 embedding_learning_rate=0.2 "
-    "learning_rate=0.008 lr_scheduler_type=linear warmup_ratio=0 min_lr_ratio=0 weight_decay=0",  # recipes/demo.yaml
+    "modern-muon": f"model_preset=modern-muon {MUON_RATES}",
+    "speedrun": f"model_preset=speedrun {MUON_RATES}",
+    "frontier": f"model_preset=frontier {MUON_RATES}",
 }
 AXES = {
     "rope": "position_embedding_type=rope",

@@ -79,7 +79,7 @@ class Report:
         try:
             versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
         except PackageNotFoundError as error:
-            raise GPT2ModernError(f"{error.name} is not installed; run python -m pip install -e '.[bench]'") from None
+            raise GPT2ModernError(f"{error.name} is not installed; run python -m pip install {error.name}") from None
         # An absolute path is cut to its last part: a report does not show the folders of this machine.
         words = (re.sub(r"(?<![^\s=,])/([^\s=,]*/)?", "", word) for word in (sys.argv[1:] if argv is None else argv))
         cores = available_cores(physical=True)

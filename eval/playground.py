@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,6 +40,7 @@ REPOSITORY = Path(__file__).parents[1]
 CODE = ("eval/*.py", "gpt2modern/**/*.py", "gpt2modern/templates/*", "modeling_gpt2modern/*.py")
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", "token*.json", "chat_template*")
 MODEL_FILES += ("metrics.jsonl", "samples.jsonl")
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 @dataclass
@@ -74,13 +76,25 @@ def build_page(names: list[str]) -> "gr.Blocks":
 
     def answer(prompt: str, *sampling: float) -> Iterator[list]:
         """Yield a text and the next tokens of each model, again and again while the texts grow."""
-        flags = dict(zip(("max_new_tokens", "temperature", "top_k", "top_p", "seed"), sampling, strict=True))
+        flags = dict(zip(SAMPLING, sampling, strict=True))
         try:
             texts, tokens = [""] * len(models), [next_tokens(*model, prompt) for model in models]
             for number, model in enumerate(models):
                 for text in stream_text(*model, prompt, **flags):
                     texts[number] = f'<div class="text"><b>{html.escape(prompt)}</b>{html.escape(text)}</div>'
                     yield [*texts, *tokens]
+        except GPT2ModernError as error:
+            raise gr.Error(str(error)) from None
+
+    def reply(model: tuple, message: str, history: list[dict], *sampling: float) -> Iterator[str]:
+        """Yield the growing answer of a model, with its tokenizer, to a message after those of the conversation."""
+        messages = [*history, {"role": "user", "content": message}]
+        for each in messages:  # the page sends parts of a message, a client of its API a text
+            each["content"] = each["content"] if isinstance(each["content"], str) else each["content"][0]["text"]
+        prompt = model[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            flags = dict(zip(SAMPLING, sampling, strict=True))
+            yield from stream_text(*model, prompt, add_special_tokens=False, **flags)
         except GPT2ModernError as error:
             raise gr.Error(str(error)) from None
 
@@ -96,7 +110,7 @@ def build_page(names: list[str]) -> "gr.Blocks":
                 gr.Slider(0, 2, 0.8, step=0.05, label="Temperature"),
                 gr.Slider(0, 200, 50, step=1, label="Top k (0: all)"),
                 gr.Slider(0.05, 1, 1, step=0.05, label="Top p"),
-                gr.Number(0, precision=0, minimum=0, label="Seed"),
+                gr.Number(0, precision=0, minimum=0, maximum=2**53, label="Seed"),
             ]
         texts, look = [], {"container": True, "min_height": 180, "apply_default_css": False, "elem_classes": "shown"}
         with gr.Row(equal_height=True):
@@ -107,6 +121,10 @@ def build_page(names: list[str]) -> "gr.Blocks":
             tokens = [gr.Label(label=f"{each}: next token", show_heading=False, min_width=300) for each in labels]
         event = gr.on([start.click, prompt.submit], answer, [prompt, *sampling], [*texts, *tokens])
         stop.click(None, cancels=event)
+        for label, model in zip(labels, models, strict=True):
+            if model[1].chat_template:
+                with gr.Accordion(f"Chat with {label}", open=False):
+                    gr.ChatInterface(partial(reply, model), additional_inputs=sampling, api_name="reply")
         if runs := [name for name in names if (Path(name) / "metrics.jsonl").exists()]:
             with tempfile.TemporaryDirectory() as folder, gr.Accordion("Training", open=False):
                 records = render("runs.html", **compared(runs, Path(folder, "curves.png")))

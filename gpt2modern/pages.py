@@ -16,6 +16,6 @@ ENVIRONMENT = jinja2.Environment(
 )
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, /, **values: Any) -> str:
     """Return the page, or part of one, that the template `name`.jinja makes of the values."""
     return ENVIRONMENT.get_template(f"{name}.jinja").render(values)

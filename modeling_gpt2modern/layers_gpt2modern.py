@@ -243,15 +243,6 @@ class Smear(ResidualMix):
         return hidden_states + self.weight * self.gate(hidden_states) * other_states
 
 
-class LongSkip(Smear):
-    """Compute x + sigmoid(w) * 2 * gate * y with a learned w, where y is the output of an earlier layer."""
-
-    initial_weight = (-1.5,)
-
-    def forward(self, hidden_states: torch.Tensor, other_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states + torch.sigmoid(self.weight) * 2 * self.gate(hidden_states) * other_states
-
-
 class ValueEmbedding(Gate):
     """Add 2 * gate * e to the attention values, where e is an embedding of the token and each key and value head has a
     gate of its own. Returns the dtype of the values."""
@@ -262,25 +253,6 @@ class ValueEmbedding(Gate):
         gate = 2 * super().forward(hidden_states).unsqueeze(-1)  # (batch, seq_len, num_heads, 1)
         added = gate * embeds.unflatten(-1, (gate.shape[2], -1))  # (batch, seq_len, num_heads, head_dim)
         return (value_states + added.transpose(1, 2)).to(value_states.dtype)
-
-
-class AttentionGate(Gate):
-    """Multiply each head's output, (batch, seq_len, num_heads, head_dim), by 2 * gate of the attention's input."""
-
-    def forward(self, attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return (attn_output * 2 * super().forward(hidden_states).unsqueeze(-1)).to(attn_output.dtype)
-
-
-class ExclusiveAttention(ResidualMix):
-    """Subtract from the output y of each head, (batch, seq_len, num_heads, head_dim), its part along the token's own
-    value v: y - tanh(w) (y.v / v.v) v with a learned w per head (exclusive self-attention, modded-nanogpt's record 82).
-    v: (batch, num_key_value_heads, seq_len, head_dim)."""
-
-    def forward(self, attn_output: torch.Tensor, value_states: torch.Tensor) -> torch.Tensor:
-        groups = attn_output.shape[2] // value_states.shape[1]
-        own = value_states.transpose(1, 2).repeat_interleave(groups, dim=2)  # (batch, seq_len, num_heads, head_dim)
-        share = (attn_output * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True).clamp(min=1e-6)
-        return (attn_output - torch.tanh(self.weight).unsqueeze(-1) * share * own).to(attn_output.dtype)
 
 
 def bigram_rows(input_ids: torch.Tensor, previous_ids: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -340,13 +312,14 @@ class PreviousTokens(NamedTuple):
         padding; anything else, such as the masks of generate(), which pads on the left, is not read. history: that of
         the ids in the cache, which are kept plus 1.
         """
-        source = None
+        source, positions = None, F.pad(position_ids, (1, 0)).expand(len(input_ids), -1)
         if isinstance(attention_mask, torch.Tensor):
             is_token = F.pad(attention_mask[:, -input_ids.shape[1] :].bool(), (1, 0), value=True)
             index = torch.arange(is_token.shape[1], device=is_token.device)
             source = torch.where(is_token, index, 0).cummax(-1).values
+            positions = positions.gather(1, source)
         ids = cls(input_ids, source).shift(input_ids[:, None, :, None] + 1, history)[:, 0, :, 0] - 1
-        continues = position_ids.diff(prepend=torch.zeros_like(position_ids[:, :1])) > 0
+        continues = positions.diff() > 0
         return cls(ids.masked_fill(~continues, -1), source)
 
     def shift(self, states: torch.Tensor, history: CacheLayerMixin | None) -> torch.Tensor:

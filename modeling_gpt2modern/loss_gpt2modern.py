@@ -6,25 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-# Forms of `final_logit_softcapping_type`: a function g that bounds x = logits / c, and the product of a gradient and
-# g's slope at g(x), which may overwrite both. tanh is of arXiv:2408.00118, the others of modded-nanogpt: with c = 15,
-# rational is 15 z / sqrt(z^2 + 225) of the logits z; with c = 23, sigmoid is 23 / (1 + exp(-(z + 5) / 7.5)).
-SOFT_CAPS: dict[str, tuple[Callable, Callable]] = {
-    "tanh": (torch.tanh, lambda gradient, bounded: gradient.addcmul_(gradient, bounded.square_(), value=-1)),
-    "rational": (
-        lambda x: x * torch.rsqrt(x.square() + 1),
-        lambda gradient, bounded: gradient.mul_(bounded.square_().neg_().add_(1).clamp_(min=0).pow_(1.5)),
-    ),
-    "sigmoid": (
-        lambda x: torch.sigmoid((x + 5 / 23) * (23 / 7.5)),
-        lambda gradient, bounded: gradient.mul_(bounded.addcmul_(bounded, bounded, value=-1).mul_(23 / 7.5)),
-    ),
-}
 
-
-def soft_cap(logits: torch.Tensor, cap: float | None, form: str = "tanh") -> torch.Tensor:
-    """Return cap * g(logits / cap) with the function g of SOFT_CAPS[form]; if cap is None, the logits."""
-    return logits if cap is None else cap * SOFT_CAPS[form][0](logits / cap)
+def soft_cap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return cap * tanh(logits / cap) (arXiv:2408.00118); if cap is None, the logits."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 # Rows of the weight gradient that are added up at a time. One 8,192 x 768 block in fp32 is 25 MB: small enough that the
@@ -38,7 +23,6 @@ def _loss_and_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,
     softcap: float | None,
-    softcap_type: str,
     z_loss_coefficient: float,
     loss_dtype: torch.dtype,
     later_weights: torch.Tensor | None = None,
@@ -52,7 +36,7 @@ def _loss_and_gradient(
     """
     scores = logits.to(loss_dtype)
     if softcap is not None:
-        bounded = SOFT_CAPS[softcap_type][0](scores / softcap)
+        bounded = torch.tanh(scores / softcap)
         scores = softcap * bounded
     probabilities = torch.softmax(scores, dim=-1)
     # The largest probability is 1 / sum(exp(scores - largest score)).
@@ -72,7 +56,7 @@ def _loss_and_gradient(
     for index in range(1, targets.shape[1]):  # one at a time: a row may have the same target twice
         gradient = gradient.scatter_add_(1, targets[:, index : index + 1], -later_weights[:, index - 1 : index])
     if softcap is not None:
-        gradient = SOFT_CAPS[softcap_type][1](gradient, bounded)
+        gradient = gradient.addcmul_(gradient, bounded.square_(), value=-1)
     return log_probs, log_sum, gradient
 
 
@@ -88,7 +72,6 @@ def _summed_loss_and_gradients(
     later_labels: torch.Tensor | None,
     later_weights: torch.Tensor | None,
     softcap: float | None,
-    softcap_type: str,
     z_loss_coefficient: float,
     vocab_size: int,
     ignore_index: int,
@@ -146,7 +129,7 @@ def _summed_loss_and_gradients(
             block = slice(first, first + block_size)
             of_block = None if weights is None else weights[block]
             log_probs, log_sum, gradient[block] = loss_and_gradient(
-                gradient[block], targets[block], softcap, softcap_type, z_loss_coefficient, loss_dtype, of_block
+                gradient[block], targets[block], softcap, z_loss_coefficient, loss_dtype, of_block
             )
             total -= log_probs[:, :1].masked_fill(is_ignored[block], 0).sum()
             if z_loss_coefficient:
@@ -241,7 +224,6 @@ def linear_cross_entropy_and_z_loss(
     z_loss_coefficient: float = 0.0,
     vocab_size: int | None = None,
     softcap: float | None = None,
-    softcap_type: str = "tanh",
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
@@ -257,7 +239,7 @@ def linear_cross_entropy_and_z_loss(
     This term prevents a growth of all logits by the same amount, which the softmax does not notice (PaLM,
     arXiv:2204.02311, section 5, uses 1e-4).
     vocab_size: number of token ids; the rows of `weight` beyond it have probability 0 and a gradient of exactly zero.
-    softcap: bound of the logits, applied in fp32; None means no bound. softcap_type: its form, a key of SOFT_CAPS.
+    softcap: bound of the logits, applied in fp32; None means no bound.
     num_items_in_batch: divisor of the summed loss; None means the number of labels that are not ignored.
     chunk_size: number of tokens whose logits exist at the same time; None means `default_chunk_size`.
     later_labels: (..., later), int64, for num_tokens tokens: the tokens after `labels` that the same logits also
@@ -294,7 +276,6 @@ def linear_cross_entropy_and_z_loss(
         None if later_labels is None else later_labels.flatten(0, -2).to(labels.device),
         None if later_weights is None else later_weights.to(labels.device),
         softcap,
-        softcap_type,
         z_loss_coefficient,
         vocab_size,
         ignore_index,

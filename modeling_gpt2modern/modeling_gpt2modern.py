@@ -1,7 +1,7 @@
 """Define the GPT2-Modern models: a decoder-only transformer that can be GPT-2 (2019), Llama or models in between.
 
 The file is ordered from the inner to the outer parts: attention, decoder layer, model, models with a head. `__init__`
-turns each choice of the configuration into a module; no `forward` reads a flag. Modules have the same names as in
+turns each choice of the configuration into a module; no `forward` chooses by a flag. Modules have the same names as in
 Llama. Attention functions are in attention_gpt2modern.py; norms, MLPs and the rotary embedding are in
 layers_gpt2modern.py, the loss is in loss_gpt2modern.py.
 """
@@ -42,13 +42,10 @@ from .attention_gpt2modern import eager_attention_forward
 from .configuration_gpt2modern import GPT2ModernConfig, load_conversion
 from .layers_gpt2modern import (
     NORMS,
-    AttentionGate,
     EmbeddingResidual,
-    ExclusiveAttention,
     Gate,
     GPT2ModernRotaryEmbedding,
     KeyOffset,
-    LongSkip,
     PackedDocuments,
     PreviousTokens,
     ResidualMix,
@@ -91,7 +88,7 @@ class GPT2ModernAttention(nn.Module):
     """Compute causal self-attention with grouped key and value heads (arXiv:2305.13245).
 
     Differs from Qwen3's: query and key norms and RoPE are optional, and so are changes of the values (a mix with those
-    of the first layer, embeddings), of the keys (offset), and of each head's output (gate, exclusive self-attention).
+    of the first layer, embeddings) and of the keys (offset).
     """
 
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
@@ -120,15 +117,12 @@ class GPT2ModernAttention(nn.Module):
         )
         # Layer 0 mixes nothing in: the other layers read its values.
         self.value_residual = ValueResidual() if config.use_value_residual and layer_idx > 0 else unchanged
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        has_value_embedding = layer_idx in (config.value_embedding_layers or ())
-        self.value_embedding = ValueEmbedding(config.hidden_size, kv_heads) if has_value_embedding else unchanged
-        self.key_offset = unchanged
+        self.value_embedding = self.key_offset = unchanged
+        if layer_idx in (config.value_embedding_layers or ()):
+            self.value_embedding = ValueEmbedding(config.hidden_size, config.num_key_value_heads)
         if config.use_key_offset and config.layer_types[layer_idx] == "full_attention":
             rotary_dim = int(config.head_dim * config.partial_rotary_factor)
             self.key_offset = KeyOffset(rotary_dim, -config.layer_types[layer_idx:].count("full_attention"))
-        self.exclusive = ExclusiveAttention((0.0,) * heads) if config.use_exclusive_attention else unchanged
-        self.output_gate = AttentionGate(config.hidden_size, heads) if config.use_attention_gate else unchanged
 
     def forward(
         self,
@@ -151,7 +145,7 @@ class GPT2ModernAttention(nn.Module):
         key_states = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
         value_states = new_value_states = self.value_residual(value_states, first_value_states)
-        value_states = own_value_states = self.value_embedding(value_states, hidden_states, value_embeds)
+        value_states = self.value_embedding(value_states, hidden_states, value_embeds)
         key_states = self.key_offset(key_states, previous_tokens, past_key_values)
 
         if position_embeddings is not None:
@@ -174,18 +168,15 @@ class GPT2ModernAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = self.output_gate(self.exclusive(attn_output, own_value_states), hidden_states)
         # (batch, seq_len, num_heads, head_dim) -> (batch, seq_len, hidden_size)
         attn_output = self.o_proj(attn_output.reshape(*input_shape, -1).contiguous())
         return attn_output, attn_weights, new_value_states
 
 
 def skip_sources(config: GPT2ModernConfig) -> dict[int, int]:
-    """Return for each layer that reads a skip connection the earlier layer whose output it reads."""
+    """Return for each layer that reads a U-Net skip connection the earlier layer whose output it reads."""
     depth = config.num_hidden_layers
-    if config.use_unet_skips:
-        return {index: depth - 1 - index for index in range(depth - depth // 2, depth)}
-    return {depth // 2: depth // 4} if config.use_long_skip and depth > 1 else {}
+    return {index: depth - 1 - index for index in range(depth - depth // 2, depth) if config.use_unet_skips}
 
 
 class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
@@ -194,9 +185,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: GPT2ModernConfig, layer_idx: int):
         super().__init__()
         self.is_value_source = config.use_value_residual and layer_idx == 0
-        reads_skip = layer_idx in skip_sources(config)
-        self.unet_skip = WeightedSum() if config.use_unet_skips and reads_skip else unchanged
-        self.long_skip = LongSkip(config.hidden_size) if config.use_long_skip and reads_skip else unchanged
+        self.unet_skip = WeightedSum() if layer_idx in skip_sources(config) else unchanged
         self.embedding_residual = EmbeddingResidual() if config.use_x0_residual else unchanged
         self.bigram_residual = WeightedSum((0.05,)) if config.bigram_vocab_size else unchanged
 
@@ -223,7 +212,7 @@ class GPT2ModernDecoderLayer(GradientCheckpointingLayer):
         Tensors with gradients must be passed as positional arguments, because reentrant gradient checkpointing tracks
         no others.
         """
-        hidden_states = self.long_skip(self.unet_skip(hidden_states, skip_states), skip_states)
+        hidden_states = self.unet_skip(hidden_states, skip_states)
         hidden_states = self.embedding_residual(hidden_states, embedding_states)
         hidden_states = self.bigram_residual(hidden_states, bigram_embeds)
         attn_output, _, value_states = self.self_attn(
@@ -531,7 +520,6 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
         self.model = GPT2ModernModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.final_logit_softcapping = config.final_logit_softcapping
-        self.softcap_type = config.final_logit_softcapping_type
         self.post_init()
 
     @can_return_tuple
@@ -586,7 +574,6 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
                 z_loss_coefficient=z_loss_coefficient,
                 vocab_size=self.config.unpadded_vocab_size,
                 softcap=self.final_logit_softcapping,
-                softcap_type=self.softcap_type,
                 num_items_in_batch=num_items_in_batch,
                 later_labels=later_labels,
                 later_weights=later_weights,
@@ -595,7 +582,7 @@ class GPT2ModernForCausalLM(GPT2ModernPreTrainedModel, GenerationMixin):
             raise ValueError("later_labels need shift_labels, skip_logits=True and a head that is a plain matrix")
         else:
             # (batch, seq_len, vocab_size)
-            logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping, self.softcap_type)
+            logits = soft_cap(self.lm_head(hidden_states), self.final_logit_softcapping)
             if self.config.unpadded_vocab_size is not None:
                 logits[..., self.config.unpadded_vocab_size :] = torch.finfo(logits.dtype).min
                 if num_items_in_batch is not None and shift_labels is None:

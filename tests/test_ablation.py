@@ -188,7 +188,7 @@ def test_tokens_decide_the_steps_and_the_evaluations(flags):
     "variants, settings, message",
     [
         ("vanilla,+ropes", {}, "'ropes' is no change; choose from rope,"),
-        ("llama", {}, "'llama' is no base; choose vanilla, modern, speedrun"),
+        ("llama", {}, "'llama' is no base; choose vanilla, modern, modern-muon, speedrun, frontier"),
         ("vanilla,+rope,+rope", {}, r"--variants has \+rope twice"),
         ("vanilla,+hidden_size=33", {}, "hidden_size"),
         ("vanilla", {"tokens": "many"}, "--tokens many must be a number"),

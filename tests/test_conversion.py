@@ -273,6 +273,14 @@ def test_generation_configuration_comes_along():
     assert from_native(native).generation_config.top_k == 7
 
 
+@pytest.mark.parametrize(("mlp_type", "name"), [("swiglu", "Qwen3ForCausalLM"), ("relu2", "ApertusForCausalLM")])
+def test_modern_muon_has_a_stock_class(mlp_type, name):
+    model = ours("modern_muon", mlp_type=mlp_type)
+    native = to_native(model)
+    assert type(native).__name__ == name
+    assert_same_logits(native, model)
+
+
 REFUSED = {
     "speedrun": ("speedrun", {}, ["use_unet_skips=True", "use_value_residual=True", "use_x0_residual=True"]),
     "frontier": ("frontier_sliding_mixed", {}, ["use_smear=True", "value_embedding_layers=[1]", "use_backout=True"]),

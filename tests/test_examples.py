@@ -13,22 +13,13 @@ from accelerate.state import AcceleratorState
 from peft import AutoPeftModelForCausalLM
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
+from tests.support import clients
 from tests.support.folders import run, write_jsonl
 from tests.support.trainer import TINY, train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAINING = {"max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1, "lr_scheduler_type": "constant"}
 TRAINING |= {"per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-TASK = """
-task: two_texts
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {path}}}}}
-validation_split: validation
-output_type: loglikelihood
-doc_to_text: "text"
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: perplexity}}]
-"""
 
 
 @pytest.fixture
@@ -144,16 +135,14 @@ def test_dpo_prefers_the_chosen_answer(example, model_dir, tmp_path):
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs python -m pip install lm_eval (350 MB)")
 def test_evaluate_with_lm_eval(example, model_dir, tmp_path):
-    (tmp_path / "tasks").mkdir()
-    path = write_jsonl(tmp_path / "text.jsonl", ["def f(x): return x", "import os"])
-    (tmp_path / "tasks" / "two_texts.yaml").write_text(TASK.format(path=path))
+    clients.write_task(tmp_path / "tasks", ["def f(x): return x", "import os"])
     ran = example(
         "evaluate_with_lm_eval.py",
         model=model_dir,
-        tasks="two_texts",
+        tasks="texts",
         include_path=tmp_path / "tasks",
         device="cpu",
         output=tmp_path / "results.json",
     )
-    assert ran["results"]["n-samples"]["two_texts"]["effective"] == 2
-    assert json.loads((tmp_path / "results.json").read_text())["two_texts"]["perplexity,none"] > 1
+    assert ran["results"]["n-samples"]["texts"]["effective"] == 2
+    assert json.loads((tmp_path / "results.json").read_text())["texts"]["bits_per_byte,none"] > 1

@@ -4,11 +4,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
 import torch
@@ -17,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import prepare_data
 from gpt2modern.errors import GPT2ModernError
 from gpt2modern.loading import load_model
-from tests.support.trainer import ENVIRONMENT, TINY, config_of, train
+from tests.support import clients
+from tests.support.trainer import TINY, config_of, train
 from train_accelerate import train as train_with
 
 SHORT = {"max_steps": 2, "save_steps": 0, "eval_steps": 0, "logging_steps": 20, "export_stock": "auto"}
@@ -150,50 +146,9 @@ def test_a_folder_with_files_of_the_user_is_refused(data_dir, tmp_path):
 # transformers serve
 
 
-@pytest.fixture(scope="module")
-def served(run):
-    """Start `transformers serve` on the stock folder, and give an OpenAI client of it."""
-    openai = pytest.importorskip("openai", reason="openai is not installed (extra serve)")
-    for name in ("fastapi", "uvicorn"):
-        pytest.importorskip(name, reason=f"{name} is not installed (extra serve)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(run / "stock")]
-    with subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    ) as server:  # fmt: skip
-        try:
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                assert server.poll() is None, server.stdout.read()
-                time.sleep(0.5)
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-        finally:
-            server.kill()
-
-
-def continuation(run, prompt):
-    """Return what the model of the run, with its own code, continues a prompt with, and the number of new tokens."""
-    model, tokenizer = load_model(str(run)), AutoTokenizer.from_pretrained(run)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs.input_ids.shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
 @pytest.mark.slow
-def test_an_openai_client_completes_text_and_chats_also_streaming(run, served):
-    arguments = {"model": str(run / "stock"), "temperature": 0, "max_tokens": 8}
-    expected = continuation(run, "def ")
-    assert served.completions.create(prompt="def ", **arguments).choices[0].text == expected
-    parts = [chunk.choices[0].text for chunk in served.completions.create(prompt="def ", stream=True, **arguments)]
-    assert "".join(parts) == expected and sum(map(bool, parts)) > 1
-    chat, expected = [{"role": "user", "content": "x"}], continuation(run, "user: x\nassistant:")
-    assert "yes" in expected
-    assert served.chat.completions.create(messages=chat, **arguments).choices[0].message.content == expected
-    stream = served.chat.completions.create(messages=chat, stream=True, **arguments)
-    parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    assert "".join(parts) == expected and sum(map(bool, parts)) > 1
+def test_an_openai_client_completes_text_and_chats_also_streaming(run, tmp_path):
+    for package in ("fastapi", "openai", "uvicorn"):
+        pytest.importorskip(package, reason=f"{package} is not installed (extra serve)")
+    assert "yes" in clients.continuation(run, "user: x = 1\nassistant:")
+    assert clients.use_serve(run, tmp_path).startswith("text and chat, the same, also in pieces")

@@ -1,10 +1,8 @@
 """A model with its tokenizer as one GGUF file: transformers reads the same from it, llama.cpp computes the same."""
 
 import contextlib
-import json
 import random
 import unicodedata
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from gpt2modern.conversion import gguf as command
 from gpt2modern.conversion import to_native
+from tests.support import clients
 from tests.support.models import export_fresh_model, tiny_model
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra gguf)")
@@ -92,23 +91,9 @@ def test_transformers_reads_the_same_logits_and_token_ids_from_it(form, written)
 @contextlib.contextmanager
 def llama_cpp(path):
     """Give a function that asks a llama.cpp server which has loaded the file."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp, which brings llama.cpp, is not installed")
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 64, 1, 1
-    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.warmup, settings.verbosity = False, -1
-    server = xllamacpp.Server(settings)
-
-    def ask(route, **body):
-        url, headers = f"{server.listening_address}/{route}", {"Content-Type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60
-        ) as answer:
-            return json.loads(answer.read())
-
-    yield ask
+    pytest.importorskip("xllamacpp", reason="xllamacpp, which brings llama.cpp, is not installed")
+    with clients.llama_cpp(path) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -35,7 +35,7 @@ from modeling_gpt2modern import GPT2ModernForCausalLM
 from tests.support import hub as hub_of_tests
 from tests.support.folders import EOS, contents, make_texts, refusal, run, write_jsonl
 from tests.support.hub import TOKEN, Repository
-from tests.support.trainer import REPOSITORY, assert_same_weights, command, flags_for, metrics, train
+from tests.support.trainer import REPOSITORY, TORCHRUN, assert_same_weights, command, flags_for, metrics, train
 from train_accelerate import TrainConfig
 from train_accelerate import train as train_with
 
@@ -390,6 +390,30 @@ def test_a_newer_checkpoint_in_the_folder_is_preferred_and_a_damaged_one_on_the_
     with pytest.raises(GPT2ModernError, match=r"hub: someone/run: .*optimizer.safetensors was altered"):
         train_with_callback(wait_for_uploads, data_dir, tmp_path / "resumed", **RESUMED)
     assert not (tmp_path / "resumed" / "checkpoints" / "step_0000005").exists()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_resume_from_the_checkpoint_on_the_hub_that_one_downloads(
+    hub, stopped, data_dir, tmp_path, damaged
+):
+    """If it is damaged, the run ends with that line, and no process waits for the other."""
+    place, repository = tmp_path / "two", hub.repositories["models/someone/run"]
+    if damaged:
+        repository.commit(repository.at().files | {"last-checkpoint/optimizer.safetensors": b"x"})
+    asked = len(hub.requests)
+    launched = command(data_dir, place, *TORCHRUN, "2", **RESUMED | {"push_to_hub": False})
+    done = subprocess.run(launched, env=hub.environment(tmp_path), capture_output=True, text=True, timeout=300)
+    downloads = [each for each in hub.requests[asked:] if "last-checkpoint/optimizer" in each]
+    assert len(downloads) == 1, (hub.requests[asked:], done.stderr)
+    if damaged:
+        assert done.returncode != 0 and "optimizer.safetensors was altered" in done.stderr
+        assert "exitcode  : 2 (" in done.stderr and not list(place.rglob("step_*"))
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step_0000005 at step 5") == 1
+    alone = train(data_dir, tmp_path / "alone", **RESUMED | {"push_to_hub": False})
+    expected, found = ([row["loss"] for row in metrics(each)] for each in (alone, place))
+    assert found == pytest.approx(expected, abs=1e-4) and len(found) == 8
 
 
 # Adapters

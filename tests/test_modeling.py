@@ -135,17 +135,19 @@ def frontier_by_hand(
     rows = [config.bigram_vocab_size - 1]
     for before, token in zip(input_ids.tolist(), input_ids.tolist()[1:], strict=False):
         rows.append(((36313 * token) ^ (27191 * before)) % (config.bigram_vocab_size - 1))
-    bigrams, outputs = weights["model.embed_bigrams.weight"][rows], []
+    bigrams, outputs, first_values = weights["model.embed_bigrams.weight"][rows], [], None
     distance = torch.arange(seq_len)[:, None] - torch.arange(seq_len)
     for index in range(depth):
         layer = f"model.layers.{index}."
-        if index == depth // 2:
-            skip = weights[f"{layer}long_skip.weight"]
-            x = x + 2 * gate(x, f"{layer}long_skip.gate") / (1 + torch.exp(-skip)) * outputs[depth // 4]
+        if index >= depth // 2:
+            x = x + weights[f"{layer}unet_skip.weight"] * outputs[depth - 1 - index]
         a, b = weights[f"{layer}embedding_residual.weight"]
         x = a * x + b * x0 + weights[f"{layer}bigram_residual.weight"] * bigrams
         n, attn = norm(x), f"{layer}self_attn."
         q, k, v = ((n @ weights[f"{attn}{name}_proj.weight"].T).view(seq_len, -1, size) for name in "qkv")
+        first_values = v if index == 0 else first_values
+        mix = weights.get(f"{attn}value_residual.weight", 0)
+        v = (1 - mix) * v + mix * first_values
         if index in config.value_embedding_layers:
             table = config.value_embedding_layers.index(index) % config.num_value_embeddings
             e = weights[f"model.value_embeddings.{table}.weight"][input_ids].view(seq_len, -1, size)
@@ -157,16 +159,13 @@ def frontier_by_hand(
         scores = 0.2 * torch.einsum("qhd,khd->hqk", rotate(norm(q)), k)
         seen = (distance >= 0) & (distance < (seq_len if is_full else config.sliding_window))
         y = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
-        share = torch.tanh(weights[f"{attn}exclusive.weight"])[:, None]
-        y = y - share * (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v
-        y = 2 * gate(n, f"{attn}output_gate")[..., None] * y
         x = x + y.reshape(seq_len, -1) @ weights[f"{attn}o_proj.weight"].T
         up = norm(x) @ weights[f"{layer}mlp.up_proj.weight"].T
         x = x + up.clamp(min=0) ** 2 @ weights[f"{layer}mlp.down_proj.weight"].T
         outputs.append(x)
     x = x + weights["model.backout.weight"] * outputs[2 * depth // 3 - 1]
     logits = norm(x) @ weights["lm_head.weight"].T
-    return (23 / (1 + torch.exp(-(logits + 5) / 7.5)))[:, : config.unpadded_vocab_size]
+    return (30 * torch.tanh(logits / 30))[:, : config.unpadded_vocab_size]
 
 
 def test_frontier_is_its_description():
@@ -203,8 +202,6 @@ def test_residual_mix_of_weight_zero_is_the_model_without(flag):
 NEUTRAL = [
     {"use_smear": True},
     {"bigram_vocab_size": 50},
-    {"use_attention_gate": True},
-    {"use_exclusive_attention": True},
 ]
 
 
@@ -241,10 +238,6 @@ AXES = {
     "use_embedding_norm": ({"norm_affine": False}, {"norm_affine": False, "use_embedding_norm": True}),
     "tie_word_embeddings": ({}, {"tie_word_embeddings": False}),
     "final_logit_softcapping": ({}, {"final_logit_softcapping": 2.0}),
-    "final_logit_softcapping_type": (
-        {"final_logit_softcapping": 2.0},
-        {"final_logit_softcapping": 2.0, "final_logit_softcapping_type": "rational"},
-    ),
     "value_embedding_layers": ({}, {"value_embedding_layers": [0, 1]}),
     "num_value_embeddings": (
         {"value_embedding_layers": [0, 1]},
@@ -253,9 +246,6 @@ AXES = {
     "use_smear": ({}, {"use_smear": True}),
     "bigram_vocab_size": ({}, {"bigram_vocab_size": 50}),
     "use_key_offset": ({"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5, "use_key_offset": True}),
-    "use_attention_gate": ({}, {"use_attention_gate": True}),
-    "use_exclusive_attention": ({}, {"use_exclusive_attention": True}),
-    "use_long_skip": ({}, {"use_long_skip": True}),
     "use_backout": ({}, {"use_backout": True}),
     "unpadded_vocab_size": ({}, {"unpadded_vocab_size": 90}),
     "embedding_dropout": ({}, {"embedding_dropout": 0.5}),
@@ -389,10 +379,10 @@ def test_weights_missing_from_a_checkpoint_start_as_new_ones_do(tmp_path):
 INITIAL = {  # the end of a name, and all values with which the weights start
     "smear.weight": [0.0],
     "backout.weight": [-0.5],
-    "long_skip.weight": [-1.5],
+    "unet_skip.weight": [1.0],
     "bigram_residual.weight": [0.05],
     "embedding_residual.weight": [1.0, 0.0],
-    "exclusive.weight": [0.0] * 4,
+    "value_residual.weight": [0.5],
     **dict.fromkeys(("gate.weight", "value_embedding.weight", "embed_bigrams.weight"), None),
 }
 
@@ -406,7 +396,7 @@ def test_axes_start_as_documented(way, tmp_path):
         weights = load_file(tmp_path / "model.safetensors")
         new = (*INITIAL, "value_embeddings.0.weight")
         kept = {name: weight for name, weight in weights.items() if not name.endswith(new)}
-        assert len(weights) - len(kept) == 16
+        assert len(weights) - len(kept) == 12
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         model = GPT2ModernForCausalLM.from_pretrained(tmp_path)
     seen = set()
@@ -759,6 +749,15 @@ def flash_by_hand():
     del AttentionMaskInterface._global_mapping["flash_attention_by_hand"]
 
 
+@pytest.mark.parametrize("flag_set", ["speedrun", "frontier"])
+@pytest.mark.parametrize("filled", [0, 1])
+def test_positions_of_padding_between_tokens_do_not_count(flag_set, filled):
+    model, input_ids, mask = tiny_model(flag_set), random_ids(1, 10), torch.tensor([[1, 0, 0, 1, 1, 1, 1, 0, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filled)
+    padded = logits_of(model, input_ids, attention_mask=mask, position_ids=positions)[:, mask[0].bool()]
+    close(padded, logits_of(model, input_ids[:, mask[0].bool()]))
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("flag_set", PACKED_FLAG_SETS)
@@ -914,12 +913,12 @@ def test_parallel_plans_name_modules_that_exist(flag_set):
         assert pattern.replace("*", "1") in names, pattern
     split = {name.rpartition(".")[2] for name in model.config.base_model_tp_plan}
     matrices = {name.rpartition(".")[2] for name in names if name.endswith("_proj")}
-    assert matrices <= split or flag_set == "frontier_sliding_mixed"
+    assert matrices <= split or flag_set.startswith("frontier")
 
 
 def test_pipeline_is_offered_only_where_layers_hand_on_one_tensor():
     assert tiny_config("modern").base_model_pp_plan is not None
-    flags = ("use_unet_skips", "use_value_residual", "use_x0_residual", "use_long_skip", "use_backout", "use_smear")
+    flags = ("use_unet_skips", "use_value_residual", "use_x0_residual", "use_backout", "use_smear")
     for changes in (*({flag: True} for flag in flags), {"bigram_vocab_size": 9}, {"value_embedding_layers": [1]}):
         assert tiny_config("modern", **changes).base_model_pp_plan is None
 

@@ -28,16 +28,21 @@ from gpt2modern.loading import load_model, load_tokenizer
 from tests.support.models import export_fresh_model
 from tests.support.trainer import train
 
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 SAMPLING = {"max_new_tokens": 40, "temperature": 0.8, "top_k": 20, "top_p": 1.0, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def models(data_dir, tmp_path_factory) -> list[Path]:
-    """A finished run with samples, and a model alone."""
+    """A finished run with samples, and a model alone, which can chat."""
     folder = tmp_path_factory.mktemp("models")
     prompts = ("--sample_prompts", "def <f>", "--sample_max_new_tokens", "8")
     run = train(data_dir, folder / "run", prompts, save_steps=0, max_steps=4)
-    return [run, export_fresh_model(data_dir, folder / "modern", "modern")]
+    fresh = export_fresh_model(data_dir, folder / "modern", "modern")
+    tokenizer = load_tokenizer(fresh)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(fresh)
+    return [run, fresh]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +203,21 @@ def test_a_space_streams_the_texts_of_both_models_on_the_same_seed(address, mode
         text = generate_text(model, tokenizer, prompt, **SAMPLING)
         assert html.unescape(re.sub("<[^>]*>", "", shown)) == prompt + text
         assert tokens["label"] == next(iter(next_tokens(model, tokenizer, prompt)))
+
+
+def test_a_model_with_a_chat_template_answers_a_conversation(address, models):
+    """The second answer knows the first question and its answer."""
+    client = pytest.importorskip("gradio_client").Client(address, verbose=False)
+    model, tokenizer = load_model(str(models[1])), load_tokenizer(models[1])
+    prompt = ""
+    for question in ("def f", "and then?"):
+        prompt += f"user: {question}\nassistant:"
+        parts = list(client.submit(question, *SAMPLING.values(), api_name="/reply"))
+        expected = generate_text(model, tokenizer, prompt, add_special_tokens=False, **SAMPLING)
+        assert len(parts) > 4 and parts[-1] == expected
+        prompt = prompt.replace("assistant:", "assistant: ") + f"{expected}\n"
+    names = [each["label"] for each in client.view_api(return_format="dict")["named_endpoints"]["/reply"]["parameters"]]
+    assert names[1:] == ["New tokens", "Temperature", "Top k (0: all)", "Top p", "Seed"]
 
 
 def test_an_error_of_the_generation_is_shown_on_the_page(learned):

@@ -40,6 +40,11 @@ def test_every_recipe_resolves_by_its_name(recipe, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_demo_has_a_stock_class():
+    settings, facts = dry_run("--config", "demo")
+    assert facts["stock class"] == "Qwen3ForCausalLM" and settings["export_stock"] == "auto"
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_number_of_a_recipe_says_what_it_counts(recipe):
     lines = [line for line in recipe.read_text().splitlines() if line and not line.startswith("#")]

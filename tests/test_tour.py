@@ -1,4 +1,5 @@
-"""Every command and snippet of docs/tour.md runs, in order, in one folder, with smaller numbers."""
+"""Every command and snippet of docs/tour.md runs, in order, in one folder, with smaller numbers; the upload
+goes to a small Hub on the loopback interface."""
 
 import json
 import re
@@ -10,9 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from gpt2modern.data.manifest import find_problems
+from tests.support.hub import TOKEN, USER
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "docs" / "tour.md").read_text(encoding="utf-8")
@@ -39,7 +44,18 @@ def run_command(line: str, monkeypatch) -> None:
         runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")
 
 
-def test_the_tour(tmp_path, monkeypatch, capsys):
+def publish(hub, home: Path) -> None:
+    """Run the lines for the console, as somebody who logs in first; the token is what the first one asks for."""
+    environment = {name: value for name, value in hub.environment(home).items() if name != "HF_TOKEN"}
+    program = shutil.which("hf", path=str(Path(sys.executable).parent))
+    (lines,) = [text.strip().splitlines() for language, text in BLOCKS if language == "console"]
+    assert len(lines) == 3 and lines[0] == "hf auth login"
+    for words in map(shlex.split, [f"{lines[0]} --token {TOKEN}", *lines[1:]]):
+        words = [word.replace("your-name", USER) for word in words[1:]]
+        subprocess.run([program, *words], env=environment, check=True, capture_output=True, timeout=120)
+
+
+def test_the_tour(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail(f"the reader is asked: {question}"))
     commands = 0
@@ -57,12 +73,12 @@ def test_the_tour(tmp_path, monkeypatch, capsys):
     assert measured["loss"] == pytest.approx(summary["eval_loss"], abs=1e-3) and summary["steps"] == 6
     assert "LlamaForCausalLM" in capsys.readouterr().out
     assert not list(Path("out/tour-stock").glob("*.py"))
-
-
-def test_the_commands_that_need_an_account_exist():
-    hf = shutil.which("hf", path=str(Path(sys.executable).parent))
-    (lines,) = [text.strip().splitlines() for language, text in BLOCKS if language == "console"]
-    for words in map(shlex.split, lines):
-        assert words[0] == "hf" and not any(word.startswith("-") for word in words)
-        subcommand = words[1:3] if words[1] == "auth" else words[1:2]
-        subprocess.run([hf, *subcommand, "--help"], check=True, capture_output=True)
+    publish(hub, tmp_path / "home")
+    for name in ("tour", "tour-stock"):
+        uploaded = hub.repositories[f"models/{USER}/{name}"].at().files
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= uploaded.keys()
+        assert not [path for path in uploaded if path.startswith("checkpoints/")]
+        model = AutoModelForCausalLM.from_pretrained(f"{USER}/{name}", trust_remote_code=name == "tour")
+        expected = load_file(Path("out", name, "model.safetensors"))
+        found = model.state_dict()
+        assert expected and all(torch.equal(tensor, found[key]) for key, tensor in expected.items())

@@ -18,11 +18,11 @@ An export rewrites the model, which changes weights and settings but not the log
 removed; a norm after the embedding is applied to the embedding table (with rope); norms without a gain get gains of
 one; `attention_scale` becomes a factor of the queries; biases that the architecture needs are added as zeros.
 
-All other models are refused, and the error names the setting: U-Net and long skips, value and x0 residuals, backout;
-value embeddings, smear, bigrams, key offsets; attention gates, exclusive attention; a soft cap; learned
-positions with rmsnorm, a gated MLP, grouped heads, QK-norm, windows or an embedding norm; windows in some layers with
-MLP biases; QK-norm with layernorm or MLP biases. An import also refuses parallel residuals, QK-norm with a separate
-gain for each head, and activation functions that no `mlp_type` has.
+All other models are refused, and the error names the setting: U-Net skips, value and x0 residuals, backout; value
+embeddings, smear, bigrams, key offsets; a soft cap; learned positions with rmsnorm, a gated MLP, grouped heads,
+QK-norm, windows or an embedding norm; windows in some layers with MLP biases; QK-norm with layernorm or MLP biases. An
+import also refuses parallel residuals, QK-norm with a separate gain for each head, and activation functions that no
+`mlp_type` has.
 """
 
 from gpt2modern.conversion.traits import (
@@ -62,9 +62,8 @@ PARTIAL_DEFAULT = Rotary(partial=True, rope_types=("default",))
 
 COMMON = (
     Ours(use_unet_skips=False, use_value_residual=False, use_x0_residual=False),
-    Ours(use_embedding_norm=False, final_logit_softcapping=None, use_long_skip=False, use_backout=False),
+    Ours(use_embedding_norm=False, final_logit_softcapping=None, use_backout=False),
     Ours(value_embedding_layers=None, use_smear=False, bigram_vocab_size=None, use_key_offset=False),
-    Ours(use_attention_gate=False, use_exclusive_attention=False),
     Needs(pad_token_id=lambda config: config.pad_token_id is None or config.pad_token_id < config.vocab_size),
     Same("vocab_size", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
     Same("initializer_range"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -25,8 +25,9 @@ from gpt2modern.conversion.architectures import ARCHITECTURES, in_the_way
 from gpt2modern.conversion.architectures import __doc__ as table_of_architectures
 from gpt2modern.conversion.traits import Weights, of_layers
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder
+from gpt2modern.files import apply_umask, atomic_folder, check_writable_folder, write_file
 from gpt2modern.loading import load_model, load_tokenizer, num_token_ids
+from gpt2modern.pages import render
 from gpt2modern.settings import setting
 from modeling_gpt2modern.configuration_gpt2modern import GPT2ModernConfig
 from modeling_gpt2modern.layers_gpt2modern import build_norm
@@ -199,25 +200,6 @@ class ConversionConfig:
         check_writable_folder("--output_dir", self.output_dir)
 
 
-CARD = """\
----
-{{ card_data }}
----
-
-# {{ name }}
-
-The model `{{ source }}` ({{ source_class }}) in the layout of {{ architecture }}, converted by GPT2-Modern.
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{{ name }}"{{ options }})
-```
-
-In fp32, the logits of the two models differ by at most {{ difference }} on {{ tokens }} random tokens; the largest
-logit is {{ largest }}.
-"""
-
 # Letters, digits, spaces, line breaks and other scripts, which tokenizers of different classes split differently.
 TOKENIZER_SAMPLE = "Hello  World's 12345\n\n\tdef f(x): return x+1  # \u00e9t\u00e9 \u65e5\u672c we'RE"
 
@@ -247,7 +229,7 @@ def convert_folder(
     facts = {"name": parent or output_dir.name, "source": parent or model_dir.resolve().name}
     facts |= {"source_class": type(original).__name__, "architecture": type(converted).__name__}
     tags = ["gpt2-modern", "text-generation"] if is_export else ["gpt2-modern", "text-generation", "custom_code"]
-    card_data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    card = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags)
     try:
         with atomic_folder(output_dir) as temporary:
             converted.save_pretrained(temporary)
@@ -255,8 +237,7 @@ def convert_folder(
             _keep_tokenizer(model_dir, temporary, facts["architecture"])
             facts |= _compare(original, load_model(str(temporary)))
             options = f', subfolder="{output_dir.name}"' if parent else "" if is_export else ", trust_remote_code=True"
-            card = ModelCard.from_template(card_data, template_str=CARD, options=options, **facts)
-            card.save(temporary / "README.md")
+            write_file(temporary / "README.md", render("converted_card.md", card=card, options=options, **facts))
             apply_umask(temporary)
     except OSError as error:
         raise GPT2ModernError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from None

@@ -3,100 +3,19 @@
 import re
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.evaluation.generation import fenced
 from gpt2modern.evaluation.loss import METRICS, evaluated_blocks
 from gpt2modern.files import is_hub_name, public_name
+from gpt2modern.pages import render
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.state import TrainState
 from modeling_gpt2modern import GPT2ModernForCausalLM
 
 EVALUATION_FILE, WEIGHTS_FILE = "eval.json", "model.safetensors"
-TEMPLATE = """\
----
-{{ card_data }}
----
-
-# {{ title }}
-
-{{ description }}
-
-## Use
-
-{% if stock_class -%}
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-
-name = "{{ name }}"  # on the Hub; or the path of this folder
-model = AutoModelForCausalLM.from_pretrained(name, subfolder="stock")
-tokenizer = AutoTokenizer.from_pretrained(name, subfolder="stock")
-generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
-print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
-```
-
-`stock/` has the model as a `{{ stock_class }}` of transformers, with the same logits. Beside it, with its own code:
-
-{% endif -%}
-```python
-from transformers import pipeline
-
-# the path of this folder, or its name on the Hub
-generate = pipeline("text-generation", model="{{ name }}", trust_remote_code=True)
-print(generate({{ prompt }}, max_new_tokens=64)[0]["generated_text"])
-```
-
-The model's code is part of this folder, hence `trust_remote_code=True`. The model continues text; it does not follow
-instructions unless it was trained on conversations.
-
-## Results
-
-| measure | value |
-|---|---|
-{% for label, value in results -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-![training curves](training_curves.png)
-
-{% if adapted -%}
-## LoRA adapters
-
-The weights include the adapters. `adapter/` holds them alone: load `{{ adapted }}` with
-`base = GPT2ModernForCausalLM.from_pretrained("{{ adapted }}")`, and add them with
-`PeftModel.from_pretrained(base, "{{ name }}", subfolder="adapter")`.
-
-{% endif -%}
-{% if samples -%}
-## Samples
-
-How the model continued fixed prompts at step {{ samples[0].step }}, sampled at temperature 0.8 from the 50 most likely
-tokens; these samples were not selected by hand:
-{% for sample in samples %}
-{{ sample.block }}
-{% endfor %}
-{% endif -%}
-## Data
-
-| property | value |
-|---|---|
-{% for label, value in data -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-## Training
-
-The numbers of each logged step are in `metrics.jsonl`; `--config resolved_config.yaml` repeats the run.
-
-| setting | value |
-|---|---|
-{% for label, value in settings -%}
-| {{ label }} | {{ value }} |
-{% endfor %}
-## Licence
-
-{{ licence }} The modelling code is Apache-2.0.
-"""
 
 
 def summarize(
@@ -165,10 +84,9 @@ def model_card(
     datasets = [each for each in (source, config.data_dir) if is_hub_name(each)]
     base, facts = base_model and public_name(base_model), manifest["source"].get("card", {})
     eval_results = _eval_results(datasets[0] if datasets else None, manifest, summary)
-    every, used = num_eval_blocks, summary["eval_blocks"]
-    where = "the first" if config.eval_blocks_at == "start" else "at equal distances"
-    card = ModelCard.from_template(
-        ModelCardData(
+    return render(
+        "model_card.md",
+        card=ModelCardData(
             library_name="transformers",
             pipeline_tag="text-generation",
             tags=["gpt2-modern", "custom_code"],
@@ -179,67 +97,29 @@ def model_card(
             model_name=name if eval_results else None,  # a key of the results' own
             eval_results=eval_results,
         ),
-        template_str=TEMPLATE,
         name=name,
-        stock_class=summary.get("stock_class"),
-        title=name.split("/")[-1],
-        description=_description(config, base, manifest, summary),
-        adapted=base if config.lora_rank else None,
+        base=base,
+        config=config,
+        summary=summary,
+        manifest=manifest,
+        facts=facts,
+        source=source,
         prompt=repr("def " if source == "stdlib" else "The"),
-        results=[
-            *((metric.label, _rounded(summary[key])) for key, metric in METRICS.items()),
-            *with_errors(summary),
-            ("validation blocks", f"all {every:,}" if used == every else f"{used:,} of {every:,}, {where}"),
-            ("tokens seen", f"{summary['tokens_seen']:,}"),
-            ("optimizer steps", f"{summary['steps']:,}"),
-            ("training time (s)", _rounded(summary["wall_time_s"])),
-            ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
-        ],
+        results=[*((metric.label, _rounded(summary[key])) for key, metric in METRICS.items()), *with_errors(summary)],
+        num_eval_blocks=num_eval_blocks,
+        training_time=_rounded(summary["wall_time_s"]),
         samples=[
             {"step": sample["step"], "block": fenced(sample["prompt"] + sample["text"])}
             for sample in samples
             if sample["step"] == samples[-1]["step"]
         ],
-        data=_data(manifest, summary),
         settings=sorted((public_settings(config, card=True) | {"num_processes": summary["num_processes"]}).items()),
-        licence=f"The weights: {config.license}." if config.license else "The weights have no stated licence.",
     )
-    return str(card)
-
-
-def _description(config: TrainConfig, base_model: str | None, manifest: dict[str, Any], summary: dict[str, Any]) -> str:
-    kind = f"A {summary['params']:,}-parameter GPT-2-class language model"
-    if base_model is None:
-        kind += f" (preset `{config.model_preset}`)"
-    else:
-        kind += f", trained further from `{base_model}`"
-    is_stdlib = _source_name(manifest) == "stdlib"
-    corpus = "the source code of Python's standard library" if is_stdlib else f"`{_source_name(manifest)}`"
-    text = f"{kind}, trained with GPT2-Modern on {corpus}."
-    if summary["steps"] < config.max_steps:
-        text += f" This is a checkpoint: step {summary['steps']:,} of {config.max_steps:,}."
-    return text
 
 
 def _source_name(manifest: dict[str, Any]) -> str:
     name_or_files = manifest["source"]["name"]
     return public_name(name_or_files) if isinstance(name_or_files, str) else ", ".join(name_or_files)
-
-
-def _data(manifest: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
-    train, validation = manifest["splits"]["train"], manifest["splits"]["validation"]
-    tokenizer = manifest["tokenizer"]["name"]
-    kind = f"`{tokenizer}`" if tokenizer else "BPE trained on this data"
-    return [
-        ("source", _source_name(manifest)),
-        ("licence of the source", manifest["source"].get("card", {}).get("license", "not stated")),
-        ("training documents", f"{train['documents']:,}"),
-        ("training tokens", f"{train['tokens']:,} (seen {summary['tokens_seen'] / train['tokens']:.2f} times)"),
-        ("validation tokens", f"{validation['tokens']:,}"),
-        ("validation text", manifest.get("validation_rule", "not recorded")),
-        ("tokenizer", f"{kind}, {manifest['vocab_size']:,} entries"),
-        ("packing", f"{manifest['packing']}, blocks of {manifest['block_size']:,} tokens"),
-    ]
 
 
 def _eval_results(dataset_id: str | None, manifest: dict[str, Any], summary: dict[str, Any]) -> list[EvalResult] | None:

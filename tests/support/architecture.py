@@ -15,7 +15,6 @@ from torch import nn
 from eval.breakdown import PARTS, BreakdownConfig, breakdown, build
 from modeling_gpt2modern import MLPS, PRESETS, GPT2ModernConfig, GPT2ModernForCausalLM
 from modeling_gpt2modern.layers_gpt2modern import NORMS
-from modeling_gpt2modern.loss_gpt2modern import SOFT_CAPS
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, DIAGRAM = DOCS / "architecture.md", DOCS / "architecture.svg"
@@ -40,11 +39,6 @@ POSITION_FORMULAS = {
     "rope": r"(q_i, q_{i+D/2}) \to (q_i \cos t\theta_i - q_{i+D/2} \sin t\theta_i,\quad "
     r"q_{i+D/2} \cos t\theta_i + q_i \sin t\theta_i)",
 }
-SOFT_CAP_FORMULAS = {
-    "tanh": r"c \tanh(z / c)",
-    "rational": r"\frac{z}{\sqrt{(z / c)^2 + 1}}",
-    "sigmoid": r"c\sigma(\frac{23}{7.5} (\frac{z}{c} + \frac{5}{23}))",
-}
 # w: learned numbers. gate(x): sigmoid(W x) of the first 12 features.
 FLAG_FORMULAS = {
     "use_qk_norm": r"q \to \mathrm{norm}(q),\quad k \to \mathrm{norm}(k)",
@@ -56,9 +50,6 @@ FLAG_FORMULAS = {
     "use_smear": r"h_t \to h_t + w\mathrm{gate}(h_t)e_{x_{t-1}}",
     "bigram_vocab_size": r"h^l \to h^l + wb_{\mathrm{hash}(x_{t-1}, x_t)}",
     "use_key_offset": r"k_{t,i} \to k_{t-1,i} \quad (i \ge \mathrm{rotated})",
-    "use_attention_gate": r"y \to 2\mathrm{gate}(x)y",
-    "use_exclusive_attention": r"y \to y - \tanh(w) \frac{y \cdot v}{v \cdot v} v",
-    "use_long_skip": r"h^{L/2} \to h^{L/2} + 2 \sigma(w)\mathrm{gate}(h)h^{L/4}",
     "use_backout": r"h^L \to h^L + w h^{2L/3}",
 }
 
@@ -89,13 +80,10 @@ def shapes() -> list[tuple[str, str, str, str]]:
 
 
 def users(field: str, value=None) -> str:
-    """List the presets in which a field is on, or has a value."""
+    """List the presets in which a field is on, or has a value; of those in four sizes the smallest."""
     configs = {name: GPT2ModernConfig.from_preset(name) for name in PRESETS}
     found = [name for name, c in configs.items() if (getattr(c, field) == value if value else getattr(c, field))]
-    whole = [family for family in ("gpt2", "modern") if {n for n in PRESETS if n.split("-")[0] == family} <= {*found}]
-    return ", ".join(
-        [*(f"`{name}`, ..." for name in whole)] + [f"`{n}`" for n in found if n.split("-")[0] not in whole]
-    )
+    return ", ".join(f"`{name}`" for name in found if name.rpartition("-")[2] not in ("medium", "large", "xl"))
 
 
 def formulas() -> list[str]:
@@ -115,14 +103,7 @@ def formulas() -> list[str]:
         is_flag = field.name.startswith("use_") and field.name != "use_cache"
         if is_flag or field.name in ("value_embedding_layers", "bigram_vocab_size"):
             rows.append(f"| `{field.name}` | ${FLAG_FORMULAS[field.name]}$ | {users(field.name)} |")
-    for form in SOFT_CAPS:
-        capped = {n for n in PRESETS if GPT2ModernConfig.from_preset(n).final_logit_softcapping}
-        named = (
-            users("final_logit_softcapping_type", form)
-            if form != "tanh"
-            else ", ".join(f"`{n}`" for n in sorted(capped))
-        )
-        rows.append(f"| `final_logit_softcapping=c`, `{form}` | ${SOFT_CAP_FORMULAS[form]}$ | {named} |")
+    rows.append(rf"| `final_logit_softcapping=c` | $c\tanh(z / c)$ | {users('final_logit_softcapping')} |")
     return rows
 
 

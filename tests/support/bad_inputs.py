@@ -187,8 +187,10 @@ SETTINGS_OF_THE_MODEL = [
     overrides(f"max_position_embeddings={'9' * 5000}", "cannot read the value of 'max_position_embeddings'"),
     overrides("max_position_embeddings=2024-99-99", "cannot read the value of 'max_position_embeddings': '2024-99-99'"),
     overrides("eos_token_id=99999", "eos_token_id=99999 must be between 0 and 319", "omit it: the data has it"),
-    overrides("value_embedding_layers=[2]", "value_embedding_layers=[2] must be alternating, or rise from 0 to 1"),
-    overrides("use_key_offset=true", "use_key_offset needs partial_rotary_factor=1.0 below 1"),
+    overrides(
+        "value_embedding_layers=[2]", "value_embedding_layers=[2] must be None, 'alternating', or rising layers up to 1"
+    ),
+    overrides("use_key_offset=true", "use_key_offset needs position_embedding_type='rope' with partial_rotary"),
     overrides("pad_token_id=-1", "pad_token_id=-1 must be between 0 and 319"),
 ]
 

@@ -27,19 +27,9 @@ SPEEDRUN_RESIDUALS = {
 }
 
 FRONTIER = {
-    "use_unet_skips": False,
-    "use_value_residual": False,
-    "value_embedding_layers": "alternating",
-    "use_smear": True,
     "bigram_vocab_size": 50,
-    "use_key_offset": True,
-    "use_attention_gate": True,
-    "use_exclusive_attention": True,
-    "use_long_skip": True,
+    "use_smear": True,
     "use_backout": True,
-    "final_logit_softcapping": 23.0,
-    "final_logit_softcapping_type": "sigmoid",
-    "partial_rotary_factor": 0.5,
     "rope_parameters": {"rope_theta": 1024.0},
     "num_key_value_heads": 2,
     "sliding_window": 4,
@@ -52,6 +42,7 @@ FRONTIER = {
 FLAG_SETS = {
     "gpt2": ("gpt2", {}),
     "modern": ("modern", {}),
+    "modern_muon": ("modern-muon", {"zero_init_projections": False, "unpadded_vocab_size": 90}),
     "speedrun": ("speedrun", {"zero_init_projections": False, "unpadded_vocab_size": 90}),
     "gqa": ("modern", {"num_key_value_heads": 2}),
     "sliding": ("modern", {"sliding_window": 4}),
@@ -61,7 +52,8 @@ FLAG_SETS = {
     "partial_rope": ("modern", {"partial_rotary_factor": 0.5}),
     "value_residual_gqa": ("modern", {"use_value_residual": True, "num_key_value_heads": 2}),
     "odd_unet": ("modern", {"use_unet_skips": True, "num_hidden_layers": 3}),
-    "frontier_sliding_mixed": ("speedrun", FRONTIER),
+    "frontier": ("frontier", {"bigram_vocab_size": 50, "zero_init_projections": False, "unpadded_vocab_size": 90}),
+    "frontier_sliding_mixed": ("frontier", FRONTIER),
 }
 
 
