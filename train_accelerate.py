@@ -56,7 +56,7 @@ from gpt2modern.training.distributed import (
 from gpt2modern.training.dry_run import dry_run
 from gpt2modern.training.export import find_stock_class
 from gpt2modern.training.memory import fit_micro_batch, freed_memory_kept
-from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention
+from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention, narrower_windows
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
@@ -294,7 +294,8 @@ def train_step(
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(accelerator.device, non_blocking=True)  # (micro_batch_size, block_size + 1)
         last = number == batch.grad_accum_steps
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+        sync = contextlib.nullcontext() if last else accelerator.no_sync(model)
+        with sync, narrower_windows(model, config.schedule.window_share(step)):
             minimised, micro_loss = objective(model, micro_batch, num_items=targets_per_process, **later)
             accelerator.backward(minimised)
         loss += micro_loss

@@ -127,6 +127,7 @@ def test_help_shows_every_flag_once_under_its_group(capsys):
         ("batch_size_warmup_steps", 3, SINGLY),
         ("initial_total_batch_size", 64, SINGLY | {"batch_size_warmup_steps": 3}),
         ("batch_size_ramp", [1, 2, 4], SINGLY),
+        ("sliding_window_ramp", [1, 2], {"config_overrides": f"{TINY},sliding_window=8"}),
         ("max_document_length", 8, {"document_masking": True}),
         ("optimizer", "muon", {}),
         ("learning_rate", 2e-2, {}),
@@ -269,7 +270,8 @@ SETTINGS = {
     "decay_steps": 1, "decay_ratio": 0.5, "decay_type": "linear", "min_lr_ratio": 0.7, "weight_decay": 0.7,
     "adam_beta1": 0.7, "adam_beta2": 0.7, "adam_epsilon": 0.7, "max_grad_norm": 0.7, "z_loss": 0.7, "lora_rank": 1,
     "lora_alpha": 1.0, "lora_target_modules": ["q_proj"], "multi_token_prediction": [0.5],
-    "average_last": 0.5, "batch_size_ramp": [1.0, 2.0], "max_document_length": 8,
+    "average_last": 0.5, "batch_size_ramp": [1.0, 2.0], "sliding_window_ramp": [1.0, 2.0],
+    "max_document_length": 8,
 }  # fmt: skip
 
 

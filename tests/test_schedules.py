@@ -111,6 +111,14 @@ def test_a_ramp_lowers_the_rates_by_the_root_of_the_batch():
     assert [factor / factors[0] for factor in factors] == pytest.approx([1, 1.41, 1.73], abs=0.01)
 
 
-def test_another_length_moves_the_parts_of_a_ramp():
-    settings = {"lr_scheduler_type": "constant", "batch_size_ramp": [1, 2]}
+def test_windows_have_a_ramp_of_their_own():
+    schedule = Schedule("constant", max_steps=4, sliding_window_ramp=[1, 2])
+    assert [schedule.window_share(step) for step in range(5)] == [0.5, 0.5, 1, 1, 1]
+    assert {schedule.batch_share(step) for step in range(4)} == {schedule.factor(3)} == {1}
+    assert Schedule("constant", max_steps=4).window_share(0) == 1
+
+
+@pytest.mark.parametrize("ramp", ["batch_size_ramp", "sliding_window_ramp"])
+def test_another_length_moves_the_parts_of_a_ramp(ramp):
+    settings = {"lr_scheduler_type": "constant", ramp: [1, 2]}
     assert not Schedule(max_steps=8, **settings).gave_the_same(Schedule(max_steps=12, **settings), 7)

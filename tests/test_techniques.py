@@ -23,7 +23,7 @@ from gpt2modern.files import sha256_of
 from gpt2modern.loading import load_model
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.depth import flags_of_depth
-from gpt2modern.training.models import build_model, size_of_depth
+from gpt2modern.training.models import build_model, narrower_windows, size_of_depth
 from gpt2modern.training.schedules import Schedule
 from gpt2modern.training.speed import Stopwatch
 from tests.support.folders import change_json
@@ -329,6 +329,49 @@ def test_a_ramp_resumes_bit_identical_in_each_of_its_parts(data_dir, tmp_path):
     )
 
 
+# Windows that grow
+
+SLIDING = {"max_steps": 6, "save_steps": 1, "config_overrides": f"{TINY},sliding_window=8"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_windows_grow_in_the_parts_of_a_run(data_dir, tmp_path, attention):
+    """Halves of six steps with windows of 4 and 8 tokens: the first half is that of a model with a window of 4, but for
+    its evaluation."""
+    flags = SLIDING | {"attn_implementation": attention, "eval_steps": 2}
+    narrow = train(data_dir, tmp_path / "narrow", **(flags | {"config_overrides": f"{TINY},sliding_window=4"}))
+    wide = train(data_dir, tmp_path / "wide", **flags)
+    grown = train(data_dir, tmp_path / "grown", ["--sliding_window_ramp", "1", "2"], **flags)
+    assert losses(grown)[:3] == losses(narrow)[:3] != losses(wide)[:3]
+    assert losses(grown)[3] != losses(narrow)[3]
+    model = load_model(str(checkpoint_of(grown, 2)), flag="--model")
+    assert model.config.sliding_window == 8
+    expected = evaluate_loss(model, PackedBlocks(data_dir, "validation"), batch_size=8, max_blocks=8)
+    assert metrics(grown)[1]["eval_loss"] == pytest.approx(expected, abs=1e-6)
+    assert abs(metrics(narrow)[1]["eval_loss"] - expected) > 1e-3
+
+
+def test_a_window_ramp_resumes_bit_identical(data_dir, tmp_path):
+    ramp = ["--sliding_window_ramp", "1", "2"]
+    whole = train(data_dir, tmp_path / "whole", ramp, **SLIDING)
+    for step in (2, 3, 5):
+        run = train(data_dir, tmp_path / str(step), ramp, **SLIDING, resume_from_checkpoint=checkpoint_of(whole, step))
+        assert losses(run) == losses(whole)[step:]
+        assert_same_weights(run, whole)
+
+
+def test_narrower_windows_are_those_of_a_block():
+    model = tiny_model("modern", sliding_window=8)
+    attention, ids = model.model.layers[0].self_attn, random_ids(1, 12)
+    wide = model(ids).logits
+    with narrower_windows(model, 0.5):
+        assert attention.sliding_window == model.config.sliding_window == 4
+        narrow = model(ids).logits
+    assert attention.sliding_window == model.config.sliding_window == 8
+    assert torch.equal(model(ids).logits, wide)
+    assert torch.equal(narrow[:, :4], wide[:, :4]) and not torch.allclose(narrow[:, 8:], wide[:, 8:])
+
+
 def rate(step, max_steps):
     """Return the cosine that the tiny runs have, after two steps of warm-up."""
     return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * (step - 2) / (max_steps - 2)))
@@ -356,7 +399,7 @@ def test_a_checkpoint_from_before_these_settings_is_resumed(data_dir, tmp_path):
     """It names none of them."""
     plain = train(data_dir, tmp_path / "plain")
     checkpoint = checkpoint_of(plain, 3)
-    new = {"multi_token_prediction", "average_last", "batch_size_ramp"}
+    new = {"multi_token_prediction", "average_last", "batch_size_ramp", "sliding_window_ramp"}
 
     def forget(state):
         for values in (state["settings"], state["schedule"]):

@@ -83,6 +83,11 @@ class TrainConfig:
         "with the square root",
         least=0.001,
     )
+    sliding_window_ramp: list[float] | None = batch_decides(
+        None,
+        "sliding windows in equal parts of the run, relative to that of the last part, which is the model's: 1 2 4",
+        least=0.001,
+    )
     document_masking: bool = batch_decides(
         False, "in training, tokens attend only to their own document in the block; evaluation does not mask documents"
     )
@@ -265,6 +270,8 @@ class TrainConfig:
             raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
         if (ramp := list(self.batch_size_ramp or [])) != sorted(ramp) or (ramp and self.batch_size_warmup_steps):
             raise ValueError(f"--batch_size_ramp {ramp} must rise, and replaces --batch_size_warmup_steps; omit one")
+        if (ramp := list(self.sliding_window_ramp or [])) != sorted(ramp):
+            raise ValueError(f"--sliding_window_ramp {ramp} must rise; sort it")
         if self.max_document_length is not None and not self.document_masking:
             raise ValueError(f"--max_document_length {self.max_document_length} needs --document_masking true; set it")
         self._check_output_dir()
@@ -299,7 +306,7 @@ class TrainConfig:
         if decay_steps is None and self.lr_scheduler_type == "warmup_stable_decay":
             decay_steps = round(DEFAULT_DECAY_RATIO * self.max_steps)
         decays = (warmup_steps, decay_steps, self.decay_type, self.min_lr_ratio)
-        others = (self.multi_token_prediction, self.average_last, self.batch_size_ramp)
+        others = (self.multi_token_prediction, self.average_last, self.batch_size_ramp, self.sliding_window_ramp)
         return Schedule(self.lr_scheduler_type, self.max_steps, *decays, *others)
 
     def max_train_seconds(self) -> float:

@@ -5,8 +5,10 @@ the model with the adapters merged into its weights, as an ordinary model folder
 adapters alone, which `PeftModel.from_pretrained(base, ...)` reads.
 """
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +65,28 @@ def build_model(
         model = _preset_model(config, data)
     else:
         model = _pretrained_model(config, data, load_weights)
+    if config.sliding_window_ramp and "sliding_attention" not in model.config.layer_types:
+        raise GPT2ModernError("--sliding_window_ramp needs a model with sliding layers; set sliding_window, or omit it")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank:
         _add_adapters(model, config)
     return model
+
+
+@contextlib.contextmanager
+def narrower_windows(model: nn.Module, share: float) -> Iterator[None]:
+    """Let the sliding layers of `model` see `share` of their window in this block. RoPE stays as it is, so that the
+    saved settings describe the trained model."""
+    layers = [layer for layer in model.modules() if getattr(layer, "sliding_window", None)] if share < 1 else []
+    windows = [layer.sliding_window for layer in layers]
+    try:
+        for layer, window in zip(layers, windows, strict=True):
+            layer.sliding_window = layer.config.sliding_window = max(1, round(share * window))
+        yield
+    finally:
+        for layer, window in zip(layers, windows, strict=True):
+            layer.sliding_window = layer.config.sliding_window = window
 
 
 def fastest_attention(device: torch.device, mixed_precision: str) -> str:

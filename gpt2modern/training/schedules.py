@@ -33,6 +33,7 @@ class Schedule:
     multi_token_prediction: list[float] | None = None  # first weights of the losses of later tokens
     average_last: float | None = None  # last fraction of the updates whose weights are averaged
     batch_size_ramp: list[float] | None = None  # tokens per step in equal parts of the run, relative to each other
+    sliding_window_ramp: list[float] | None = None  # sliding windows, likewise
 
     def __post_init__(self):
         if self.warmup_steps > self.max_steps:
@@ -57,9 +58,10 @@ class Schedule:
         """Return whether the first `steps` updates are the same under this schedule and `other`.
 
         Compares only the first and the last of them. This is enough if the two differ only in `max_steps` and in the
-        warm-up and decay lengths computed from it; weights of losses and a ramp depend on `max_steps` itself.
+        warm-up and decay lengths computed from it; weights of losses and ramps depend on `max_steps` itself.
         """
-        if (self.multi_token_prediction or self.batch_size_ramp) and self.max_steps != other.max_steps:
+        in_parts = self.multi_token_prediction or self.batch_size_ramp or self.sliding_window_ramp
+        if in_parts and self.max_steps != other.max_steps:
             return False
         values = [[(s.factor(step), s.average_weight(step)) for step in (0, steps - 1)] for s in (self, other)]
         return values[0] == values[1]
@@ -82,7 +84,14 @@ class Schedule:
 
     def batch_share(self, step: int) -> float:
         """Return the tokens of update `step` as a fraction of those of the last update: 1 without a ramp."""
-        ramp = self.batch_size_ramp or [1.0]
+        return self._share(self.batch_size_ramp, step)
+
+    def window_share(self, step: int) -> float:
+        """Return the sliding window of update `step` as a fraction of the model's: 1 without a ramp."""
+        return self._share(self.sliding_window_ramp, step)
+
+    def _share(self, ramp: list[float] | None, step: int) -> float:
+        ramp = ramp or [1.0]
         return ramp[min(len(ramp) - 1, step * len(ramp) // self.max_steps)] / ramp[-1]
 
     def average_weight(self, step: int) -> float:
