@@ -56,7 +56,7 @@ from gpt2modern.training.distributed import (
 from gpt2modern.training.dry_run import dry_run
 from gpt2modern.training.export import find_stock_class
 from gpt2modern.training.memory import fit_micro_batch, freed_memory_kept
-from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention, narrower_windows
+from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention, scaled_windows
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
@@ -280,7 +280,7 @@ def train_step(
     report, both summed over the micro-batch's targets and divided by num_items. This is the number of targets of the
     complete step, not of one micro-batch, so that the gradient does not depend on how the step is divided.
     """
-    factor = config.schedule.factor(step)
+    factor, window_share = config.schedule.factor(step), config.schedule.share(config.sliding_window_ramp, step)
     set_schedules(optimizer, step=step, learning_rate_factor=factor)
     # Dropout depends only on (seed, step, process), so that no generator has to be saved for an exact resume.
     torch.manual_seed(hash_seed(config.seed, step, accelerator.process_index))
@@ -294,8 +294,7 @@ def train_step(
     for number, micro_batch in enumerate(batch.micro_batches, start=1):
         micro_batch = micro_batch.to(accelerator.device, non_blocking=True)  # (micro_batch_size, block_size + 1)
         last = number == batch.grad_accum_steps
-        sync = contextlib.nullcontext() if last else accelerator.no_sync(model)
-        with sync, narrower_windows(model, config.schedule.window_share(step)):
+        with contextlib.nullcontext() if last else accelerator.no_sync(model), scaled_windows(model, window_share):
             minimised, micro_loss = objective(model, micro_batch, num_items=targets_per_process, **later)
             accelerator.backward(minimised)
         loss += micro_loss

@@ -113,9 +113,8 @@ def test_a_ramp_lowers_the_rates_by_the_root_of_the_batch():
 
 def test_windows_have_a_ramp_of_their_own():
     schedule = Schedule("constant", max_steps=4, sliding_window_ramp=[1, 2])
-    assert [schedule.window_share(step) for step in range(5)] == [0.5, 0.5, 1, 1, 1]
-    assert {schedule.batch_share(step) for step in range(4)} == {schedule.factor(3)} == {1}
-    assert Schedule("constant", max_steps=4).window_share(0) == 1
+    assert [schedule.share([1, 2], step) for step in range(5)] == [0.5, 0.5, 1, 1, 1]
+    assert {schedule.batch_share(step) for step in range(4)} == {schedule.factor(3)} == {schedule.share(None, 0)} == {1}
 
 
 @pytest.mark.parametrize("ramp", ["batch_size_ramp", "sliding_window_ramp"])

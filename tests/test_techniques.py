@@ -23,7 +23,7 @@ from gpt2modern.files import sha256_of
 from gpt2modern.loading import load_model
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.depth import flags_of_depth
-from gpt2modern.training.models import build_model, narrower_windows, size_of_depth
+from gpt2modern.training.models import build_model, scaled_windows, size_of_depth
 from gpt2modern.training.schedules import Schedule
 from gpt2modern.training.speed import Stopwatch
 from tests.support.folders import change_json
@@ -360,11 +360,11 @@ def test_a_window_ramp_resumes_bit_identical(data_dir, tmp_path):
         assert_same_weights(run, whole)
 
 
-def test_narrower_windows_are_those_of_a_block():
+def test_windows_are_scaled_in_a_block_only():
     model = tiny_model("modern", sliding_window=8)
     attention, ids = model.model.layers[0].self_attn, random_ids(1, 12)
     wide = model(ids).logits
-    with narrower_windows(model, 0.5):
+    with scaled_windows(model, 0.5):
         assert attention.sliding_window == model.config.sliding_window == 4
         narrow = model(ids).logits
     assert attention.sliding_window == model.config.sliding_window == 8

@@ -84,9 +84,7 @@ class TrainConfig:
         least=0.001,
     )
     sliding_window_ramp: list[float] | None = batch_decides(
-        None,
-        "sliding windows in equal parts of the run, relative to that of the last part, which is the model's: 1 2 4",
-        least=0.001,
+        None, "sliding windows in equal parts of the run, relative to the last, which is the model's: 1 2 4", least=1e-3
     )
     document_masking: bool = batch_decides(
         False, "in training, tokens attend only to their own document in the block; evaluation does not mask documents"
@@ -270,8 +268,6 @@ class TrainConfig:
             raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
         if (ramp := list(self.batch_size_ramp or [])) != sorted(ramp) or (ramp and self.batch_size_warmup_steps):
             raise ValueError(f"--batch_size_ramp {ramp} must rise, and replaces --batch_size_warmup_steps; omit one")
-        if (ramp := list(self.sliding_window_ramp or [])) != sorted(ramp):
-            raise ValueError(f"--sliding_window_ramp {ramp} must rise; sort it")
         if self.max_document_length is not None and not self.document_masking:
             raise ValueError(f"--max_document_length {self.max_document_length} needs --document_masking true; set it")
         self._check_output_dir()

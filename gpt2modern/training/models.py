@@ -75,14 +75,14 @@ def build_model(
 
 
 @contextlib.contextmanager
-def narrower_windows(model: nn.Module, share: float) -> Iterator[None]:
-    """Let the sliding layers of `model` see `share` of their window in this block. RoPE stays as it is, so that the
+def scaled_windows(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the windows of the sliding layers of `model` by `factor` in this block. RoPE stays as it is, so that the
     saved settings describe the trained model."""
-    layers = [layer for layer in model.modules() if getattr(layer, "sliding_window", None)] if share < 1 else []
+    layers = [layer for layer in model.modules() if getattr(layer, "sliding_window", None)] if factor != 1 else []
     windows = [layer.sliding_window for layer in layers]
     try:
-        for layer, window in zip(layers, windows, strict=True):
-            layer.sliding_window = layer.config.sliding_window = max(1, round(share * window))
+        for layer in layers:
+            layer.sliding_window = layer.config.sliding_window = max(1, round(factor * layer.sliding_window))
         yield
     finally:
         for layer, window in zip(layers, windows, strict=True):

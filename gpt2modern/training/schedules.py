@@ -84,13 +84,10 @@ class Schedule:
 
     def batch_share(self, step: int) -> float:
         """Return the tokens of update `step` as a fraction of those of the last update: 1 without a ramp."""
-        return self._share(self.batch_size_ramp, step)
+        return self.share(self.batch_size_ramp, step)
 
-    def window_share(self, step: int) -> float:
-        """Return the sliding window of update `step` as a fraction of the model's: 1 without a ramp."""
-        return self._share(self.sliding_window_ramp, step)
-
-    def _share(self, ramp: list[float] | None, step: int) -> float:
+    def share(self, ramp: list[float] | None, step: int) -> float:
+        """Return the value of `ramp` for update `step` as a fraction of its last value: 1 without a ramp."""
         ramp = ramp or [1.0]
         return ramp[min(len(ramp) - 1, step * len(ramp) // self.max_steps)] / ramp[-1]
 
