@@ -76,7 +76,7 @@ def build_page(names: list[str]) -> "gr.Blocks":
 
     def answer(prompt: str, *sampling: float) -> Iterator[list]:
         """Yield a text and the next tokens of each model, again and again while the texts grow."""
-        flags = dict(zip(SAMPLING, sampling, strict=True))
+        flags = dict(zip(SAMPLING, (each or 0 for each in sampling), strict=True))  # None: an emptied field
         try:
             texts, tokens = [""] * len(models), [next_tokens(*model, prompt) for model in models]
             for number, model in enumerate(models):
@@ -93,7 +93,7 @@ def build_page(names: list[str]) -> "gr.Blocks":
             each["content"] = each["content"] if isinstance(each["content"], str) else each["content"][0]["text"]
         prompt = model[1].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         try:
-            flags = dict(zip(SAMPLING, sampling, strict=True))
+            flags = dict(zip(SAMPLING, (each or 0 for each in sampling), strict=True))  # None: an emptied field
             yield from stream_text(*model, prompt, add_special_tokens=False, **flags)
         except GPT2ModernError as error:
             raise gr.Error(str(error)) from None

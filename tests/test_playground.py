@@ -205,6 +205,14 @@ def test_a_space_streams_the_texts_of_both_models_on_the_same_seed(address, mode
         assert tokens["label"] == next(iter(next_tokens(model, tokenizer, prompt)))
 
 
+def test_an_emptied_seed_is_0(address):
+    client = pytest.importorskip("gradio_client").Client(address, verbose=False)
+    emptied, zero = (
+        client.predict("def", *(SAMPLING | {"seed": seed}).values(), api_name="/answer") for seed in (None, 0)
+    )
+    assert emptied == zero
+
+
 def test_a_model_with_a_chat_template_answers_a_conversation(address, models):
     """The second answer knows the first question and its answer."""
     client = pytest.importorskip("gradio_client").Client(address, verbose=False)
