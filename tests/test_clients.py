@@ -66,12 +66,13 @@ def test_wrong_flags_get_one_line(words, message, model_dir, capsys):
 def test_without_a_stock_model_its_clients_say_so(model_dir, tmp_path):
     model = shutil.copytree(model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("stock"))
     worked, reason = clients.attempt(clients.use_stock, model, tmp_path)
-    assert not worked and reason == "stock/ is missing; write the Qwen3ForCausalLM by python -m gpt2modern.conversion"
-    change_json(model / "summary.json", lambda summary: summary.update(stock_class=None))
-    assert clients.attempt(clients.use_stock, model, tmp_path) == (
-        True,
-        "not possible: no class of transformers has the same logits",
-    )
+    advice = "write the Qwen3ForCausalLM there by python -m gpt2modern.conversion"
+    assert not worked and reason == f"stock/ is missing; {advice}"
+    change_json(model / "summary.json", lambda summary: summary.update(stock_class=None))  # as after a failed export
+    assert clients.attempt(clients.use_stock, model, tmp_path) == (False, reason)
+    change_json(model / "config.json", lambda config: config.update(use_x0_residual=True))
+    worked, reason = clients.attempt(clients.use_stock, model, tmp_path)
+    assert worked and re.fullmatch("not possible: .*use_x0_residual.*", reason)
 
 
 def test_the_weights_are_read_and_saved(model_dir, tmp_path):

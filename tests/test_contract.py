@@ -38,7 +38,9 @@ from modeling_gpt2modern import (
 from tests.support.models import FLAG_SETS, random_ids, tiny_config, tiny_model
 
 EVERY_FLAG_SET = pytest.mark.parametrize("flag_set", FLAG_SETS)
-PRESETS = pytest.mark.parametrize("flag_set", ["gpt2", "modern", "speedrun", "frontier", "frontier_sliding_mixed"])
+PRESETS = pytest.mark.parametrize(
+    "flag_set", ["gpt2", "modern", "modern_muon", "speedrun", "frontier", "frontier_sliding_mixed"]
+)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-5) -> None:

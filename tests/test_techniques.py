@@ -331,6 +331,7 @@ def test_a_ramp_resumes_bit_identical_in_each_of_its_parts(data_dir, tmp_path):
 
 # Windows that grow
 
+WINDOWS = ["--sliding_window_ramp", "1", "2"]
 SLIDING = {"max_steps": 6, "save_steps": 1, "config_overrides": f"{TINY},sliding_window=8"}
 
 
@@ -341,7 +342,7 @@ def test_windows_grow_in_the_parts_of_a_run(data_dir, tmp_path, attention):
     flags = SLIDING | {"attn_implementation": attention, "eval_steps": 2}
     narrow = train(data_dir, tmp_path / "narrow", **(flags | {"config_overrides": f"{TINY},sliding_window=4"}))
     wide = train(data_dir, tmp_path / "wide", **flags)
-    grown = train(data_dir, tmp_path / "grown", ["--sliding_window_ramp", "1", "2"], **flags)
+    grown = train(data_dir, tmp_path / "grown", WINDOWS, **flags)
     assert losses(grown)[:3] == losses(narrow)[:3] != losses(wide)[:3]
     assert losses(grown)[3] != losses(narrow)[3]
     model = load_model(str(checkpoint_of(grown, 2)), flag="--model")
@@ -352,10 +353,11 @@ def test_windows_grow_in_the_parts_of_a_run(data_dir, tmp_path, attention):
 
 
 def test_a_window_ramp_resumes_bit_identical(data_dir, tmp_path):
-    ramp = ["--sliding_window_ramp", "1", "2"]
-    whole = train(data_dir, tmp_path / "whole", ramp, **SLIDING)
+    whole = train(data_dir, tmp_path / "whole", WINDOWS, **SLIDING)
     for step in (2, 3, 5):
-        run = train(data_dir, tmp_path / str(step), ramp, **SLIDING, resume_from_checkpoint=checkpoint_of(whole, step))
+        run = train(
+            data_dir, tmp_path / str(step), WINDOWS, **SLIDING, resume_from_checkpoint=checkpoint_of(whole, step)
+        )
         assert losses(run) == losses(whole)[step:]
         assert_same_weights(run, whole)
 
@@ -415,17 +417,24 @@ def test_a_checkpoint_from_before_these_settings_is_resumed(data_dir, tmp_path):
 
 # Two processes
 
-ALL = {"average_last": 0.5, "max_steps": 6, "per_device_train_batch_size": 1, "eval_steps": 4, "ddp_timeout": 120}
+ALL = {
+    "config_overrides": f"{TINY},sliding_window=8",
+    "average_last": 0.5,
+    "max_steps": 6,
+    "per_device_train_batch_size": 1,
+    "eval_steps": 4,
+    "ddp_timeout": 120,
+}
 
 
 @pytest.fixture(scope="module")
 def alone(data_dir, tmp_path_factory):
-    return train(data_dir, tmp_path_factory.mktemp("alone"), [*MULTI_TOKEN, *RAMP], **ALL)
+    return train(data_dir, tmp_path_factory.mktemp("alone"), [*MULTI_TOKEN, *RAMP, *WINDOWS], **ALL)
 
 
 @pytest.mark.parametrize("variables", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["DDP", "FSDP2"])
 def test_two_processes_do_it_as_one_does(alone, data_dir, tmp_path, variables):
-    arguments = [*command(data_dir, tmp_path, *TORCHRUN, "2", **ALL), *MULTI_TOKEN, *RAMP]
+    arguments = [*command(data_dir, tmp_path, *TORCHRUN, "2", **ALL), *MULTI_TOKEN, *RAMP, *WINDOWS]
     result = subprocess.run(
         arguments, env=environment(**variables), capture_output=True, text=True, timeout=200, cwd=REPOSITORY
     )

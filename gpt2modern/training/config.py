@@ -268,6 +268,8 @@ class TrainConfig:
             raise ValueError(f"--depth {self.depth} is the size of a new model; omit it with --model_name_or_path")
         if (ramp := list(self.batch_size_ramp or [])) != sorted(ramp) or (ramp and self.batch_size_warmup_steps):
             raise ValueError(f"--batch_size_ramp {ramp} must rise, and replaces --batch_size_warmup_steps; omit one")
+        if len(self.sliding_window_ramp or []) > (most := min(8, self.max_steps)):  # 8: torch.compile's limit
+            raise ValueError(f"--sliding_window_ramp has more than {most} values (8, or --max_steps); give fewer")
         if self.max_document_length is not None and not self.document_masking:
             raise ValueError(f"--max_document_length {self.max_document_length} needs --document_masking true; set it")
         self._check_output_dir()

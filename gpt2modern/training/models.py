@@ -76,16 +76,14 @@ def build_model(
 
 @contextlib.contextmanager
 def scaled_windows(model: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply the windows of the sliding layers of `model` by `factor` in this block. RoPE stays as it is, so that the
-    saved settings describe the trained model."""
-    layers = [layer for layer in model.modules() if getattr(layer, "sliding_window", None)] if factor != 1 else []
-    windows = [layer.sliding_window for layer in layers]
+    """Multiply the windows of the sliding layers of `model` by `factor` in this block; RoPE does not change with it."""
+    windows = {layer: layer.sliding_window for layer in model.modules() if getattr(layer, "sliding_window", None)}
     try:
-        for layer in layers:
-            layer.sliding_window = layer.config.sliding_window = max(1, round(factor * layer.sliding_window))
+        for layer, window in windows.items():
+            layer.sliding_window = layer.config.sliding_window = max(1, round(factor * window))
         yield
     finally:
-        for layer, window in zip(layers, windows, strict=True):
+        for layer, window in windows.items():
             layer.sliding_window = layer.config.sliding_window = window
 
 

@@ -107,6 +107,8 @@ FLAGS = [
     ),
     train("--batch_size_ramp 1 3", "--batch_size_ramp [1.0, 3.0] of --total_batch_size 256 gives steps that are not"),
     train("--sliding_window_ramp 0 1", "--sliding_window_ramp 0.0 must be at least 0.001"),
+    train("--sliding_window_ramp 1 2 3 4 5 6 7 8 9", "--sliding_window_ramp has more than 8 values"),
+    train("--sliding_window_ramp 1 2 --max_steps 1 --warmup_steps 0", "--sliding_window_ramp has more than 1 values"),
     train("--sliding_window_ramp 1 2", "--sliding_window_ramp needs a model with sliding layers"),
     train("--max_document_length 8", "--max_document_length 8 needs --document_masking true"),
     train("--depth 0", "--depth 0 must be at least 1"),

@@ -31,8 +31,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from gpt2modern.cli import nearest, one_line_errors, parse_arguments
+from gpt2modern.conversion.convert import to_native
 from gpt2modern.errors import GPT2ModernError, first_line
+from gpt2modern.loading import load_config
 from gpt2modern.settings import check_ranges, setting
+from modeling_gpt2modern import GPT2ModernForCausalLM
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -146,12 +149,15 @@ def load(folder: Path) -> PreTrainedModel:
 def stock_of(folder: Path) -> Path:
     """Return the folder of the stock model in a model folder; raises GPT2ModernError if it is missing, NotPossible if
     no class has the same logits."""
-    summary = folder / "summary.json"
-    name = json.loads(summary.read_text()).get("stock_class") if summary.is_file() else None
-    if not (folder / "stock").is_dir() and name is None:
-        raise NotPossible("no class of transformers has the same logits")
-    require((folder / "stock").is_dir(), f"stock/ is missing; write the {name} by python -m gpt2modern.conversion")
-    return folder / "stock"
+    stock = folder / "stock"
+    if not stock.is_dir():
+        try:
+            with torch.device("meta"):
+                name = type(to_native(GPT2ModernForCausalLM(load_config(str(folder))))).__name__
+        except ValueError as error:
+            raise NotPossible(first_line(error)) from None
+        raise GPT2ModernError(f"stock/ is missing; write the {name} there by python -m gpt2modern.conversion")
+    return stock
 
 
 def continuation(folder: Path, prompt: str = PROMPT, count: int = NEW_TOKENS) -> str:
