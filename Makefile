@@ -36,13 +36,8 @@ demo: $(INSTALLED)
 # The demo's folder, or make try-everything MODEL=out/mine, in other programs: serve, llama.cpp, ONNX, lm-eval, TRL, ...
 MODEL := $(DEMO)
 
-try-everything: $(VENV)/.clients
+try-everything: $(INSTALLED)
 	$(BIN)/python -m tests.support.clients --model $(MODEL)
-
-$(VENV)/.clients: $(INSTALLED)
-	@echo "Installing the clients (lm-eval brings 350 MB)"
-	$(BIN)/python -m pip install --disable-pip-version-check -q --retries 1 -c constraints.txt -e '.[clients]' && touch $@ \
-		|| echo "warning: some clients are not installed, see the table" >&2
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not (fault and slow) and not exhaustive"

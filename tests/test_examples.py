@@ -133,7 +133,7 @@ def test_dpo_prefers_the_chosen_answer(example, model_dir, tmp_path):
     assert_loads(tmp_path / "out", ran["trainer"].model)
 
 
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs python -m pip install lm_eval (350 MB)")
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_evaluate_with_lm_eval(example, model_dir, tmp_path):
     clients.write_task(tmp_path / "tasks", ["def f(x): return x", "import os"])
     ran = example(

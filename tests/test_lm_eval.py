@@ -23,7 +23,7 @@ def whole_blocks(text, tokenizer, block_size) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs python -m pip install lm_eval (350 MB)")
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
 @pytest.mark.parametrize("preset", ["modern", "gpt2"])
 def test_lm_eval_agrees_with_eval_perplexity(data_dir, tmp_path, preset):
     tokenizer = AutoTokenizer.from_pretrained(data_dir / "tokenizer")
