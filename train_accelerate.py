@@ -56,11 +56,12 @@ from gpt2modern.training.distributed import (
 from gpt2modern.training.dry_run import dry_run
 from gpt2modern.training.export import find_stock_class
 from gpt2modern.training.memory import fit_micro_batch, freed_memory_kept
-from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention, scaled_windows
+from gpt2modern.training.models import COMPILE_OPTIONS, build_model, fastest_attention
 from gpt2modern.training.nonfinite import handle_nonfinite
 from gpt2modern.training.optimizers import OptimizerChain, build_optimizers, set_schedules
 from gpt2modern.training.publish import Publisher
 from gpt2modern.training.records import Records, reserved_output_dir
+from gpt2modern.training.schedules import scaled_windows
 from gpt2modern.training.speed import Stopwatch, step_metrics
 from gpt2modern.training.state import TrainState
 from gpt2modern.training.stopping import StopRequest, describe, exit_code_of_stop

@@ -66,13 +66,12 @@ def test_wrong_flags_get_one_line(words, message, model_dir, capsys):
 def test_without_a_stock_model_its_clients_say_so(model_dir, tmp_path):
     model = shutil.copytree(model_dir, tmp_path / "model", ignore=shutil.ignore_patterns("stock"))
     worked, reason = clients.attempt(clients.use_stock, model, tmp_path)
-    advice = "write the Qwen3ForCausalLM there by python -m gpt2modern.conversion"
-    assert not worked and reason == f"stock/ is missing; {advice}"
+    assert not worked and reason == "stock/ is missing; write it by python -m gpt2modern.conversion"
     change_json(model / "summary.json", lambda summary: summary.update(stock_class=None))  # as after a failed export
     assert clients.attempt(clients.use_stock, model, tmp_path) == (False, reason)
-    change_json(model / "config.json", lambda config: config.update(use_x0_residual=True))
+    change_json(model / "config.json", lambda config: config.update(final_logit_softcapping=30.0))
     worked, reason = clients.attempt(clients.use_stock, model, tmp_path)
-    assert worked and re.fullmatch("not possible: .*use_x0_residual.*", reason)
+    assert worked and re.fullmatch("not possible: .*does not allow final_logit_softcapping=30.0", reason)
 
 
 def test_the_weights_are_read_and_saved(model_dir, tmp_path):

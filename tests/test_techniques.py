@@ -23,8 +23,8 @@ from gpt2modern.files import sha256_of
 from gpt2modern.loading import load_model
 from gpt2modern.training.batches import BatchPlan
 from gpt2modern.training.depth import flags_of_depth
-from gpt2modern.training.models import build_model, scaled_windows, size_of_depth
-from gpt2modern.training.schedules import Schedule
+from gpt2modern.training.models import build_model, size_of_depth
+from gpt2modern.training.schedules import Schedule, scaled_windows
 from gpt2modern.training.speed import Stopwatch
 from tests.support.folders import change_json
 from tests.support.models import random_ids, tiny_model

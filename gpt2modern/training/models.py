@@ -5,10 +5,8 @@ the model with the adapters merged into its weights, as an ordinary model folder
 adapters alone, which `PeftModel.from_pretrained(base, ...)` reads.
 """
 
-import contextlib
 import copy
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,19 +70,6 @@ def build_model(
     if config.lora_rank:
         _add_adapters(model, config)
     return model
-
-
-@contextlib.contextmanager
-def scaled_windows(model: nn.Module, factor: float) -> Iterator[None]:
-    """Multiply the windows of the sliding layers of `model` by `factor` in this block; RoPE does not change with it."""
-    windows = {layer: layer.sliding_window for layer in model.modules() if getattr(layer, "sliding_window", None)}
-    try:
-        for layer, window in windows.items():
-            layer.sliding_window = layer.config.sliding_window = max(1, round(factor * window))
-        yield
-    finally:
-        for layer, window in windows.items():
-            layer.sliding_window = layer.config.sliding_window = window
 
 
 def fastest_attention(device: torch.device, mixed_precision: str) -> str:

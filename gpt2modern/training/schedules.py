@@ -1,8 +1,11 @@
 """Compute what changes during a run from the step alone, so that a checkpoint need not save any schedule state."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from torch import nn
 
 # From 1 at progress 0 to 0 at progress 1. The names are those of transformers' decay types.
 DECAYS: dict[str, Callable[[float], float]] = {
@@ -61,10 +64,8 @@ class Schedule:
         warm-up and decay lengths computed from it; weights of losses and ramps depend on `max_steps` itself.
         """
         in_parts = self.multi_token_prediction or self.batch_size_ramp or self.sliding_window_ramp
-        if in_parts and self.max_steps != other.max_steps:
-            return False
         values = [[(s.factor(step), s.average_weight(step)) for step in (0, steps - 1)] for s in (self, other)]
-        return values[0] == values[1]
+        return values[0] == values[1] and (not in_parts or self.max_steps == other.max_steps)
 
     def factor(self, step: int) -> float:
         """Return the fraction of the peak learning rate that update `step` uses (the first update is step 0).
@@ -88,8 +89,7 @@ class Schedule:
 
     def share(self, ramp: list[float] | None, step: int) -> float:
         """Return the value of `ramp` for update `step` as a fraction of its last value: 1 without a ramp."""
-        ramp = ramp or [1.0]
-        return ramp[min(len(ramp) - 1, step * len(ramp) // self.max_steps)] / ramp[-1]
+        return (ramp := ramp or [1.0])[min(len(ramp) - 1, step * len(ramp) // self.max_steps)] / ramp[-1]
 
     def average_weight(self, step: int) -> float:
         """Return by which fraction update `step` moves the mean of the weights towards its own: 1/n in the n-th of the
@@ -107,6 +107,19 @@ class Schedule:
         weights = self.multi_token_prediction or []
         passed = (len(weights) + 1) * step / self.max_steps
         return [w * min(1.0, max(0.0, len(weights) - i - passed)) for i, w in enumerate(weights)]
+
+
+@contextlib.contextmanager
+def scaled_windows(model: nn.Module, factor: float) -> Iterator[None]:
+    """Multiply the windows of the sliding layers of `model` by `factor` in this block; RoPE does not change with it."""
+    windows = {layer: layer.sliding_window for layer in model.modules() if getattr(layer, "sliding_window", None)}
+    try:
+        for layer, window in windows.items():
+            layer.sliding_window = layer.config.sliding_window = max(1, round(factor * window))
+        yield
+    finally:
+        for layer, window in windows.items():
+            layer.sliding_window = layer.config.sliding_window = window
 
 
 def steps_from(name: str, steps: int | None, ratio: float | None, max_steps: int) -> int | None:

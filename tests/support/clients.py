@@ -31,11 +31,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from gpt2modern.cli import nearest, one_line_errors, parse_arguments
-from gpt2modern.conversion.convert import to_native
 from gpt2modern.errors import GPT2ModernError, first_line
-from gpt2modern.loading import load_config
 from gpt2modern.settings import check_ranges, setting
-from modeling_gpt2modern import GPT2ModernForCausalLM
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -151,12 +148,14 @@ def stock_of(folder: Path) -> Path:
     no class has the same logits."""
     stock = folder / "stock"
     if not stock.is_dir():
-        try:
-            with torch.device("meta"):
-                name = type(to_native(GPT2ModernForCausalLM(load_config(str(folder))))).__name__
-        except ValueError as error:
-            raise NotPossible(first_line(error)) from None
-        raise GPT2ModernError(f"stock/ is missing; write the {name} there by python -m gpt2modern.conversion")
+        with tempfile.TemporaryDirectory() as place:
+            try:
+                run("-m", "gpt2modern.conversion", "--model", folder, "--output_dir", Path(place, "stock"))
+            except GPT2ModernError as error:
+                if "does not allow" not in str(error):  # the settings of the model
+                    raise
+                raise NotPossible(str(error)) from None
+        raise GPT2ModernError("stock/ is missing; write it by python -m gpt2modern.conversion")
     return stock
 
 
