@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as their first lines say, on tiny data, and what they write loads again."""
+"""The scripts of examples/ run as their first lines say, on tiny data, and what they write loads again; so does GRPO."""
 
 import json
 import math
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
 
 from tests.support import clients
 from tests.support.folders import run, write_jsonl
@@ -131,6 +133,22 @@ def test_dpo_prefers_the_chosen_answer(example, model_dir, tmp_path):
     assert logged(ran)[0] == pytest.approx(math.log(2), abs=0.02)  # the model is its own reference
     assert logged(ran)[-1] < 0.3 and logged(ran, "rewards/margins")[-1] > 1
     assert_loads(tmp_path / "out", ran["trainer"].model)
+
+
+def test_grpo_raises_the_reward_of_what_the_model_writes(model_dir, tmp_path):
+    """TRL generates several answers to a prompt, with the model's cache, and prefers those with more "e"."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = TRAINING | {"max_steps": 40, "num_generations": 4, "max_completion_length": 8, "seed": 2}
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=True),
+        reward_funcs=lambda completions, **_: [float(text.count("e")) for text in completions],
+        args=GRPOConfig(str(tmp_path), **flags),
+        train_dataset=Dataset.from_dict({"prompt": ["def f", "class A"] * 4}),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+    trainer.train()
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert sum(rewards[-5:]) > sum(rewards[:5])
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
