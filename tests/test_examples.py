@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as their first lines say, on tiny data, and what they write loads again; so does GRPO."""
+"""The scripts of examples/ run as their first lines say, on tiny data, what they write loads again; so does GRPO."""
 
 import json
 import math
