@@ -148,7 +148,7 @@ def test_grpo_raises_the_reward_of_what_the_model_writes(model_dir, tmp_path):
     )
     trainer.train()
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    assert sum(rewards[-5:]) > sum(rewards[:5])
+    assert min(rewards[-5:]) > max(rewards[:5]) + 1
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed")
