@@ -87,8 +87,9 @@ def normal(*shape, seed):
 SHAPES = [(24, 64), (64, 24), (32, 32), (1, 16), (40, 1)]
 
 
-def test_muon_is_torchs_to_the_bit():
+def test_muon_is_torchs_to_the_bit(monkeypatch):
     """So that losses, resumed runs and checkpoints stay what they were; also where a matrix has no gradient."""
+    monkeypatch.setattr("gpt2modern.training.muon.has_bf16_instructions", lambda device: True)
     ours, theirs = ([torch.nn.Parameter(normal(*shape, seed=1)) for shape in SHAPES] for _ in range(2))
     optimizers = muon_of(ours), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, nesterov=True)
     for step in range(6):
@@ -102,6 +103,23 @@ def test_muon_is_torchs_to_the_bit():
         states = (optimizers[0].state[mine], optimizers[1].state[other])
         assert states[0].keys() == states[1].keys() == {"momentum_buffer"}
         assert torch.equal(states[0]["momentum_buffer"], states[1]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_muon_computes_in_the_dtype_that_the_device_is_fast_in(monkeypatch, supported):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    seen = []
+
+    def seeing(matrix, **settings):
+        seen.append(matrix.dtype)
+        return orthogonalize(matrix, **settings)
+
+    monkeypatch.setattr("gpt2modern.training.muon.orthogonalize", seeing)
+    weight = torch.nn.Parameter(normal(24, 64, seed=1))
+    weight.grad = normal(24, 64, seed=2)
+    muon_of([weight]).step()
+    assert seen == [torch.bfloat16 if supported else torch.float32] and weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("coefficients", "error"), [("quintic", 0.6), ("polar_express", 0.2)])

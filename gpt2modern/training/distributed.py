@@ -81,10 +81,15 @@ def resolved_precision(mixed_precision: str | None) -> str | None:
     """Return `mixed_precision`; for "auto": "bf16" if the device of the run has instructions for it, otherwise "no"."""
     if mixed_precision != "auto":
         return mixed_precision
-    if not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
-        # Other CPUs compute bf16 by conversion to fp32, or far slower without AVX-512.
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    device = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator(True)
+    return "bf16" if has_bf16_instructions(device.type if device else "cpu") else "no"
+
+
+def has_bf16_instructions(device_type: str) -> bool:
+    """Return whether the CPU or GPU computes in bf16 itself: by conversion to fp32 it is slower than in fp32."""
+    if device_type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def build_accelerator(mixed_precision: str | None, ddp_timeout: int) -> Accelerator:
@@ -201,7 +206,7 @@ def _refuse_precision(accelerator: Accelerator) -> None:
     precision, device = accelerator.mixed_precision, accelerator.device
     if precision not in ("no", "fp16", "bf16"):
         raise GPT2ModernError(f"mixed precision {precision!r} of the launcher is unknown; choose from no, fp16, bf16")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision == "bf16" and device.type == "cuda" and not has_bf16_instructions("cuda"):
         raise GPT2ModernError(  # GPUs before the A100's generation emulate it, slowly
             f"{torch.cuda.get_device_name(device)} does not support bf16; use --mixed_precision fp16 (scales the loss)"
         )

@@ -112,7 +112,8 @@ class Schedule:
 @contextlib.contextmanager
 def scaled_windows(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiply the windows of the sliding layers of `model` by `factor` in this block; RoPE does not change with it."""
-    windows = {layer: layer.sliding_window for layer in model.modules() if getattr(layer, "sliding_window", None)}
+    modules = model.modules() if factor != 1 else ()
+    windows = {layer: layer.sliding_window for layer in modules if getattr(layer, "sliding_window", None)}
     try:
         for layer, window in windows.items():
             layer.sliding_window = layer.config.sliding_window = max(1, round(factor * window))
