@@ -200,7 +200,7 @@ class Ablation:
                     f"--variants {name}: {axis!r} is no change; choose from {', '.join(AXES)}, or give a setting of "
                     "the model or of train_accelerate.py as key=value"
                 )
-            words += AXES.get(axis, axis).split()
+            words += AXES[axis].split() if axis in AXES else [axis]
         settings = dict(word.split("=", 1) for word in words)
         gated = MLPS[self.model(settings).config.mlp_type].gated
         if gated != MLPS[before.mlp_type].gated and "intermediate_size" not in settings:
@@ -214,10 +214,11 @@ class Ablation:
         overrides = {key: json.dumps(value) for key, value in overrides.items()}
         overrides |= {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
         flags = {key: value for key, value in settings.items() if key not in overrides}
-        flags["config_overrides"] = ",".join(f"{key}={value}" for key, value in overrides.items())
-        typed = parse_arguments(TrainConfig, ["--dry_run", *(f"--{key}={value}" for key, value in flags.items())])
+        words = [word for key, value in flags.items() for word in (f"--{key}", *value.split())]  # lists: 1 2 4
+        overrides = ",".join(f"{key}={value}" for key, value in overrides.items())
+        typed = parse_arguments(TrainConfig, ["--dry_run", *words, f"--config_overrides={overrides}"])
         try:
-            return replace(self.recipe, **{key: getattr(typed, key) for key in flags})
+            return replace(self.recipe, **{key: getattr(typed, key) for key in (*flags, "config_overrides")})
         except ValueError as error:
             raise GPT2ModernError(f"--recipe {self.config.recipe} with {settings}: {error}") from None
 

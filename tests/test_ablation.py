@@ -153,7 +153,7 @@ def test_tuning_takes_the_minimum_and_gives_it_to_the_variants(flags, tmp_path, 
 
 
 def test_variants_have_the_settings_that_their_names_say(flags):
-    plan = planned(flags, "vanilla,+swiglu,modern+relu2,+rope+qk_norm,speedrun")
+    plan = planned(flags, "vanilla,+swiglu,modern+relu2,+rope+qk_norm,speedrun,+batch_size_ramp=1 2+weight_decay=0")
     configs = {name: plan.train_config(settings) for name, settings in plan.variants.items()}
     models = {name: plan.model(settings).config for name, settings in plan.variants.items()}
     assert models["vanilla"].mlp_type == "gelu_new" and models["vanilla"].hidden_dropout == 0
@@ -161,6 +161,7 @@ def test_variants_have_the_settings_that_their_names_say(flags):
     assert models["modern+relu2"].mlp_type == "relu2" and models["modern+relu2"].position_embedding_type == "rope"
     assert models["+rope+qk_norm"].use_qk_norm and models["+rope+qk_norm"].norm_type == "layernorm"
     assert [configs[name].optimizer for name in ("vanilla", "speedrun")] == ["adamw", "muon"]
+    assert configs["+batch_size_ramp=1 2+weight_decay=0"].batch_size_ramp == [1.0, 2.0]
     assert configs["speedrun"].learning_rate == 0.008 and configs["modern+relu2"].learning_rate == 0.01
 
 
