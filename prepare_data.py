@@ -36,7 +36,6 @@ import time
 from pathlib import Path
 
 import datasets
-import psutil
 import transformers
 
 from gpt2modern.cli import one_line_errors, parse_arguments
@@ -44,7 +43,7 @@ from gpt2modern.data.config import PrepareConfig
 from gpt2modern.data.folder import WORKSPACE, finish, folder_in_preparation, settings_of, write_dataset_files
 from gpt2modern.data.formats import ReadOptions
 from gpt2modern.data.formats.reading import check_unchanged
-from gpt2modern.data.manifest import build_manifest, find_problems, local_folder
+from gpt2modern.data.manifest import build_manifest, find_problems
 from gpt2modern.data.publishing import ReportConfig, dataset_card, print_summary, push_to_hub, report_page, write_report
 from gpt2modern.data.rows import schema_of
 from gpt2modern.data.shards import Job, keep_filled_shards, write_validation
@@ -56,10 +55,9 @@ from gpt2modern.errors import GPT2ModernError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: prepare data, or verify folders. A user's mistake prints one line and exits with code 2."""
-    started = None
+    """Run the command line: prepare data; or verify, describe or export a prepared folder. A user's mistake prints one line and exits with code 2."""
     if argv is None:
-        argv, started = sys.argv[1:], psutil.Process().create_time()  # before the imports, which take a second
+        argv = sys.argv[1:]
         datasets.config.TORCH_AVAILABLE = False  # otherwise every IterableDataset imports torch, which takes 2 s
     with one_line_errors():
         if argv[:1] == ["verify"]:
@@ -77,26 +75,26 @@ def main(argv: list[str] | None = None) -> None:
         # A user's mistake prints one line, without warnings of the libraries before it.
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         transformers.logging.set_verbosity_error()
-        prepare(config, started=started)
+        prepare(config)
 
 
 def verify(folders: list[str]) -> None:
     """Check every file of finished folders against its sha256. Raises GPT2ModernError that names all damaged files."""
     if not folders or folders[0].startswith("-"):
         raise GPT2ModernError("usage: python prepare_data.py verify FOLDER [FOLDER ...]")
-    problems = [problem for folder in folders for problem in find_problems(local_folder(folder))]
+    problems = [problem for folder in folders for problem in find_problems(folder)]
     if problems:
         raise GPT2ModernError("; ".join(problems))
     print(f"{', '.join(folders)}: all files are valid (sha256 as recorded)")
 
 
-def prepare(config: PrepareConfig, dataset: AnyDataset | None = None, started: float | None = None) -> dict | None:
+def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | None:
     """Write the folder `config.output_dir` and return its manifest, or None if only shard --shard_index is written.
 
     dataset: documents from Python instead of --dataset_name or --train_file. Of a DatasetDict, the split
     `dataset_split` is used, and the split `validation` if it exists. Finished shards of a run with the same settings
-    are verified and kept. started: `time.time()` from which the printed time counts (None: now). Raises
-    GPT2ModernError if the user can fix the cause; a folder started by this call is then emptied, unless writing failed.
+    are verified and kept. Raises GPT2ModernError if the user can fix the cause; a folder started by this call is then
+    emptied, unless writing failed.
     """
     if (config.dataset_name is not None) + (config.train_file is not None) + (dataset is not None) != 1:
         raise GPT2ModernError(
@@ -106,7 +104,7 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None, started: f
     output_dir, settings = Path(config.output_dir), settings_of(config, dataset)
     with folder_in_preparation(output_dir, settings, shared=config.shard_index is not None) as manifest:
         if manifest is None:
-            manifest = write_folder(config, settings, stats, dataset, started or time.time())
+            manifest = write_folder(config, settings, stats, dataset)
         else:
             print(f"{output_dir} is already prepared with these settings; nothing to do")
     if config.push_to_hub and manifest is not None:
@@ -114,13 +112,12 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None, started: f
     return manifest
 
 
-def write_folder(
-    config: PrepareConfig, settings: dict, stats: dict, dataset: AnyDataset | None, started: float
-) -> dict | None:
+def write_folder(config: PrepareConfig, settings: dict, stats: dict, dataset: AnyDataset | None) -> dict | None:
     """Read, encode and pack the documents. Returns the manifest, or None if --shard_index is given.
 
-    stats: of the files before `settings` were computed from their content. started: see `prepare`.
+    stats: of the files before `settings` were computed from their content.
     """
+    started = time.perf_counter()
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
     config = with_token_files(config)
     tokenizer = named_tokenizer(config)  # None: it is trained below, on the documents
@@ -151,7 +148,7 @@ def write_folder(
     write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
     finish(output_dir, manifest, report_page(output_dir, manifest), dataset_card(manifest))
-    print_summary(output_dir, manifest, time.time() - started)
+    print_summary(output_dir, manifest, time.perf_counter() - started)
     return manifest
 
 

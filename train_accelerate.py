@@ -134,7 +134,7 @@ def train(config: TrainConfig, callback: Callback = no_callback) -> dict[str, An
         with records, contextlib.closing(batches):
             if state.step and evaluation_is_due(config, state):  # the run was interrupted in it
                 records.log(state.step, *evaluation(state), remaining_s=0.0)
-            for batch in batches:
+            for batch in () if stop.agreed else batches:
                 loss, grad_norm, learning_rate, finite = train_step(
                     config, accelerator, processes, model, optimizer, batch, objective, state.step, callback
                 )

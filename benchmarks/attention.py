@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(kw_only=True)
 class AttentionConfig:
-    seq_len: list[int] = setting(default_factory=lambda: [256, 512, 1024, 2048], help="tokens in a row")
+    seq_len: list[int] = setting(default_factory=lambda: [256, 512, 1024, 2048], help="tokens in a row", least=1)
     num_tokens: int = setting(2048, "tokens in a batch", least=1)
     num_attention_heads: int = setting(12, "heads, of 64 dimensions", least=1)
     attn_implementation: list[str] = setting(default_factory=lambda: ["blockwise"], help="to compare with sdpa")

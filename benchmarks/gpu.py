@@ -242,7 +242,7 @@ n = {WINDOWS} windows of {config.steps} steps after {WARM_UP_STEPS}; each row in
 Not measured: {"; ".join(waiting) or "nothing"}.
 
 The rows `trainer` are `train_accelerate.train` on the prepared data, the last one resumed in the middle; all others are
-its `train_step`. The ladder is that of `benchmarks.throughput --ladder`; each row adds one change.
+its `train_step`. The ladder is that of `benchmarks.throughput`; each row adds one change.
 Muon's targets are for steps of {RECIPE_TOKENS:,} tokens. MFU: (6 N + 12 L D T) x tokens/s / the bf16 peak. The kernels
 are of one profiled step; idle is the rest of an unprofiled one. Graph breaks include recompilations."""
     question = "does training give the right results on this device, and how fast is it?"

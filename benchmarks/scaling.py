@@ -64,7 +64,8 @@ def seconds_per_step(flags: list[str], way: str, tokens: int, steps: int) -> flo
         command = [sys.executable, *launcher, str(evidence.REPOSITORY / "train_accelerate.py"), *flags, *own]
         result = subprocess.run(command, env=variables, capture_output=True, text=True)
         if result.returncode:
-            raise GPT2ModernError(f"{way}: {re.search('(error: .*|.*)$', result.stderr.strip(), re.MULTILINE)[0]}")
+            problem = re.search(r"error: .*|.*\Z", result.stderr.strip())[0]
+            raise GPT2ModernError(f"{way}: {problem}")
         return json.loads(Path(folder, "run", "metrics.jsonl").read_text().splitlines()[-1])["step_time_s"]
 
 

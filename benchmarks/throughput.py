@@ -1,8 +1,8 @@
 """Train a model as the benchmarks do: by the trainer's step, by the trainer as a whole, or in a plain loop of PyTorch.
 
-    python -m benchmarks.throughput --ladder --data DATA
+    python -m benchmarks.throughput --data DATA
     # on two CPU cores, in about half an hour:
-    python -m benchmarks.throughput --ladder --data DATA --per_device_train_batch_size 2 --larger_batches 4 8 --steps 1
+    python -m benchmarks.throughput --data DATA --per_device_train_batch_size 2 --larger_batches 4 8 --steps 1
 
 A row is one way to train: the model, which may be a peer, the optimizer, the precision, compiled or not, the loop. The
 ladder starts with GPT-2 in fp32 as one writes it first, and adds one optimisation in each rung. DATA is a folder that
@@ -292,10 +292,9 @@ def run_trainer(row: Row, config: StepConfig, data_dir: Path, **settings: Any) -
 @dataclass(kw_only=True)
 class LadderConfig(StepConfig):
     data: str = setting(help="folder that prepare_data.py wrote")
-    ladder: bool = setting(True, "measure the ladder; this command does nothing else")
     vocab_size: int = setting(GPT2_VOCAB_SIZE, "number of token ids of the model", least=1)
     per_device_train_batch_size: int = setting(4, "number of sequences in a step", least=1)
-    larger_batches: list[int] = setting(default_factory=lambda: [8, 16, 32, 64], help="those of the last rungs")
+    larger_batches: list[int] = setting(default_factory=lambda: [8, 16, 32, 64], help="those of the last rungs", least=1)
     steps: int = setting(2, "number of timed steps in one measurement", least=1)
     repetitions: int = setting(3, "number of measurements of each rung, in turn", least=1)
 

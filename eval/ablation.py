@@ -357,7 +357,7 @@ def tune(ablation: Ablation, workers: Workers) -> list[dict[str, Any]]:
     for text in ablation.config.tune:
         key, _, values = text.partition("=")
         kind = TRAIN_SETTINGS[key].metadata.get("optimizer")
-        users = [name for name, each in ablation.variants.items() if each.get("optimizer", "adamw") == kind or not kind]
+        users = [name for name, each in ablation.variants.items() if not kind or each.get("optimizer", ablation.recipe.optimizer) == kind]
         if not users:
             raise GPT2ModernError(f"--tune {key}: no variant has --optimizer {kind}; remove it")
         values = sorted(values.split(","), key=float)

@@ -26,7 +26,7 @@ from gpt2modern.errors import GPT2ModernError
 from gpt2modern.evaluation.loss import document_positions
 from gpt2modern.files import check_writable_file, write_json
 from gpt2modern.loading import load_model, longest_sequence, num_token_ids
-from gpt2modern.settings import check_range, check_ranges, setting
+from gpt2modern.settings import check_ranges, setting
 from gpt2modern.training.distributed import Processes, joined_processes
 
 
@@ -38,14 +38,12 @@ class PerplexityConfig:
     block_size: int | None = setting(None, "context length in tokens; default: the block size of the data", least=1)
     document_masking: bool = setting(False, "each token attends to its own document only")
     stride: int | None = setting(None, "tokens that overlapping windows move by; default: separate blocks", least=1)
-    length_factors: list[int] | None = setting(None, "also evaluate in blocks of these multiples of the block size")
+    length_factors: list[int] | None = setting(None, "also evaluate in blocks of these multiples of the block size", least=1)
     per_device_eval_batch_size: int = setting(8, "number of blocks per forward pass", least=1)
     output: str | None = setting(None, "JSON file to which the result is also written")
 
     def __post_init__(self):
         check_ranges(self)
-        for factor in self.length_factors or []:
-            check_range("--length_factors", factor, 1)
         check_writable_file("--output", self.output)
 
 

@@ -7,7 +7,7 @@ names the commits that trained it.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -25,7 +25,7 @@ from gpt2modern.settings import setting
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.records import SETTINGS_FILE
 
-DEFAULTS = {field.name: field.default for field in fields(TrainConfig)}
+DEFAULTS = vars(TrainConfig(dry_run="true"))
 MEASURES = [*evidence.TRAINING_CODE, *(f"gpt2modern/training/{name}.py" for name in ("batches", "schedules"))]
 MEASURES += ["eval/perplexity.py:measure,measure_lengths,windows", *evidence.DATA_CODE]
 

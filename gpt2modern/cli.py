@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import sys
@@ -56,6 +57,11 @@ def one_line_errors() -> Iterator[None]:
         line = " ".join(str(error).split())
         line = line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]} ... {line[-200:]}"
         print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:  # also of Path.exists, until Python 3.12
+        if error.errno not in (errno.EACCES, errno.ENAMETOOLONG):
+            raise
+        print(f"error: {error.filename!s:.200} cannot be used ({error.strerror}); choose another path", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("error: interrupted by the user (Ctrl-C)", file=sys.stderr)
@@ -206,7 +212,6 @@ def _yaml_as_flags(parser: _Parser, arguments: type, path: Path) -> list[str]:
             wanted = "a value or a list of values" if is_list else "one value"
             raise GPT2ModernError(f"--config {path}: the key {key!r} is {value!r}; give {wanted}, or remove it")
         # `flag=value` keeps a negative number or a leading dash from being read as a flag.
-        value = str(value).lower() if isinstance(value, bool) else value  # a choice beside others
         flag = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
         try:
             parser.parse_strict(flag)

@@ -1,6 +1,7 @@
 """Write files and folders so that they are complete or absent, compute checksums, lock, and check output paths."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -13,11 +14,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 
 def is_hub_name(name: str | Path | None) -> bool:
@@ -86,13 +82,12 @@ def atomic_file(path: Path, build_in: Path | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, build_in: Path | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder that is flushed to disk and renamed to `path` when the `with` block ends.
 
-    build_in: parent of the temporary folder, on the same file system; default: the parent of `path`. A temporary folder
-    left by a killed process is deleted first. After an exception the temporary folder is deleted.
+    A temporary folder left by a killed process is deleted first. After an exception the temporary folder is deleted.
     """
-    temporary = (build_in or path.parent) / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -134,11 +129,8 @@ def locked(path: Path, *, shared: bool = False, seconds: float = math.inf) -> It
 
     path: a folder, or a file that is created if it is missing and may be deleted by the process that has locked it; NFS
     locks only files. shared: several processes may hold a shared lock. Raises BlockingIOError after waiting for
-    `seconds`. Locks nothing where locks are unsupported (Windows, some file systems).
+    `seconds`. Locks nothing where locks are unsupported (some file systems).
     """
-    if fcntl is None:
-        yield
-        return
     waited = 0.0
     while True:
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)

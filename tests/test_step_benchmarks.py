@@ -264,7 +264,7 @@ def test_the_ladder_writes_a_report_with_a_picture(data_dir, tmp_path, monkeypat
     uncompiled = {name: replace(row, compiled=False) for name, row in ladder().items()}
     monkeypatch.setattr(throughput, "ladder", lambda: uncompiled)
     monkeypatch.setattr(throughput, "LADDER_PEERS", {"a peer": PEER_ROWS[0]})
-    flags = f"--ladder --data {data_dir} --config_overrides {TINY} --vocab_size 300 --block_size 16 --device cpu"
+    flags = f"--data {data_dir} --config_overrides {TINY} --vocab_size 300 --block_size 16 --device cpu"
     flags += f" --per_device_train_batch_size 1 --larger_batches 2 3 --steps 1 --repetitions 2 --output {tmp_path}"
     throughput.main(flags.split())
     (page,) = tmp_path.glob("*_throughput_ladder_cpu.md")

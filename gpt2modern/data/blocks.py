@@ -3,6 +3,7 @@
 import bisect
 import io
 import os
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +61,9 @@ class PackedBlocks(torch.utils.data.Dataset):
         self._segments: list[Segment] = []
         # Entry i: number of tokens before segment i, before shard i, before block i of best_fit. The last is the total.
         self._segment_starts = [0]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each shard keeps a file open; often 1024 may be
+        wanted = soft + len(counts["shards"])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(hard, wanted), hard))
         opened = [self._open_shard(shard) for shard in counts["shards"]]
         self._shard_starts = _starts([shard["tokens"] for shard in counts["shards"]])
         if self.packing == "best_fit":

@@ -138,7 +138,7 @@ def file_problem(path: Path, recorded: dict, *, checksum: bool) -> str | None:
     """Return a message that names the file and its problem, or None. Without `checksum`, only its size is checked."""
     try:
         size = path.stat().st_size
-        if size != recorded.get("size", size):
+        if size != recorded["size"]:
             problem = f"the file has {size} bytes, but the manifest says {recorded['size']}"
         elif checksum and sha256_of(path) != recorded["sha256"]:
             problem = "the file was altered since it was written (its sha256 differs)"
@@ -196,7 +196,7 @@ def _contradiction(manifest: dict) -> str | None:
     _ = manifest["tokenizer"]["name"], manifest["tokenizer"]["sha256"], {**manifest.get("settings", {})}
     "".join(manifest["source"]["name"])  # a text or a list of texts
     for name, recorded in manifest["files"].items():
-        _ = recorded["sha256"]
+        _ = recorded["sha256"], recorded["size"]
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"the file {name!r} is outside of the folder"
     for split, counts in manifest["splits"].items():

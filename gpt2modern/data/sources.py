@@ -100,7 +100,7 @@ def with_token_files(config: PrepareConfig) -> PrepareConfig:
     Raises GPT2ModernError if a download fails or a file has another sha256 than on the Hub."""
     name, files = config.dataset_name, {}
     with contextlib.suppress(Exception):  # `datasets` has a copy, or says what is wrong
-        if is_hub_name(name) and config.train_file is None:
+        if is_hub_name(name):
             commit, files = files_on_hub(name, repo_type="dataset", revision=config.dataset_revision)
     names = [path for path in sorted(files) if path.endswith(".bin")]
     train = [path for path in names if "train" in Path(path).name]
@@ -131,17 +131,19 @@ def open_source(
 
     tokenizer: counts the tokens for --max_tokens. Raises GPT2ModernError if the source has no text.
     """
-    if config.max_tokens is not None and not config.streaming and dataset is None:
+    dataset = None if dataset is None else _split_of(dataset, config.dataset_split)
+    is_stream = config.streaming or isinstance(dataset, datasets.IterableDataset)
+    if config.max_tokens is not None and not is_stream:
         formats = {format_of(path, options.file_format) for path in expand(config.train_file or [])}
         if not formats or not all(FORMATS[name].holds_tokens for name in formats):
-            able = "--streaming or files of tokens; use --max_documents instead"
+            able = "--streaming, an IterableDataset or files of tokens; use --max_documents instead"
             raise GPT2ModernError(f"--max_tokens {config.max_tokens} works only with {able}")
     if config.train_file is not None:
         source = open_files(config.train_file, options, config.num_shards)
         if config.max_tokens is not None:
             source.pieces = first_tokens(source.pieces, config.max_tokens)
     elif dataset is not None:
-        source = open_dataset("dataset", _split_of(dataset, config.dataset_split), options, config.num_shards)
+        source = open_dataset("dataset", dataset, options, config.num_shards)
     elif config.dataset_name == "stdlib":
         source = open_standard_library(replace(options, chat_column=None))
     else:

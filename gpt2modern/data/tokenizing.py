@@ -8,6 +8,7 @@ are always those of `tokenizers` with `add_special_tokens=False`. Text that spel
 import contextlib
 import functools
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -312,12 +313,17 @@ def _unequal_pattern(tokenizer_json: Path, sha256: str) -> str:
 
 @functools.cache
 def _bytes_of_tokens(tokenizer_json: Path, sha256: str) -> np.ndarray:
-    """Return the number of UTF-8 bytes that each id of a byte-level BPE stands for: (ids,) int64."""
+    """Return the number of UTF-8 bytes that each id of a BPE stands for, byte-level or SentencePiece: (ids,) int64."""
     tokenizer = _load_tokenizers(tokenizer_json, sha256, False)
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    has_byte_characters = "ByteLevel" in repr(tokenizer.decoder)
     for token, index in vocabulary.items():
-        # In a byte-level vocabulary each character stands for one byte.
-        sizes[index] = len(token.encode()) if token in added else len(token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte, as SentencePiece writes it
+            sizes[index] = 1
+        elif token in added or not has_byte_characters:
+            sizes[index] = len(token.replace("\u2581", " ").encode())  # SentencePiece's space
+        else:
+            sizes[index] = len(token)
     return sizes

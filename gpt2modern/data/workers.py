@@ -35,7 +35,7 @@ def write_shards(job: Job, indices: Sequence[int], num_proc: int | None) -> None
         return
     # Workers are forked after `tokenizers` used threads here; without this, each worker prints a long warning.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+    context = multiprocessing.get_context("fork")
     stop = context.Event()
     with bar, ProcessPoolExecutor(num_proc, context, _start_worker, (job, stop)) as pool:
         try:

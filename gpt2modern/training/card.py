@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.evaluation.generation import fenced
-from gpt2modern.evaluation.loss import METRICS, evaluated_blocks
+from gpt2modern.evaluation.loss import METRICS
 from gpt2modern.files import is_hub_name, public_name
 from gpt2modern.pages import render
 from gpt2modern.training.batches import BatchPlan
@@ -31,8 +31,6 @@ def summarize(
 
     The results under the names in METRICS are those of the last evaluation, or None if there was no evaluation.
     """
-    loss = state.evaluation.get("eval_loss")  # the only result in checkpoints of earlier versions
-    results = {} if loss is None else {name: metric.of(loss, eval_blocks) for name, metric in METRICS.items()}
     losses = [row["loss"] for row in rows if row.get("loss") is not None]  # a skipped update has none
     tokens_seen = plan.tokens_seen(state.step)
     return {
@@ -40,12 +38,12 @@ def summarize(
         "steps": state.step,
         "tokens_seen": tokens_seen,
         "train_loss": losses[-1] if losses else None,
-        **(dict.fromkeys(METRICS) | results | state.evaluation),
+        **(dict.fromkeys(METRICS) | state.evaluation),
         "tokens_per_second": tokens_seen / state.wall_time_s,
         "wall_time_s": state.wall_time_s,
         "mixed_precision": config.mixed_precision,
         "num_processes": plan.num_processes,
-        "eval_blocks": len(_evaluated(config, eval_blocks)),
+        "eval_blocks": min(len(eval_blocks), config.eval_blocks or len(eval_blocks)),
         "peak_memory_gib": max([row.get("peak_memory_gib", 0.0) for row in rows], default=None),
     }
 
@@ -58,11 +56,6 @@ def public_settings(config: TrainConfig, *, card: bool = False) -> dict[str, Any
         tasks = (text.partition("=") for text in settings["eval_tasks"])
         settings["eval_tasks"] = [f"{name}{sign}{file and public_name(file)}" for name, sign, file in tasks]
     return settings | {name: public_name(settings[name]) for name in places if name in settings}
-
-
-def _evaluated(config: TrainConfig, blocks: PackedBlocks) -> list[int]:
-    from_start = config.eval_blocks_at == "start"
-    return evaluated_blocks(len(blocks), max_blocks=config.eval_blocks, from_start=from_start)
 
 
 def model_card(

@@ -5,7 +5,7 @@ imports, or in other code before `prepare` is called. The module `reading` has h
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,16 +35,8 @@ class ReadOptions:
     @classmethod
     def of(cls, config: PrepareConfig, tokenizer: PreTrainedTokenizerFast | None) -> "ReadOptions":
         """Return the options of a run. tokenizer: of the run, or None if it is trained on the files that are read."""
-        flags = (
-            "text_column",
-            "chat_column",
-            "sample_by",
-            "separator",
-            "encoding_errors",
-            "file_format",
-            "token_dtype",
-        )
-        options = cls(**{name: getattr(config, name) for name in flags})
+        names = {field.name for field in fields(cls)} - {"eos_token_id", "chat_template"}  # of the tokenizer
+        options = cls(**{name: getattr(config, name) for name in names})
         if tokenizer is None:
             return options
         return replace(options, eos_token_id=tokenizer.eos_token_id, chat_template=tokenizer.chat_template)

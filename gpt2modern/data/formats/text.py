@@ -18,7 +18,7 @@ FIRST_READ = 1 << 14  # bytes read beyond a piece at first, for the end of its l
 def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int, int]]:
     """Divide a text file into byte ranges [start, stop). It is one piece if it is one document or compressed, or if
     matches of the separator can overlap."""
-    separator = separator_of(options)
+    separator = separator_of(path, options)
     if separator is None or compression_of(path) or overlaps_itself(separator):
         return reading.whole_file(path, options, piece_bytes)
     return byte_ranges(path, piece_bytes)
@@ -26,7 +26,7 @@ def pieces(path: Path, options: ReadOptions, piece_bytes: int) -> list[tuple[int
 
 def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
     """Yield arrays of the documents that start in a byte range."""
-    separator = separator_of(options)
+    separator = separator_of(piece.origin, options)
     if separator is None:
         yield reading.text_of_bytes([reading.read_bytes(piece.origin)], options, piece.name, [0])
         return
@@ -34,11 +34,14 @@ def read(piece: Piece, options: ReadOptions) -> Iterator[pa.Array]:
         yield _documents_in(block, separator, options, piece.name, offset)
 
 
-def separator_of(options: ReadOptions) -> bytes | None:
+def separator_of(path: Path, options: ReadOptions) -> bytes | None:
     """Return the bytes that separate the documents of a text file, or None if the file is one document."""
     if options.separator is not None:
         return options.separator.encode()
-    return {"document": None, "line": b"\n", "paragraph": b"\n\n"}[options.sample_by]
+    if options.sample_by == "paragraph":
+        with reading.errors_named(path, "a file"), reading.open_stream(path) as stream:
+            return b"\r\n\r\n" if b"\r\n" in stream.read(FIRST_READ) else b"\n\n"
+    return {"document": None, "line": b"\n"}[options.sample_by]
 
 
 def overlaps_itself(separator: bytes) -> bool:
