@@ -55,7 +55,7 @@ from gpt2modern.errors import GPT2ModernError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line: prepare data; or verify, describe or export a prepared folder. A user's mistake prints one line and exits with code 2."""
+    """Run the command line: prepare, verify, report or export. A user's mistake prints one line: exit code 2."""
     if argv is None:
         argv = sys.argv[1:]
         datasets.config.TORCH_AVAILABLE = False  # otherwise every IterableDataset imports torch, which takes 2 s

@@ -337,16 +337,16 @@ def evaluate(
         }
         chosen = {"max_blocks": config.eval_blocks, "from_start": config.eval_blocks_at == "start"}
         loss_of = functools.partial(evaluate_loss, model, blocks, **chosen, **shares)
-        beside = {"unaveraged_eval_loss": loss_of()} if mean.has_begun(state.step) else {}
+        unaveraged = {"unaveraged_eval_loss": loss_of()} if mean.has_begun(state.step) else {}
         held.enter_context(mean.in_place_of_weights(state.step))
-        loss = None if None in beside.values() else loss_of()
+        loss = None if None in unaveraged.values() else loss_of()
         due = tasks if tasks_are_due(config, state) else []
         answers = None if loss is None else evaluate_tasks(due, model, **shares)
         samples = []
         if answers is not None:
             refuse_nonfinite("validation loss", loss, state.step, checkpoints_dir(config))
             state.evaluated_step = state.step
-            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()} | answers | beside
+            results = {name: metric.of(loss, blocks) for name, metric in METRICS.items()} | answers | unaveraged
             finite = {name: math.isfinite(value or 0) for name, value in results.items()}
             state.evaluation = {name: value if finite[name] else None for name, value in results.items()}
             if config.sample_prompts and (accelerator.is_main_process or accelerator.is_fsdp2):

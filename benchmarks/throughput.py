@@ -294,7 +294,7 @@ class LadderConfig(StepConfig):
     data: str = setting(help="folder that prepare_data.py wrote")
     vocab_size: int = setting(GPT2_VOCAB_SIZE, "number of token ids of the model", least=1)
     per_device_train_batch_size: int = setting(4, "number of sequences in a step", least=1)
-    larger_batches: list[int] = setting(default_factory=lambda: [8, 16, 32, 64], help="those of the last rungs", least=1)
+    larger_batches: list[int] = setting(default_factory=lambda: [8, 16, 32, 64], help="of the last rungs", least=1)
     steps: int = setting(2, "number of timed steps in one measurement", least=1)
     repetitions: int = setting(3, "number of measurements of each rung, in turn", least=1)
 

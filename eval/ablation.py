@@ -306,7 +306,7 @@ class Workers:
             if run.summary is None:
                 waiting.append(run)
             else:
-                self._advance(run, 0, run.config.max_steps, in_no_time=True)
+                self._advance(run, 0, run.config.max_steps, was_trained_before=True)
         try:
             while waiting or running:
                 while waiting and len(running) < self.jobs:
@@ -318,7 +318,7 @@ class Workers:
                 for process, (run, step, seen) in list(running.items()):
                     now = step.value
                     if not seen and now:  # what a resumed run has trained before
-                        self._advance(run, 0, now - 1, in_no_time=True)
+                        self._advance(run, 0, now - 1, was_trained_before=True)
                         seen = now - 1
                     self._advance(run, seen, now)
                     running[process] = (run, step, now)
@@ -332,9 +332,9 @@ class Workers:
             for process in running:
                 process.join()
 
-    def _advance(self, run: Run, seen: int, now: int, *, in_no_time: bool = False) -> None:
+    def _advance(self, run: Run, seen: int, now: int, *, was_trained_before: bool = False) -> None:
         tokens = (now - seen) * run.tokens_per_step
-        if in_no_time and not self.bar.disable:
+        if was_trained_before and not self.bar.disable:
             self.bar.initial += tokens
         self.bar.update(tokens)
 
@@ -357,7 +357,10 @@ def tune(ablation: Ablation, workers: Workers) -> list[dict[str, Any]]:
     for text in ablation.config.tune:
         key, _, values = text.partition("=")
         kind = TRAIN_SETTINGS[key].metadata.get("optimizer")
-        users = [name for name, each in ablation.variants.items() if not kind or each.get("optimizer", ablation.recipe.optimizer) == kind]
+        optimizers = {
+            name: each.get("optimizer", ablation.recipe.optimizer) for name, each in ablation.variants.items()
+        }
+        users = [name for name, optimizer in optimizers.items() if kind in (None, optimizer)]
         if not users:
             raise GPT2ModernError(f"--tune {key}: no variant has --optimizer {kind}; remove it")
         values = sorted(values.split(","), key=float)

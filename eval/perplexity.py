@@ -38,7 +38,7 @@ class PerplexityConfig:
     block_size: int | None = setting(None, "context length in tokens; default: the block size of the data", least=1)
     document_masking: bool = setting(False, "each token attends to its own document only")
     stride: int | None = setting(None, "tokens that overlapping windows move by; default: separate blocks", least=1)
-    length_factors: list[int] | None = setting(None, "also evaluate in blocks of these multiples of the block size", least=1)
+    length_factors: list[int] | None = setting(None, "also evaluate in blocks of these multiples of it", least=1)
     per_device_eval_batch_size: int = setting(8, "number of blocks per forward pass", least=1)
     output: str | None = setting(None, "JSON file to which the result is also written")
 

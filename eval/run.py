@@ -91,9 +91,9 @@ def evaluate(
             results[name] = value = measured.pop(name)
             results[f"{name}_stderr"] = error and error * (value if name == "perplexity" else value / loss)
         protocol["perplexity"] = {"dataset": f"{public_name(data)}, validation", **measured}
-    of_evaluate = {"metric_of": metrics.__getitem__} if metrics else {}
+    options = {"metric_of": metrics.__getitem__} if metrics else {}
     shares = {"batch_size": batch_size, "process_index": processes.index, "num_processes": processes.count}
-    results |= evaluate_tasks(tasks, model, **of_evaluate, **shares)
+    results |= evaluate_tasks(tasks, model, **options, **shares)
     protocol |= {task.name: task.protocol for task in tasks}
     return {
         "model": public_name(config.model),

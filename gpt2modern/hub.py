@@ -45,7 +45,7 @@ def files_on_hub(name: str, *, repo_type: str = "model", revision: str | None = 
 
 @contextlib.contextmanager
 def hub_errors(what: str, advice: str) -> Iterator[None]:
-    """Convert the errors of a `with` block that asks the Hub to a GPT2ModernError: `what`, the problem, `advice`."""
+    """Raise GPT2ModernError with the message `{what}: {problem of the Hub}; {advice}` for any error of the block."""
     try:
         yield
     except GPT2ModernError:

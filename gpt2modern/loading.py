@@ -60,8 +60,8 @@ def load_tokenizer(name: str | Path, *, flag: str = "--model") -> PreTrainedToke
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # OSError, KeyError, TypeError, ... by what is wrong with its files
         raise GPT2ModernError(f"{flag} {name} has no tokenizer that can be loaded: {loading_problem(error)}") from error
-    for name_of_this_call in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name_of_this_call, None)  # otherwise they are saved
+    for argument in ("is_local", "local_files_only"):  # of from_pretrained; save_pretrained would write them
+        tokenizer.init_kwargs.pop(argument, None)
     return tokenizer
 
 

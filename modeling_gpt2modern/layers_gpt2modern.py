@@ -296,8 +296,8 @@ class PreviousTokens(NamedTuple):
     """Describe the token before each token: that of the same document, without padding in between.
 
     ids: (batch, seq_len), -1 for the first token of a document.
-    source: (batch, 1 + seq_len), for the last token in the cache and each new one, the index among these of the last
-        token up to it that is not padding; None if there is no padding.
+    source: (batch, 1 + seq_len), of the last token in the cache and each new one: the index, among these, of the
+        nearest token at or before it that is not padding; None if there is no padding.
     """
 
     ids: torch.Tensor

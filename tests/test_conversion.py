@@ -299,7 +299,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_refusal_names_what_is_in_the_way(case):
+def test_a_refusal_names_what_is_unsupported(case):
     flag_set, overrides, named = REFUSED[case]
     with pytest.raises(ValueError, match="no stock architecture has the same logits") as refusal:
         to_native(ours(flag_set, **overrides))

@@ -148,6 +148,6 @@ ARCHITECTURES: dict[str, tuple[Trait, ...]] = {
 # fmt: on
 
 
-def in_the_way(name: str, config: GPT2ModernConfig, weights: Weights) -> list[str]:
+def unsupported(name: str, config: GPT2ModernConfig, weights: Weights) -> list[str]:
     """Return the names of settings and weights that the stock class `name` does not support; [] allows the export."""
-    return list(dict.fromkeys(key for trait in ARCHITECTURES[name] for key in trait.in_the_way(config, weights)))
+    return list(dict.fromkeys(key for trait in ARCHITECTURES[name] for key in trait.unsupported(config, weights)))

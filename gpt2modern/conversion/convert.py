@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gpt2modern.cli import one_line_errors, parse_arguments
-from gpt2modern.conversion.architectures import ARCHITECTURES, in_the_way
+from gpt2modern.conversion.architectures import ARCHITECTURES, unsupported
 from gpt2modern.conversion.architectures import __doc__ as table_of_architectures
 from gpt2modern.conversion.traits import Weights, of_layers
 from gpt2modern.errors import GPT2ModernError
@@ -76,9 +76,9 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
 
     The class is `architecture`, or if that is None the class in ARCHITECTURES that has the same logits and needs the
     fewest added biases of zero. The weights keep their dtype, or become fp32 if the conversion would round them. The
-    generation configuration is copied; `model` does not change; on the meta device it counts as trained, with biases
-    that are not zero. Raises ValueError, with the unsupported settings or weights, if `architecture`, or any class if
-    that is None, cannot have the same logits.
+    generation configuration is copied; `model` does not change. A model on the meta device has no values: its biases
+    are taken to be nonzero. Raises ValueError, with the unsupported settings or weights, if `architecture`, or any
+    class if that is None, cannot have the same logits.
     """
     if type(model).__name__ != GPT2ModernForCausalLM.__name__:
         raise ValueError(f"a {type(model).__name__} cannot be exported; only a {GPT2ModernForCausalLM.__name__} can")
@@ -90,7 +90,7 @@ def to_native(model: PreTrainedModel, architecture: str | None = None) -> PreTra
         candidate = copy.deepcopy(config)
         candidate.update(dict.fromkeys(added, True))
         for name in ARCHITECTURES if architecture is None else [architecture]:
-            candidates.append((in_the_way(name, candidate, weights), name, candidate))
+            candidates.append((unsupported(name, candidate, weights), name, candidate))
     problems, name, config = min(candidates, key=lambda candidate: len(candidate[0]))  # the first of the closest
     if problems:
         subject = name if architecture else f"no stock architecture has the same logits; the closest, {name},"

@@ -93,9 +93,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
         fields |= dict.fromkeys(("key_length", "value_length", "rope_dimension_count"), head_dim)
         fields |= {"head_count_kv": config.num_key_value_heads, "rope_freq_base": rope["rope_theta"]}
     fields |= {"layer_norm_rms_eps": config.rms_norm_eps} if rope else {"layer_norm_eps": config.layer_norm_epsilon}
-    if (
-        architecture == "apertus"
-    ):  # its xIELU(x) becomes softplus(alpha_p) x^2 for x > 0, otherwise softplus(alpha_n) = 0
+    if architecture == "apertus":  # its xIELU becomes relu^2: softplus(alpha_p) = 1 and softplus(alpha_n) = 0
         xielu = {"alpha_p": math.log(math.e - 1), "alpha_n": -1e4, "beta": 0.0, "eps": -1e-6}
         fields |= {f"xielu_{name}": [value] * config.num_hidden_layers for name, value in xielu.items()}
     fields |= _tokenizer_fields(tokenizer, config.vocab_size)

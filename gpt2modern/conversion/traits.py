@@ -34,7 +34,7 @@ class Trait:
     under the names that `stock_weights` returns.
     """
 
-    def in_the_way(self, config: GPT2ModernConfig, weights: Weights) -> list[str]:
+    def unsupported(self, config: GPT2ModernConfig, weights: Weights) -> list[str]:
         """Return the names of GPT2-Modern settings and weights whose values the stock class does not support."""
         return []
 
@@ -63,7 +63,7 @@ class Ours(Trait):
     def __init__(self, **values: Any):
         self.values = values
 
-    def in_the_way(self, config, weights):
+    def unsupported(self, config, weights):
         return [name for name, value in self.values.items() if getattr(config, name) != value]
 
     def our_settings(self, stock):
@@ -109,7 +109,7 @@ class Needs(Trait):
     def __init__(self, **tests: Callable[[GPT2ModernConfig], bool]):
         self.tests = tests
 
-    def in_the_way(self, config, weights):
+    def unsupported(self, config, weights):
         return [name for name, test in self.tests.items() if not test(config)]
 
 
@@ -123,7 +123,7 @@ class Rotary(Trait):
     rope_types: tuple[str, ...] = ROPE_TYPES
     older_names: bool = False
 
-    def in_the_way(self, config, weights):
+    def unsupported(self, config, weights):
         if config.position_embedding_type != "rope":
             return ["position_embedding_type"]
         rope_type = config.rope_parameters["rope_type"]
@@ -168,7 +168,7 @@ class Mlp(Trait):
     gated: bool
     setting: str = "hidden_act"
 
-    def in_the_way(self, config, weights):
+    def unsupported(self, config, weights):
         kind = MLPS[config.mlp_type]
         return [] if kind.gated == self.gated and kind.activation in ACT2CLS else ["mlp_type"]
 
@@ -245,7 +245,7 @@ class Transposed(Trait):
 class WithoutOutputBias(Trait):
     """Remove the bias of o_proj for stock classes that have biases only of q, k and v. Refuses a bias that is not 0."""
 
-    def in_the_way(self, config, weights):
+    def unsupported(self, config, weights):
         biases = of_layers(weights, ["self_attn.o_proj"], ["bias"])
         return [name for name in biases if weights[name].is_meta or weights[name].any()][:1]
 

@@ -136,11 +136,8 @@ def finish(output_dir: Path, manifest: dict, report: str, card: str) -> None:
 def _finished_manifest(output_dir: Path, settings: dict) -> dict | None:
     """Return the manifest of a folder finished with these settings, or None if the folder is empty or unfinished.
     Raises GPT2ModernError if it has other settings, is damaged, or was not written by prepare_data.py."""
-    manifest, started, again = (
-        None,
-        output_dir / WORKSPACE / "settings.json",
-        f"remove {output_dir} and run the same command",
-    )
+    manifest, started = None, output_dir / WORKSPACE / "settings.json"
+    again = f"remove {output_dir} and run the same command"
     if (output_dir / "manifest.json").is_file():
         try:
             manifest = read_manifest(output_dir)

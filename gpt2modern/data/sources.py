@@ -136,7 +136,7 @@ def open_source(
     if config.max_tokens is not None and not is_stream:
         formats = {format_of(path, options.file_format) for path in expand(config.train_file or [])}
         if not formats or not all(FORMATS[name].holds_tokens for name in formats):
-            able = "--streaming, an IterableDataset or files of tokens; use --max_documents instead"
+            able = "--streaming or files of tokens; use --max_documents instead"
             raise GPT2ModernError(f"--max_tokens {config.max_tokens} works only with {able}")
     if config.train_file is not None:
         source = open_files(config.train_file, options, config.num_shards)

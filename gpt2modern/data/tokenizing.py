@@ -83,8 +83,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             f"--tokenizer_name {name} is not a tokenizer ({cause}); give a folder with tokenizer.json and "
             "tokenizer_config.json, or a name on the Hub (which needs the network)"
         ) from error
-    for name_of_this_call in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name_of_this_call, None)  # otherwise they are saved
+    for argument in ("is_local", "local_files_only"):  # of from_pretrained; save_pretrained would write them
+        tokenizer.init_kwargs.pop(argument, None)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     problem = None
     if not tokenizer.is_fast:

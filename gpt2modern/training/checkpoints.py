@@ -80,8 +80,8 @@ class Checkpoints:
         constant schedule, or the stable part of warmup_stable_decay, can be lengthened; cosine and linear cannot, nor
         can a run whose Muon has begun to lower its momentum at the end. For other changed settings raises
         GPT2ModernError that lists them, unless --force_resume is set; the optimizer state is then skipped if it would
-        need other tensors, because --optimizer or --muon_normalize_rows has changed. A mean of the weights can neither
-        be begun nor moved: that is refused even then.
+        need other tensors, because --optimizer or --muon_normalize_rows has changed. Even
+        --force_resume cannot change average_last, or max_steps once averaging has begun.
         """
         if self.config.resume_from_checkpoint == "hub":
             self.processes.on_main(lambda: download_checkpoint(self.config, self.folder))

@@ -21,9 +21,8 @@ def flags_of_depth(settings: argparse.Namespace, given: list[str]) -> list[str]:
     the root of the batch, AdamW's also to the inverse root of the width; weight decay to the root of the batch over the
     tokens. Raises GPT2ModernError if the data cannot be opened.
     """
-    if settings.depth is None or min(
-        settings.depth, settings.block_size or 1, settings.total_batch_size or 1, settings.max_steps
-    ) < 1:
+    sizes = settings.depth, settings.block_size or 1, settings.total_batch_size or 1, settings.max_steps
+    if settings.depth is None or min(sizes) < 1:
         return []  # TrainConfig refuses the value
     opened = settings.data_dir and PackedBlocks(settings.data_dir, "train", settings.block_size)
     data = opened or assumed_data(settings)

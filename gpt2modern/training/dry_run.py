@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gpt2modern.data.blocks import PackedBlocks
 from gpt2modern.errors import GPT2ModernError
-from gpt2modern.loading import load_config
+from gpt2modern.loading import load_config, num_token_ids
 from gpt2modern.training.batches import BatchPlan, plan_batches
 from gpt2modern.training.config import TrainConfig
 from gpt2modern.training.export import find_stock_class
@@ -172,7 +172,7 @@ def assumed_data(config: TrainConfig) -> DataShape:
     except ValueError as error:
         raise GPT2ModernError(f"--model_preset: {error}") from None
     return DataShape(
-        preset.unpadded_vocab_size or preset.vocab_size,
+        num_token_ids(preset),
         preset.eos_token_id,
         config.block_size or preset.max_position_embeddings,
     )

@@ -191,8 +191,8 @@ class RowLog:
     """Write a file of JSON lines in the order of steps; rows later than `resumed_step` are removed at the start.
 
     needed: type of each value that all rows have, besides `step`; their other values are numbers. `last_step` is
-    the highest step that the file had before that. If the file cannot be written later on, one warning is printed, and
-    the rows are kept in memory until it can. is_on: if False, nothing is read or written.
+    the highest step in the file before later rows were removed. If the file cannot be written later on, one warning is
+    printed, and the rows are kept in memory until it can. is_on: if False, nothing is read or written.
     """
 
     def __init__(self, path: Path, needed: dict[str, type], *, resumed_step: int, is_on: bool = True):
