@@ -165,6 +165,13 @@ def test_variants_have_the_settings_that_their_names_say(flags):
     assert configs["speedrun"].learning_rate == 0.008 and configs["modern+relu2"].learning_rate == 0.01
 
 
+def test_the_optimizer_of_the_recipe_is_tuned(flags, tmp_path):
+    """modern names no optimizer; the recipe does."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "optimizer: muon\n")
+    ablation.main(flags("modern", "--tune=muon_learning_rate=0.01,0.02", seeds=1))
+    assert results_of_report(tmp_path)["tuning"][0]["variant"] == "modern"
+
+
 def test_parameters_are_matched_by_the_mlp_width(flags):
     plan = planned(flags, "vanilla,+swiglu,+no_bias,+num_key_value_heads=1", matched="params")
     wanted, step = plan.parameters(plan.variants["vanilla"]), 2 * 3 * 32 * 8  # of 8 more columns, at most

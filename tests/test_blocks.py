@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import prepare_data
 from gpt2modern.data.blocks import PackedBlocks, refuse_larger_vocabulary, refuse_other_tokenizer
 from gpt2modern.data.manifest import find_problems
 from gpt2modern.errors import GPT2ModernError
-from tests.support.folders import random_rows, rows_of, streams_of, write_prepared
+from tests.support.folders import random_rows, rows_of, run, streams_of, write_prepared
 
 BLOCK_SIZE = 15  # odd: a block of another size can then begin at any place in a row
 
@@ -204,6 +205,24 @@ def test_another_format_version_is_refused(altered, version):
         GPT2ModernError, match=r"manifest\.json: the file has format_version .*, but this code reads only 3"
     ):
         PackedBlocks(altered, "train")
+
+
+def test_a_manifest_without_the_size_of_a_file_is_refused(altered):
+    change_manifest(altered, lambda manifest: next(iter(manifest["files"].values())).pop("size"))
+    assert ["'size'" in problem for problem in find_problems(altered)] == [True]
+    with pytest.raises(GPT2ModernError, match=r"manifest\.json: a value is missing .*'size'"):
+        PackedBlocks(altered, "train")
+
+
+def test_more_shards_are_opened_than_the_process_may_have_files(tmp_path, corpus, tokenizer_dir):
+    run(tmp_path, "--train_file", corpus, "--tokenizer_name", tokenizer_dir, "--block_size", 32, "--num_shards", 40)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        train = PackedBlocks(tmp_path, "train")
+        assert len(train.__getitems__(range(len(train)))) == len(train)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("key", ["splits", "tokenizer", "vocab_size"])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gpt2modern.data.formats import ReadOptions
@@ -51,6 +51,18 @@ def assert_engines_agree(tokenizer_json: Path, texts: list[str]) -> None:
     expected_ids, expected_lengths, expected_spelled = reference.encode(documents)
     assert np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected_ids)
     assert spelled == expected_spelled
+
+
+def test_bytes_of_the_tokens_of_sentencepiece(tmp_path):
+    """Its space is a character of three bytes, and a byte without a token of its own is written in hexadecimal."""
+    vocabulary = {"</s>": 0, "<0x0A>": 1, "\u2581\u00e9t\u00e9": 2, "a": 3}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(tmp_path / "tokenizer.json", engine="tokenizers", dtype="uint16", eos_token_id=0)
+    documents = pa.array([[2, 1], [3], []], pa.large_list(pa.uint16()))
+    texts = [" \u00e9t\u00e9\n", "a", ""]
+    assert encoder.text_bytes(documents, "tokens").tolist() == [len(text.encode()) for text in texts]
 
 
 # Equality of the engines

@@ -427,7 +427,9 @@ def test_a_signal_at_an_awkward_moment_stops_in_order(
     assert STOPPED.format(stops_after, "SIGTERM") in trainer.output and saved_steps(run) == saved
     assert not (run / "model.safetensors").exists()
     if fault.startswith("signal_in_evaluation"):
-        assert not any("eval_loss" in row for row in metrics(run))
+        again = start(run, fault, **changes)  # repeats the evaluation, which is broken off as well
+        assert again.wait() == [STOPPED_EXIT_CODE] and STOPPED.format(stops_after, "SIGTERM") in again.output
+        assert saved_steps(run) == saved and not any("eval_loss" in row for row in metrics(run))
     assert start(run, **changes).wait() == [0]
     assert_ends_like(run, undisturbed(**changes))
     fault_log("F7 a signal during a save, an evaluation, the last step")

@@ -1,5 +1,6 @@
 """Shards: the same bytes from any number of processes and machines, and after any number of kills."""
 
+import fcntl
 import json
 import os
 import resource
@@ -375,7 +376,6 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, tokenizer_dir):
 
 
 def test_a_folder_that_another_process_prepares_is_left_to_it(tmp_path, flags, capsys, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "data").mkdir()
     descriptor = os.open(tmp_path / "data", os.O_RDONLY)

@@ -158,6 +158,11 @@ def test_documents_are_those_of_str_split_wherever_pieces_end(
     assert found == (expected if expected[-1] else expected[:-1])
 
 
+def test_paragraphs_end_with_or_without_a_carriage_return(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\r\nmore\r\n\r\ntw\u00f6\r\n\r\nthree".encode())
+    assert read_all(tmp_path / "a.txt", sample_by="paragraph") == ["one\r\nmore", "tw\u00f6", "three"]
+
+
 def test_lines_end_with_or_without_a_carriage_return(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\r\n\r\ntw\u00f6\nthree".encode())
     assert read_all(tmp_path / "a.txt", sample_by="line") == ["one", "", "tw\u00f6", "three"]
@@ -482,6 +487,8 @@ def test_a_stream_from_python_may_have_bounds(tmp_path, tokenizer_dir):
     assert manifest["source"]["documents"] == 40
     manifest = prepared_from(tmp_path / "tokens", tokenizer_dir, stream_of(make_texts(99)), max_tokens=500)
     assert 500 <= sum(split["tokens"] for split in manifest["splits"].values()) < 600
+    with pytest.raises(GPT2ModernError, match="--max_tokens 500 works only with --streaming or files of tokens"):
+        prepared_from(tmp_path / "t", tokenizer_dir, datasets.Dataset.from_dict({"text": ["a"]}), max_tokens=500)
 
 
 def test_a_dataset_dict_from_python_may_bring_its_validation(tmp_path, tokenizer_dir):

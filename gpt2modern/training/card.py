@@ -31,6 +31,8 @@ def summarize(
 
     The results under the names in METRICS are those of the last evaluation, or None if there was no evaluation.
     """
+    loss = state.evaluation.get("eval_loss")  # the only result in checkpoints of earlier versions
+    results = {} if loss is None else {name: metric.of(loss, eval_blocks) for name, metric in METRICS.items()}
     losses = [row["loss"] for row in rows if row.get("loss") is not None]  # a skipped update has none
     tokens_seen = plan.tokens_seen(state.step)
     return {
@@ -38,7 +40,7 @@ def summarize(
         "steps": state.step,
         "tokens_seen": tokens_seen,
         "train_loss": losses[-1] if losses else None,
-        **(dict.fromkeys(METRICS) | state.evaluation),
+        **(dict.fromkeys(METRICS) | results | state.evaluation),
         "tokens_per_second": tokens_seen / state.wall_time_s,
         "wall_time_s": state.wall_time_s,
         "mixed_precision": config.mixed_precision,

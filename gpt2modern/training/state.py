@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2modern.settings import check_ranges, setting
 
-FORMAT_VERSION = 1  # of checkpoints
+FORMAT_VERSION = 1  # of checkpoints; 0: those of earlier versions, which do not state it
 
 
 @dataclass
@@ -36,7 +36,7 @@ class SavedState(TrainState):
     """Define the content of trainer_state.json. has_optimizer_state: False if every update so far was skipped.
     settings, schedule: those that the run had. grad_scaler: state of the loss scaler, None without one."""
 
-    format_version: int = setting(0, least=FORMAT_VERSION, most=FORMAT_VERSION)
+    format_version: int = setting(0, least=0, most=FORMAT_VERSION)
     has_optimizer_state: bool = True
     grad_scaler: dict[str, float] | None = None
     settings: dict = field(default_factory=dict)
@@ -44,14 +44,16 @@ class SavedState(TrainState):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "SavedState":
-        """Return the saved state.
+        """Return the saved state, also of an earlier version, which may have only `eval_loss` of the evaluation.
 
         Raises ValueError that names a value which is missing, unknown, of another type, or contradicts another one.
         """
+        if values.get("eval_loss") is not None and "evaluation" not in values:
+            values = values | {"evaluation": {"eval_loss": values["eval_loss"]}}
         names = {field.name for field in fields(cls)}
         state = cls(**{name: values[name] for name in names & values.keys()})
         check_ranges(state, prefix="")
-        if odd := sorted(names ^ values.keys()):
+        if state.format_version and (odd := sorted(names ^ values.keys())):
             raise ValueError(f"{odd[0]} is {'missing' if odd[0] in names else 'unknown'}")
         if not (
             0 < state.step >= max(state.nonfinite_steps, state.evaluated_step or 0)

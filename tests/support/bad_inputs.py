@@ -113,6 +113,7 @@ FLAGS = [
     train("--max_document_length 8", "--max_document_length 8 needs --document_masking true"),
     train("--depth 0", "--depth 0 must be at least 1"),
     train("--depth 4 --max_steps 0", "--max_steps 0 must be at least 1"),
+    train("--depth 4 --block_size -5", "--block_size -5 must be at least 1"),
     train("--depth 4 --total_batch_size -8", "--total_batch_size -8 must be at least 1"),
     train("--depth 4 --model_name_or_path model", "--depth 4 is the size of a new model"),
     train("--average_last 1.5", "--average_last 1.5 must be at most 1"),
