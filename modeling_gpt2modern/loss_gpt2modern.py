@@ -203,7 +203,7 @@ def _scale_gradients(ctx, total_gradient: torch.Tensor | None, *_):
         None if dtype is None or total_gradient is None else (saved.to(total_gradient.dtype) * total_gradient).to(dtype)
         for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     )
-    return hidden_gradient, weight_gradient, *(None,) * 13
+    return hidden_gradient, weight_gradient, *(None,) * 12
 
 
 _linear_cross_entropy_sum.register_autograd(_scale_gradients, setup_context=_keep_gradients)
