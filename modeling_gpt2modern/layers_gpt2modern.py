@@ -312,7 +312,7 @@ class PreviousTokens(NamedTuple):
         padding; anything else, such as the masks of generate(), which pads on the left, is not read. history: that of
         the ids in the cache, which are kept plus 1.
         """
-        source, positions = None, F.pad(position_ids, (1, 0)).expand(len(input_ids), -1)
+        source, positions = None, F.pad(position_ids, (1, 0)).expand(input_ids.shape[0], -1)
         if isinstance(attention_mask, torch.Tensor):
             is_token = F.pad(attention_mask[:, -input_ids.shape[1] :].bool(), (1, 0), value=True)
             index = torch.arange(is_token.shape[1], device=is_token.device)

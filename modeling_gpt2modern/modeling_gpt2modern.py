@@ -409,7 +409,7 @@ class GPT2ModernModel(GPT2ModernPreTrainedModel):
             previous_embeds = self.embed_tokens(previous.ids.clamp(min=0))
             hidden_states = self.smear(hidden_states, previous_embeds.masked_fill(previous.ids[..., None] < 0, 0))
         if self.embed_bigrams is not None:
-            bigram_embeds = self.embed_bigrams(bigram_rows(input_ids, previous.ids, self.embed_bigrams.num_embeddings))
+            bigram_embeds = self.embed_bigrams(bigram_rows(input_ids, previous.ids, self.config.bigram_vocab_size))
         if self.embed_positions is not None:
             longest = self.embed_positions.num_embeddings
             # To read positions, the CPU waits for the GPU: there only of rows too long for a single document.

@@ -108,9 +108,12 @@ def test_mask_of_four_dimensions_is_taken_as_it_is(flag_set):
 
 @EVERY_FLAG_SET
 def test_exports_as_one_graph(flag_set):
-    model, input_ids = tiny_model(flag_set), random_ids(2, 8)
-    exported = torch.export.export(model, (input_ids,), {"use_cache": False}, strict=False).module()
-    close(exported(input_ids, use_cache=False).logits, logits_of(model, input_ids))
+    model, shapes = tiny_model(flag_set), {"input_ids": {0: torch.export.Dim("batch", min=2, max=8)}, "use_cache": None}
+    keywords = {"kwargs": {"use_cache": False}, "dynamic_shapes": shapes, "strict": False}
+    exported = torch.export.export(model, (random_ids(2, 8),), **keywords).module()
+    for batch in (2, 5):
+        input_ids = random_ids(batch, 8)
+        close(exported(input_ids, use_cache=False).logits, logits_of(model, input_ids))
 
 
 # Embeddings
@@ -546,6 +549,13 @@ def test_lora_on_the_head_has_the_loss_of_the_trainer(flag_set):
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     losses[0].backward()
     assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+
+
+def test_lora_on_the_bigrams_starts_as_the_model():
+    model, input_ids = tiny_model("frontier"), random_ids(2, 9)
+    expected = logits_of(model, input_ids)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["embed_bigrams"], task_type="CAUSAL_LM"))
+    close(adapted(input_ids).logits, expected)
 
 
 @PRESETS
