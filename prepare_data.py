@@ -26,8 +26,7 @@ distributed over the shards; in a shard, documents are shuffled again, 32 MB at 
 the number of processes, or of machines with `--shard_index`. A killed run resumes where it stopped.
 
 Tokens. Each document ends with EOS. `concat` cuts one stream of tokens into rows of block_size tokens; the trainer
-reads the stream, so that every token is a target exactly once. `best_fit` does not cut a document that fits into a
-block.
+reads the stream, so that every token is a target once. `best_fit` does not cut a document that fits into a block.
 """
 
 import gpt2modern  # noqa: F401  first, as it refuses a deleted working directory  # isort: skip
@@ -36,6 +35,7 @@ import time
 from pathlib import Path
 
 import datasets
+import psutil
 import transformers
 
 from gpt2modern.cli import one_line_errors, parse_arguments
@@ -56,8 +56,9 @@ from gpt2modern.errors import GPT2ModernError
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: prepare, verify, report or export. A user's mistake prints one line: exit code 2."""
+    started = None
     if argv is None:
-        argv = sys.argv[1:]
+        argv, started = sys.argv[1:], psutil.Process().create_time()  # before the imports, which take a second
         datasets.config.TORCH_AVAILABLE = False  # otherwise every IterableDataset imports torch, which takes 2 s
     with one_line_errors():
         if argv[:1] == ["verify"]:
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         # A user's mistake prints one line, without warnings of the libraries before it.
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         transformers.logging.set_verbosity_error()
-        prepare(config)
+        prepare(config, started=started)
 
 
 def verify(folders: list[str]) -> None:
@@ -88,23 +89,21 @@ def verify(folders: list[str]) -> None:
     print(f"{', '.join(folders)}: all files are valid (sha256 as recorded)")
 
 
-def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | None:
+def prepare(config: PrepareConfig, dataset: AnyDataset | None = None, started: float | None = None) -> dict | None:
     """Write the folder `config.output_dir` and return its manifest, or None if only shard --shard_index is written.
 
     dataset: documents from Python instead of --dataset_name or --train_file. Of a DatasetDict, the split
     `dataset_split` is used, and the split `validation` if it exists. Finished shards of a run with the same settings
-    are verified and kept. Raises GPT2ModernError if the user can fix the cause; a folder started by this call is then
-    emptied, unless writing failed.
+    are verified and kept. started: `time.time()` from which the printed time counts (None: now). Raises
+    GPT2ModernError if the user can fix the cause; a folder started by this call is then emptied, unless writing failed.
     """
     if (config.dataset_name is not None) + (config.train_file is not None) + (dataset is not None) != 1:
-        raise GPT2ModernError(
-            "give exactly one of --dataset_name (such as stdlib) and --train_file, which name the documents to read"
-        )
+        raise GPT2ModernError("give exactly one of --dataset_name (such as stdlib) and --train_file, the text to read")
     stats = stats_of_files(config)
     output_dir, settings = Path(config.output_dir), settings_of(config, dataset)
     with folder_in_preparation(output_dir, settings, shared=config.shard_index is not None) as manifest:
         if manifest is None:
-            manifest = write_folder(config, settings, stats, dataset)
+            manifest = write_folder(config, settings, stats, dataset, started or time.time())
         else:
             print(f"{output_dir} is already prepared with these settings; nothing to do")
     if config.push_to_hub and manifest is not None:
@@ -112,12 +111,13 @@ def prepare(config: PrepareConfig, dataset: AnyDataset | None = None) -> dict | 
     return manifest
 
 
-def write_folder(config: PrepareConfig, settings: dict, stats: dict, dataset: AnyDataset | None) -> dict | None:
+def write_folder(
+    config: PrepareConfig, settings: dict, stats: dict, dataset: AnyDataset | None, started: float
+) -> dict | None:
     """Read, encode and pack the documents. Returns the manifest, or None if --shard_index is given.
 
-    stats: of the files before `settings` were computed from their content.
+    stats: of the files before `settings` were computed from their content. started: see `prepare`.
     """
-    started = time.perf_counter()
     output_dir, workspace = Path(config.output_dir), Path(config.output_dir) / WORKSPACE
     config = with_token_files(config)
     tokenizer = named_tokenizer(config)  # None: it is trained below, on the documents
@@ -148,7 +148,7 @@ def write_folder(config: PrepareConfig, settings: dict, stats: dict, dataset: An
     write_dataset_files(output_dir, schema, {"train": shards, "validation": [held_out]})
     manifest = build_manifest(config, settings, sizes, str(rule), shards, held_out)
     finish(output_dir, manifest, report_page(output_dir, manifest), dataset_card(manifest))
-    print_summary(output_dir, manifest, time.perf_counter() - started)
+    print_summary(output_dir, manifest, time.time() - started)
     return manifest
 
 
